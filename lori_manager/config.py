@@ -1,0 +1,222 @@
+"""Settings: the defaults, `lori.toml` and flags, checked once, frozen after."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lori_manager.errors import InvalidInput
+
+SCOPES = ("model", "layer", "projection", "matrix")
+PRECISIONS = ("auto", "fp32", "bf16")
+PROJECTIONS = ("task", "shared")
+SCHEDULES = ("constant", "linear", "cosine")
+STORE_DTYPES = ("bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a training run computes.
+
+    Learning rates are per optimizer step of AdamW on B's values. `steps` counts
+    optimizer steps; 0 means `epochs` passes over the training rows.
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    sparsity: float = 0.9
+    scope: str = "model"
+    targets: tuple[str, ...] = ("all-linear",)
+    projection: str = "task"
+    seed: int = 0
+    batch: int = 16
+    steps: int = 0
+    epochs: float = 2.0
+    calibration_steps: int = 20
+    calibration_rows: int = 1024
+    learning_rate: float = 5e-3
+    dense_learning_rate: float = 2e-3
+    schedule: str = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    max_length: int = 512
+    precision: str = "auto"
+    store_dtype: str = "bf16"
+    score_batch: int = 64
+    checkpoint_seconds: float = 15.0
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, key: str, expected: str) -> None:
+            if not ok:
+                got = getattr(self, key)
+                raise InvalidInput(f"`{key}` must be {expected}, got {got!r}")
+
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), f.default)
+        need(self.rank >= 1, "rank", "at least 1")
+        need(self.alpha > 0, "alpha", "above 0")
+        need(0 <= self.sparsity < 1, "sparsity", "in [0, 1)")
+        need(self.scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}")
+        need(bool(self.targets) and all(self.targets), "targets", "a list of module names")
+        need(self.projection in PROJECTIONS, "projection", f"one of {', '.join(PROJECTIONS)}")
+        need(0 <= self.seed < 2**63, "seed", "in [0, 2**63)")
+        for key in ("batch", "calibration_steps", "calibration_rows", "score_batch"):
+            need(getattr(self, key) >= 1, key, "at least 1")
+        need(self.steps >= 0, "steps", "0 (then `epochs` counts) or more")
+        need(self.epochs > 0, "epochs", "above 0")
+        for key in ("learning_rate", "dense_learning_rate"):
+            need(0 < getattr(self, key) < float("inf"), key, "above 0 and finite")
+        need(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
+        need(0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)")
+        need(self.weight_decay >= 0, "weight_decay", "0 or more")
+        need(self.clip >= 0, "clip", "0 (off) or more")
+        need(self.max_length >= 2, "max_length", "at least 2")
+        need(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        need(self.store_dtype in STORE_DTYPES, "store_dtype", f"one of {', '.join(STORE_DTYPES)}")
+        need(self.checkpoint_seconds >= 0, "checkpoint_seconds", "0 (every step) or more")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, the factor before B A (arXiv:2106.09685, section 4.1)."""
+        return self.alpha / self.rank
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with those settings; None leaves a setting as it is."""
+        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in the order of the fields."""
+        out = dataclasses.asdict(self)
+        out["targets"] = list(self.targets)
+        return out
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Config:
+        """The inverse of `to_json`; unknown keys are an InvalidInput."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise InvalidInput(
+                    f"unknown setting {key!r}; there are: {', '.join(sorted(known))}"
+                )
+        values = dict(values)
+        if "targets" in values:
+            targets = values["targets"]
+            if isinstance(targets, str):
+                targets = [t.strip() for t in targets.split(",")]
+            if not isinstance(targets, (list, tuple)) or not all(
+                isinstance(t, str) for t in targets
+            ):
+                raise InvalidInput(f"`targets` must be a list of module names, got {targets!r}")
+            values["targets"] = tuple(targets)
+        for key in ("alpha", "sparsity", "epochs", "learning_rate", "dense_learning_rate",
+                    "warmup", "weight_decay", "clip", "checkpoint_seconds"):  # fmt: skip
+            if isinstance(values.get(key), int) and not isinstance(values[key], bool):
+                values[key] = float(values[key])
+        return cls(**values)
+
+
+def _check_type(key: str, value: object, default: object) -> None:
+    expected = type(default)
+    if type(value) is not expected:
+        names = {int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+        raise InvalidInput(f"`{key}` must be {names[expected]}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A workspace's `lori.toml`: defaults for training and where tasks' files lie."""
+
+    config: Config = field(default_factory=Config)
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+TASK_KEYS = frozenset(
+    {"train", "eval", "calibration", "probe", "scorer", "description", "probe_rows",
+     "allow_overlap"}
+)  # fmt: skip
+
+
+def load_settings(path: Path) -> Settings:
+    """Read `lori.toml`; a missing file gives the defaults.
+
+    Raises:
+        InvalidInput: not TOML, or an unknown or unusable key, named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InvalidInput(f"cannot read {path}: {e}; mend or remove the file") from e
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise InvalidInput(f"{path} is not TOML: {e}") from e
+    tasks = data.pop("tasks", {})
+    defaults = data.pop("defaults", {})
+    if data:
+        raise InvalidInput(
+            f"{path}: unknown section {next(iter(data))!r}; expected [defaults] and [tasks.NAME]"
+        )
+    if not isinstance(tasks, dict) or not isinstance(defaults, dict):
+        raise InvalidInput(f"{path}: `defaults` and `tasks` must be tables")
+    for name, entry in tasks.items():
+        if not isinstance(entry, dict):
+            raise InvalidInput(f"{path}: [tasks.{name}] must be a table")
+        for key in entry:
+            if key not in TASK_KEYS:
+                known = ", ".join(sorted(TASK_KEYS))
+                raise InvalidInput(f"{path}: unknown key {key!r} in [tasks.{name}]; known: {known}")
+    try:
+        return Settings(Config.from_json(defaults), tasks)
+    except InvalidInput as e:
+        raise InvalidInput(f"{path}: {e}") from e
+
+
+_COMMENTS = {
+    "rank": "rank of B A; alpha / rank is the update's scaling",
+    "sparsity": "share of B frozen at zero; 0.9 is LoRI-S of the paper",
+    "scope": "where the mask's threshold is set: " + ", ".join(SCOPES),
+    "targets": '"all-linear" (every linear layer but the head) or names like ["q_proj", "v_proj"]',
+    "projection": "a frozen random A per task (task) or one for all (shared)",
+    "batch": "rows a step",
+    "steps": "optimizer steps; 0 means `epochs` passes over the rows",
+    "calibration_steps": "dense steps on the calibration rows before the mask is cut",
+    "calibration_rows": "how many training rows calibrate where no calibration file is given",
+    "learning_rate": "of masked B; dense_learning_rate is for calibration and --dense",
+    "schedule": "after the warm-up: " + ", ".join(SCHEDULES),
+    "warmup": "share of the steps",
+    "clip": "largest norm of the gradient, 0 is off",
+    "max_length": "tokens a row; longer prompts lose their beginning",
+    "precision": "auto is bf16 on a GPU and fp32 elsewhere",
+    "store_dtype": "of the stored values; what is scored is what is stored",
+}
+
+
+def default_toml() -> str:
+    """The commented `lori.toml` that `lori init` writes."""
+    lines = ["# Defaults of this workspace. Flags of a command win over them.", "", "[defaults]"]
+    for key, value in Config().to_json().items():
+        if isinstance(value, str):
+            shown = f'"{value}"'
+        elif isinstance(value, list):
+            shown = "[" + ", ".join(f'"{v}"' for v in value) + "]"
+        else:
+            shown = repr(value)
+        comment = f"  # {_COMMENTS[key]}" if key in _COMMENTS else ""
+        lines.append(f"# {key} = {shown}{comment}")
+    lines += [
+        "",
+        "# [tasks.safety]",
+        '# train = "data/safety/train.jsonl"',
+        '# eval = "data/safety/eval.jsonl"',
+        '# scorer = "exact_match"',
+        "",
+    ]
+    return "\n".join(lines)

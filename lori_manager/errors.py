@@ -1,0 +1,74 @@
+"""Every failure that a user can cause or meet, each with its own exit code.
+
+A message says what was wrong, what was expected, what was found and what to do.
+The CLI prints it as one line and exits with `exit_code`; a caller's bug is a
+ValueError or TypeError instead. The codes are documented in the README.
+"""
+
+from __future__ import annotations
+
+
+class LoriError(Exception):
+    """Base of all domain failures."""
+
+    exit_code = 1
+
+
+class InvalidInput(LoriError):
+    """An argument, flag or configuration value that no run can use."""
+
+    exit_code = 2
+
+
+class AuditFailed(LoriError):
+    """A task on the audited line fell further than allowed."""
+
+    exit_code = 3
+
+
+class NotFound(LoriError):
+    """No such workspace, task, line, adapter, mask, alias or method."""
+
+    exit_code = 4
+
+
+class BadData(LoriError):
+    """Task data that cannot be read, or a row that cannot be used."""
+
+    exit_code = 5
+
+
+class WrongBase(LoriError):
+    """The base model is not the one this workspace, adapter or mask was made for."""
+
+    exit_code = 6
+
+
+class IncompatibleStore(LoriError):
+    """The database was written by another version of lori, or is not lori's."""
+
+    exit_code = 7
+
+
+class DamagedObject(LoriError):
+    """A stored file is missing, cut short, altered or malformed."""
+
+    exit_code = 8
+
+
+class StorageFailed(LoriError):
+    """The disk or the database refused: full, read-only, locked."""
+
+    exit_code = 9
+
+
+class Conflict(LoriError):
+    """The name is taken, or another process holds what this command needs."""
+
+    exit_code = 10
+
+
+class ImportRefused(LoriError):
+    """At least one foreign adapter could not be imported faithfully."""
+
+    exit_code = 11

@@ -1,0 +1,206 @@
+"""The words of the project as frozen values. Rows become these; nothing else leaves the store.
+
+Base, Task, Mask, Adapter, Line, Score and Alias are defined in the README's
+"Words". All times are UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+JSON = Mapping[str, Any]
+SPLITS = ("train", "eval", "calibration", "probe")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The one frozen model of a workspace, known by the fingerprint of its weights."""
+
+    fingerprint: str
+    source: str  # what the user named: a path or a hub id
+    revision: str | None  # the hub's commit, None for a path
+    path: str  # the local folder that holds the files
+    model_type: str
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Split:
+    """One frozen list of rows of a task."""
+
+    digest: str  # SHA-256 of the stored JSONL
+    rows: int
+    tokens: int = 0  # sum over rows of prompt + completion + end of text, after truncation
+    longest: int = 0  # the longest row in tokens, before truncation
+    truncated: int = 0  # rows longer than max_length
+
+
+@dataclass(frozen=True)
+class Task:
+    """A scorer and frozen rows; changed rows or scorer make a new revision."""
+
+    name: str
+    revision: int
+    scorer: str
+    scorer_version: int
+    description: str
+    splits: Mapping[str, Split]
+    options: JSON  # how the rows were read: sources, sizes, seeds
+    created_at: datetime
+
+    @property
+    def ref(self) -> str:
+        """`safety#2`."""
+        return f"{self.name}#{self.revision}"
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there are rows to train on; a task may be for scoring only."""
+        return "train" in self.splits
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which entries of B may train for a task, bound to the A it was calibrated on."""
+
+    task: str
+    task_revision: int
+    version: int
+    digest: str  # of the stored file
+    projection: str  # digest of the A it belongs to
+    sparsity: float
+    scope: str
+    kept: int
+    total: int
+    config: JSON
+    created_at: datetime
+
+    @property
+    def ref(self) -> str:
+        """`safety%2`."""
+        return f"{self.task}%{self.version}"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An adapter that another was continued or merged from."""
+
+    ref: str
+    digest: str
+    weight: float | None = None  # the weight in a merge, None for a continuation
+
+
+@dataclass(frozen=True)
+class NewAdapter:
+    """What the store needs to commit an adapter; version, digest and time are its to give."""
+
+    line: str
+    origin: str  # "trained", "merged" or "imported"
+    task: str | None  # the task trained at this stage, None for merges and imports
+    task_revision: int | None
+    mask: str | None  # "safety%2"
+    parents: Sequence[Parent]
+    method: str  # "lori-s", "lori-d", "concat", "linear", "peft-lora"
+    rank: int  # the largest rank of any module
+    projection: str | None  # digest of A where there is one A, else None
+    base: str  # fingerprint
+    sequence: bool = False  # a stage of a line that is a sequence
+    run: str | None = None
+    stage: int | None = None  # position in the run's plan
+    config: JSON = field(default_factory=dict)  # the resolved configuration, seeds included
+    versions: JSON = field(default_factory=dict)  # library versions
+    facts: JSON = field(
+        default_factory=dict
+    )  # measured on the way: loss, seconds, tokens, parameters
+
+
+@dataclass(frozen=True)
+class Adapter(NewAdapter):
+    """Immutable weights with a version: `safety@3`."""
+
+    version: int = 0
+    digest: str = ""
+    bytes: int = 0
+    created_at: datetime = datetime.min
+
+    @property
+    def ref(self) -> str:
+        """`safety@3`."""
+        return f"{self.line}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named history of adapters."""
+
+    name: str
+    task: str | None  # the task whose own line this is
+    sequence: tuple[str, ...]  # task refs in the order taught; empty where it is no sequence
+    versions: int
+    latest: Adapter | None
+    aliases: Mapping[str, int]
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training command in progress: what was planned, so that it can go on."""
+
+    id: str
+    plan: JSON
+    done: bool
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class NewScore:
+    """One evaluation of an adapter or the base on a task revision's eval rows."""
+
+    subject: str  # "base" or an adapter ref
+    digest: str  # of the weights that act: the adapter's, or the base's fingerprint
+    task: str
+    task_revision: int
+    scorer: str
+    scorer_version: int
+    precision: str  # "fp32", "bf16", ...; "" for outcomes measured elsewhere
+    value: float
+    error: float  # standard error of `value`
+    rows: int
+    origin: str = "measured"  # or what the user said of outcomes measured elsewhere
+    facts: JSON = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score(NewScore):
+    """A stored score; its outcome per row is fetched apart, by `Store.outcomes`."""
+
+    id: int = 0
+    created_at: datetime = datetime.min
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A movable name for one adapter: `main@production`."""
+
+    line: str
+    name: str
+    version: int
+    moved_at: datetime
+
+    @property
+    def ref(self) -> str:
+        """`main@production`."""
+        return f"{self.line}@{self.name}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that `verify` or `audit` has to tell."""
+
+    kind: str  # "missing", "damaged", "unfit", "orphan", "drop"
+    subject: str
+    message: str
+    facts: JSON = field(default_factory=dict)
