@@ -112,9 +112,7 @@ class NewAdapter:
     stage: int | None = None  # position in the run's plan
     config: JSON = field(default_factory=dict)  # the resolved configuration, seeds included
     versions: JSON = field(default_factory=dict)  # library versions
-    facts: JSON = field(
-        default_factory=dict
-    )  # measured on the way: loss, seconds, tokens, parameters
+    facts: JSON = field(default_factory=dict)  # measured on the way: loss, seconds, ...
 
 
 @dataclass(frozen=True)
