@@ -195,6 +195,18 @@ class Alias:
 
 
 @dataclass(frozen=True)
+class AliasMove:
+    """One entry of the journal of aliases: who made it point where, and when."""
+
+    line: str
+    name: str
+    from_version: int | None  # None: it was new
+    to_version: int | None  # None: it was removed
+    user: str
+    moved_at: datetime
+
+
+@dataclass(frozen=True)
 class Finding:
     """Something that `verify` or `audit` has to tell."""
 

@@ -1,0 +1,394 @@
+"""The store of a workspace: records in, records out, each method one short transaction.
+
+Files are written first, rows committed after: what a method has returned survives
+kill -9 and a power cut, and an interruption leaves at most a file that no row needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from lori_manager.errors import NotFound
+from lori_manager.records import (
+    Adapter,
+    Alias,
+    AliasMove,
+    Base,
+    Finding,
+    Line,
+    Mask,
+    NewAdapter,
+    NewScore,
+    Run,
+    Score,
+    Split,
+    Task,
+)
+from lori_manager.refs import AdapterRef
+from lori_manager.store import (
+    adapters,
+    aliases,
+    bases,
+    database,
+    integrity,
+    lines,
+    masks,
+    runs,
+    scores,
+    tasks,
+)
+from lori_manager.store import outcomes as codec
+from lori_manager.store.files import ObjectStore, private_folder, storing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Store:
+    """Registry and objects of one workspace; safe to use from many processes and threads.
+
+    Every method may raise StorageFailed (full, read-only or failing disk, locked
+    database), DamagedObject (what was read is not what was written) and
+    IncompatibleStore (the schema was changed meanwhile). Unknown names are NotFound.
+    """
+
+    def __init__(self, root: Path, db: database.Database) -> None:
+        self.root = root
+        self.objects = ObjectStore(root / "objects")
+        self.runs = root / "runs"  # checkpoints of open runs, a folder each
+        self._db = db
+
+    @classmethod
+    def create(cls, root: Path) -> Store:
+        """Make a store in the folder `root` (usually `.lori`), which only its owner may enter.
+
+        Raises:
+            Conflict: there is one already.
+        """
+        with storing(root):
+            root.parent.mkdir(parents=True, exist_ok=True)
+            private_folder(root)
+        database.create(root)
+        return cls.open(root)
+
+    @classmethod
+    def open(cls, root: Path) -> Store:
+        """Open the store in `root`.
+
+        Raises:
+            NotFound: no registry.db there.
+            IncompatibleStore: it is older or newer than this lori, or not lori's.
+        """
+        path = root / database.REGISTRY
+        if not path.is_file():
+            raise NotFound(f"there is no {path}: run `lori init`")
+        store = cls(root, database.Database.sqlite(path))
+        with store._db.read():
+            pass
+        with storing(root):
+            private_folder(store.objects.root)
+            private_folder(store.runs)
+        return store
+
+    def close(self) -> None:
+        """Release what is held; nothing is lost without it."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # base
+
+    def set_base(self, base: Base) -> Base:
+        """Set the base model; the same weights again change nothing.
+
+        Raises:
+            Conflict: other weights are set.
+        """
+        with self._db.write() as c:
+            return bases.add(c, base)
+
+    def base(self) -> Base:
+        """The base model."""
+        with self._db.read() as c:
+            return bases.one(c)
+
+    def move_base(self, *, path: str, source: str) -> Base:
+        """Note where the same weights were found."""
+        with self._db.write() as c:
+            return bases.move(c, path=path, source=source)
+
+    # tasks
+
+    def add_task(
+        self,
+        name: str,
+        *,
+        scorer: str,
+        scorer_version: int,
+        description: str,
+        splits: Mapping[str, Split],
+        options: Mapping[str, Any],
+        eval_keys: Sequence[bytes],
+    ) -> Task:
+        """Add a task and its line, or a revision where rows or scorer differ from the latest.
+
+        Args:
+            splits: must have "eval"; their files are in `objects` already.
+            eval_keys: one 16-byte hash for each eval row, in order.
+        Returns:
+            The new revision, or the latest one, unchanged, where nothing differs.
+        Raises:
+            Conflict: the name is that of a line.
+            InvalidInput: the name is not usable.
+        """
+        for split in splits.values():
+            self.objects.size(split.digest)  # a row never precedes its file
+        with self._db.write() as c:
+            return tasks.add(
+                c,
+                name,
+                scorer=scorer,
+                scorer_version=scorer_version,
+                description=description,
+                splits=splits,
+                options=options,
+                eval_keys=eval_keys,
+            )
+
+    def task(self, name: str, revision: int | None = None) -> Task:
+        """That revision of the task, or the latest."""
+        with self._db.read() as c:
+            return tasks.one(c, name, revision)
+
+    def tasks(self) -> list[Task]:
+        """The latest revision of each task, by the creation of the tasks."""
+        with self._db.read() as c:
+            return tasks.every(c)
+
+    def task_revisions(self, name: str) -> list[Task]:
+        """All revisions of a task, oldest first."""
+        with self._db.read() as c:
+            return tasks.revisions(c, name)
+
+    def eval_keys(self, task: Task) -> list[bytes]:
+        """The 16-byte hashes of the revision's eval rows, in order."""
+        with self._db.read() as c:
+            return tasks.eval_keys(c, task)
+
+    # lines
+
+    def add_line(self, name: str, *, sequence: Sequence[str] = ()) -> Line:
+        """Add a free line, as a sequence of task refs or none; the same again changes nothing.
+
+        Raises:
+            Conflict: the name is a task's, or a line's of another sequence.
+            InvalidInput: the name is not usable.
+        """
+        with self._db.write() as c:
+            lines.add(c, name, sequence)
+            return lines.one(c, name)
+
+    def line(self, name: str) -> Line:
+        """The line of that name."""
+        with self._db.read() as c:
+            return lines.one(c, name)
+
+    def lines(self) -> list[Line]:
+        """All lines, by creation, in a fixed number of queries."""
+        with self._db.read() as c:
+            return lines.every(c)
+
+    # runs
+
+    def open_run(self, plan: Mapping[str, Any]) -> Run:
+        """The open run of an equal plan, to go on with, or a new one."""
+        with self._db.write() as c:
+            return runs.start(c, plan)
+
+    def finish_run(self, run_id: str) -> None:
+        """Close the run; an equal plan then starts anew."""
+        with self._db.write() as c:
+            runs.finish(c, run_id)
+
+    def open_runs(self) -> list[Run]:
+        """The open runs, oldest first."""
+        with self._db.read() as c:
+            return runs.unfinished(c)
+
+    def run_adapters(self, run_id: str) -> list[Adapter]:
+        """What the run has stored, by stage."""
+        with self._db.read() as c:
+            runs.one(c, run_id)
+            return adapters.of_run(c, run_id)
+
+    # masks
+
+    def add_mask(
+        self,
+        *,
+        task: Task,
+        blob: bytes,
+        projection: str,
+        sparsity: float,
+        scope: str,
+        kept: int,
+        total: int,
+        config: Mapping[str, Any],
+    ) -> Mask:
+        """Store the task's next mask; `projection` is the digest of the A it belongs to."""
+        digest = self.objects.put(blob)
+        with self._db.write() as c:
+            return masks.add(
+                c,
+                task=task,
+                digest=digest,
+                projection=projection,
+                sparsity=sparsity,
+                scope=scope,
+                kept=kept,
+                total=total,
+                config=config,
+            )
+
+    def mask(self, task_name: str, version: int) -> Mask:
+        """The mask `task%version`."""
+        with self._db.read() as c:
+            return masks.one(c, task_name, version)
+
+    def masks(self, task_name: str) -> list[Mask]:
+        """The task's masks, oldest first."""
+        with self._db.read() as c:
+            return masks.every(c, task_name)
+
+    def mask_bytes(self, mask: Mask) -> bytes:
+        """The mask's file, checked against its digest."""
+        return self.objects.get(mask.digest)
+
+    # adapters
+
+    def add_adapter(self, new: NewAdapter, blob: bytes) -> Adapter:
+        """Store the line's next version; the line is made if there is none.
+
+        Versions are consecutive whoever else writes. A stage that its run has stored
+        is returned as it is, so that a resumed command may repeat it.
+        Raises:
+            WrongBase: made for another base.
+            NotFound: no such task revision, mask, parent or run.
+        """
+        digest = self.objects.put(blob)
+        with self._db.write() as c:
+            return adapters.add(c, new, digest=digest, size=len(blob))
+
+    def adapter(self, ref: AdapterRef) -> Adapter:
+        """The adapter that a version, `latest` or an alias means."""
+        with self._db.read() as c:
+            return adapters.one(c, ref)
+
+    def adapters(self, line: str | None = None) -> list[Adapter]:
+        """Adapters of one line or of all, by creation."""
+        with self._db.read() as c:
+            return adapters.every(c, line)
+
+    def children(self, ref: AdapterRef) -> list[Adapter]:
+        """The adapters that were continued or merged from that one, by creation."""
+        with self._db.read() as c:
+            return adapters.children(c, ref)
+
+    def adapter_bytes(self, adapter: Adapter) -> bytes:
+        """The adapter's file, checked against its digest."""
+        return self.objects.get(adapter.digest)
+
+    # scores
+
+    def add_score(
+        self, new: NewScore, outcomes: np.ndarray, weights: np.ndarray | None = None
+    ) -> Score:
+        """Store a score with one outcome, and perhaps one weight, for each eval row.
+
+        A score of the same weights, task revision, scorer, precision and origin is
+        returned as stored.
+        Args:
+            outcomes: (eval rows,) in their order; NaN is not measured. Kept as bits
+                where all are 0 or 1, else as float32.
+            weights: (eval rows,), such as token counts; kept as float32.
+        Raises:
+            Conflict: other outcomes are stored for an origin other than "measured".
+        """
+        encoding, content = codec.encode(outcomes)
+        if weights is not None and weights.shape != outcomes.shape:
+            raise ValueError(f"expected weights of shape {outcomes.shape}, got {weights.shape}")
+        with self._db.write() as c:
+            return scores.add(
+                c,
+                new,
+                encoding=encoding,
+                outcomes=content,
+                weights=None if weights is None else codec.encode_floats(weights),
+                rows=len(outcomes),
+            )
+
+    def find_score(
+        self, *, digest: str, task: Task, scorer: str, scorer_version: int, precision: str
+    ) -> Score | None:
+        """What lori measured of those weights, if it did and the outcomes are whole."""
+        with self._db.read() as c:
+            return scores.find(
+                c,
+                digest=digest,
+                task=task,
+                scorer=scorer,
+                scorer_version=scorer_version,
+                precision=precision,
+            )
+
+    def scores(
+        self, *, subject: str | None = None, task: str | None = None, revision: int | None = None
+    ) -> list[Score]:
+        """Scores by creation, also those measured under another name of the same weights."""
+        with self._db.read() as c:
+            return scores.every(c, subject=subject, task=task, revision=revision)
+
+    def outcomes(self, score: Score) -> tuple[np.ndarray, np.ndarray | None]:
+        """Outcomes and weights of a score, each (eval rows,) float32."""
+        with self._db.read() as c:
+            return scores.arrays(c, score)
+
+    # aliases
+
+    def set_alias(self, line: str, name: str, version: int) -> Alias:
+        """Point an alias at a version of its line; the move is noted."""
+        with self._db.write() as c:
+            return aliases.point(c, line, name, version)
+
+    def aliases(self, line: str | None = None) -> list[Alias]:
+        """Aliases of one line or of all, by line and name."""
+        with self._db.read() as c:
+            return aliases.every(c, line)
+
+    def remove_alias(self, line: str, name: str) -> None:
+        """Take an alias away; that is noted too."""
+        with self._db.write() as c:
+            aliases.remove(c, line, name)
+
+    def alias_moves(self, line: str | None = None) -> list[AliasMove]:
+        """Every move there ever was, oldest first."""
+        with self._db.read() as c:
+            return aliases.moves(c, line)
+
+    # integrity
+
+    def verify(self) -> Iterator[Finding]:
+        """Everything that is wrong with rows, files and the database; changes nothing."""
+        return integrity.verify(self._db, self.objects)
