@@ -1,0 +1,1 @@
+"""Pure functions from outcomes and score matrices to figures; numpy only."""
