@@ -1,0 +1,238 @@
+"""An adapter as a directory that PEFT loads and vLLM serves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lori_manager.adapters.peft_format import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FINGERPRINT_KEY,
+    HEADS,
+    KEY_PREFIX,
+    WEIGHTS_FILE,
+    last_part,
+    named_by,
+)
+from lori_manager.engine.update import LowRankUpdate
+from lori_manager.errors import Conflict, InvalidInput, StorageFailed
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def write_peft(
+    updates: Mapping[str, LowRankUpdate],
+    directory: Path,
+    *,
+    base_name: str,
+    revision: str | None,
+    fingerprint: str,
+    all_modules: Collection[str],
+    dtype: torch.dtype = torch.float32,
+    transposed: Collection[str] = (),
+    label: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Write updates as one PEFT LoRA that reproduces them.
+
+    Every module gets the largest rank (zero rows of A and columns of B) and
+    lora_alpha = r, with each update's scaling multiplied into its B: no pattern
+    or scaling is left that a loader could read differently. A scaling of 1 in
+    float32 is kept bit for bit.
+
+    A new directory appears whole or not at all. An existing one is filled in
+    place with the configuration removed first and written last, so that a crash
+    never leaves a loadable mixture of two adapters.
+
+    Args:
+        updates: module name in the causal language model -> update. Not modified.
+        directory: made if missing, with its parents.
+        base_name: the hub id or path that the base was loaded from.
+        revision: the base's revision on the hub, if it has one.
+        fingerprint: of the base's weights; kept in the weights' metadata.
+        all_modules: the names of all modules of the base, containers included.
+        dtype: float32, bfloat16 or float16, of the factors written.
+        transposed: modules whose weight is (in, out), GPT-2's Conv1D.
+        label: what the model card calls the adapter, such as `safety@3`.
+        overwrite: replace an adapter that is already in `directory`; other files stay.
+    Raises:
+        ValueError: no updates, an unknown module, or another dtype.
+        InvalidInput: a target that is an output head; values that are not finite in `dtype`.
+        Conflict: `directory` is a file, or not empty and `overwrite` is False.
+        StorageFailed: the directory cannot be written.
+    """
+    if not updates or dtype not in _DTYPES:
+        raise ValueError(
+            f"expected updates and a dtype of {_DTYPES}, got {len(updates)} and {dtype}"
+        )
+    unknown = sorted(set(updates) - set(all_modules))
+    if unknown:
+        raise ValueError(f"module {unknown[0]!r} is not one of the base's {len(all_modules)}")
+    heads = sorted(name for name in updates if last_part(name) in HEADS)
+    if heads:
+        raise InvalidInput(
+            f"module {heads[0]!r} is an output head, which may share its weights with the "
+            "embeddings; train without targeting it"
+        )
+    existing = _check_target(directory, overwrite)
+    rank = max(update.rank for update in updates.values())
+    config = _config(updates, rank, base_name, revision, all_modules, transposed)
+    tensors = _tensors(updates, rank, dtype)
+    # Beside a new directory, to become it; inside an existing one, which may be a mount point.
+    staged = (directory if existing else directory.absolute().parent) / (
+        f".lori-export-{secrets.token_hex(6)}"
+    )
+    try:
+        staged.mkdir(parents=True)
+        (staged / CARD_FILE).write_text(
+            _card(label, base_name, revision, rank, updates), encoding="utf-8"
+        )
+        (staged / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(
+            tensors, staged / WEIGHTS_FILE, metadata={"format": "pt", FINGERPRINT_KEY: fingerprint}
+        )
+        # safetensors makes its files readable by their owner alone, which a server is not.
+        (staged / WEIGHTS_FILE).chmod((staged / CONFIG_FILE).stat().st_mode & 0o777)
+        _publish(staged, directory, existing)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise Conflict(f"{directory} was written by another process meanwhile") from error
+        reason = getattr(error, "strerror", None) or error
+        raise StorageFailed(
+            f"cannot write {directory}: {reason}; free space or choose another directory"
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _check_target(directory: Path, overwrite: bool) -> bool:
+    """Whether the directory exists already; Conflict where it must not be written."""
+    try:
+        if not directory.is_dir():
+            if directory.exists():
+                raise Conflict(f"{directory} is a file: choose another directory")
+            return False
+        if any(directory.iterdir()) and not overwrite:
+            raise Conflict(f"{directory} is not empty: choose another directory or overwrite it")
+    except OSError as error:
+        raise StorageFailed(f"cannot write {directory}: {error.strerror or error}") from error
+    return True
+
+
+def _config(
+    updates: Mapping[str, LowRankUpdate],
+    rank: int,
+    base_name: str,
+    revision: str | None,
+    all_modules: Collection[str],
+    transposed: Collection[str],
+) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": _targets(set(updates), all_modules),
+        "fan_in_fan_out": any(name in updates for name in transposed),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _targets(modules: set[str], all_modules: Collection[str]) -> list[str]:
+    """`target_modules`: last parts where these mean exactly `modules`, else the full names."""
+    for targets in ({last_part(name) for name in modules}, modules):
+        if {name for name in all_modules if named_by(targets, name)} == modules:
+            return sorted(targets)
+    raise ValueError("the full name of an updated module is the ending of another module's name")
+
+
+def _tensors(
+    updates: Mapping[str, LowRankUpdate], rank: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    tensors = {}
+    for name, update in updates.items():
+        padded = update.padded(rank)
+        # Folded in float64: float32 would round the scaling itself before multiplying.
+        B = padded.B.detach().cpu().double() * padded.scaling
+        for factor, values in (("lora_A", padded.A), ("lora_B", B)):
+            # Copied: safetensors refuses memory that two tensors share, as a shared A does.
+            stored = values.detach().to("cpu", dtype, copy=True).contiguous()
+            if not bool(torch.isfinite(stored).all()):
+                raise InvalidInput(
+                    f"{factor} of module {name!r} is not finite in {dtype}: "
+                    "choose a dtype of larger range, or train the adapter again"
+                )
+            tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] = stored
+    return tensors
+
+
+def _card(
+    label: str,
+    base_name: str,
+    revision: str | None,
+    rank: int,
+    updates: Mapping[str, LowRankUpdate],
+) -> str:
+    """A model card; the base is named in its header where it looks like a hub id."""
+    header = ["library_name: peft", "tags: [lora, lori]"]
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_name):
+        header.insert(0, f"base_model: {json.dumps(base_name)}")
+    title = " ".join(label.split()) or "LoRA adapter"
+    base = f"{base_name}, revision {revision}" if revision else base_name
+    return (
+        "---\n" + "\n".join(header) + f"\n---\n\n# {title}\n\n"
+        f"A LoRA of rank {rank} on {len(updates)} modules, written by lori.\n\n"
+        f"- Base model: `{' '.join(base.split())}`\n"
+        "- Load: `PeftModel.from_pretrained(base, directory)`\n"
+        f"- Serve: vLLM with `--max-lora-rank` of {rank} or more\n"
+    )
+
+
+def _publish(staged: Path, directory: Path, existing: bool) -> None:
+    files = [staged / WEIGHTS_FILE, staged / CARD_FILE, staged / CONFIG_FILE]
+    for file in files:
+        _sync(file)
+    if not existing:
+        _sync(staged)
+        staged.rename(directory)
+        _sync(directory.absolute().parent)
+        return
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    _sync(directory)
+    for file in files:
+        file.replace(directory / file.name)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or, where the system can, a directory to the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,315 @@
+"""A PEFT LoRA directory as an adapter of ours, or one line that says why not.
+
+The files come from strangers: they are parsed as JSON and safetensors, never
+unpickled, and every name, shape, dtype and value is checked against the base.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lori_manager.adapters.peft_config import LoraSettings, is_target, lora_settings, shown
+from lori_manager.adapters.peft_format import (
+    CONFIG_FILE,
+    FINGERPRINT_KEY,
+    HEADS,
+    KEY_PREFIX,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    last_part,
+)
+from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.errors import DamagedObject, ImportRefused
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_DTYPES = ("F32", "BF16", "F16")
+
+_BASE_WEIGHT = (
+    "a weight of the base itself; if it is unchanged, save again with save_embedding_layers=False"
+)
+
+# The first that occurs in a tensor's name says what the tensor is.
+_FOREIGN_TENSORS = (
+    ("lora_magnitude_vector", "a DoRA magnitude, which no low-rank update can express"),
+    ("lora_embedding_", "an adapter of the embeddings; train without targeting them"),
+    ("modules_to_save", "a whole module of the base; train without modules_to_save"),
+    ("original_module", "a whole module of the base; train without modules_to_save"),
+    ("trainable_tokens", "trained embedding rows; train without trainable_token_indices"),
+    ("token_adapter", "trained embedding rows; train without trainable_token_indices"),
+    (".bias", "a bias, no update of a weight; train with bias='none' and lora_bias=False"),
+    ("base_layer.", _BASE_WEIGHT),
+    ("embed_tokens.weight", _BASE_WEIGHT),
+    ("lm_head.weight", _BASE_WEIGHT),
+)
+
+
+@dataclass(frozen=True)
+class ImportedAdapter:
+    """What a PEFT directory holds, in our words.
+
+    Attributes:
+        weights: one block per distinct scaling; A and B are the file's tensors bit for bit,
+            in their own dtypes, and B has no mask.
+        rank: the largest rank of any module.
+        alpha: `lora_alpha` as written. The scalings that count are the blocks'.
+        config: the parsed `adapter_config.json`.
+        notes: what the user should hear, one sentence each.
+    """
+
+    weights: AdapterWeights
+    rank: int
+    alpha: float
+    config: dict[str, Any]
+    notes: list[str]
+
+
+def read_peft(
+    directory: Path,
+    *,
+    shapes: Mapping[str, tuple[int, int]],
+    base_names: Collection[str],
+    fingerprint: str,
+    assume_base: bool = False,
+) -> ImportedAdapter:
+    """Read a PEFT LoRA made for this base.
+
+    Ranks may differ per module (`rank_pattern`), so may alphas; rsLoRA is
+    understood. The tensors decide which modules are updated, and the
+    configuration must target each of them.
+
+    Args:
+        directory: holds `adapter_config.json` and `adapter_model.safetensors`.
+        shapes: full name -> (out_features, in_features) of every linear module of
+            the base, of GPT-2's Conv1D too.
+        base_names: hub id and paths that this base goes by.
+        fingerprint: of this base's weights.
+        assume_base: accept an adapter whose base cannot be told or has another name.
+            A fingerprint that differs is refused all the same.
+    Raises:
+        ImportRefused: the adapter cannot be imported faithfully; says what to do.
+        DamagedObject: a file is cut short, malformed or holds values that are not finite.
+    """
+    try:
+        config = _read_config(directory)
+        settings = lora_settings(config)
+        tensors, metadata = _read_header(directory / WEIGHTS_FILE)
+        notes = _check_base(config, metadata, base_names, fingerprint, assume_base)
+        factors = _match(tensors, shapes, settings, config)
+        left = [n for n in shapes if n not in factors and is_target(config, n)]
+        weights = _load(directory / WEIGHTS_FILE, factors, settings)
+    except (ImportRefused, DamagedObject) as error:
+        raise type(error)(f"{directory}: {error}") from error
+    if (directory / PICKLE_FILE).exists():
+        notes.append(f"{PICKLE_FILE} was ignored; {WEIGHTS_FILE} was read.")
+    if left:
+        notes.append(
+            f"{len(left)} modules that target_modules means have no tensors and stay as in "
+            f"the base, the first is {min(left)}."
+        )
+    if _is_zero(weights):
+        notes.append("The update is zero everywhere: the adapter changes nothing.")
+    return ImportedAdapter(weights, weights.rank, settings.alpha, config, notes)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    try:
+        if not path.is_file():
+            raise ImportRefused(f"not a PEFT adapter directory: there is no {CONFIG_FILE}")
+        text = path.read_bytes()
+        if not (directory / WEIGHTS_FILE).is_file():
+            if (directory / PICKLE_FILE).exists():
+                raise ImportRefused(
+                    f"{PICKLE_FILE} is a pickle, which can run any code and is never opened: "
+                    "if you trust it, load it with PEFT and save_pretrained it as safetensors"
+                )
+            raise ImportRefused(f"not a PEFT adapter directory: there is no {WEIGHTS_FILE}")
+    except OSError as error:
+        raise ImportRefused(f"cannot be read: {error.strerror or error}") from error
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedObject(f"{CONFIG_FILE} is not valid JSON: {error}; copy it again") from error
+    if not isinstance(config, dict):
+        raise ImportRefused(f"{CONFIG_FILE} must hold an object, got {shown(config)}")
+    return config
+
+
+def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Tensor name -> dtype and shape, and the metadata, before any value is read."""
+    try:
+        # Checks lengths and offsets; what it does not check is the names.
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size), object_pairs_hook=_unique)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise DamagedObject(
+            f"{WEIGHTS_FILE} is cut short or malformed: {error}; copy it again"
+        ) from error
+    metadata = header.pop("__metadata__", None) or {}
+    return header, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys must differ: safetensors takes the last of two equal ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return found
+
+
+def _check_base(
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    base_names: Collection[str],
+    fingerprint: str,
+    assume_base: bool,
+) -> list[str]:
+    """Notes on how the base was recognised; ImportRefused where it is another."""
+    recorded = metadata.get(FINGERPRINT_KEY)
+    if recorded == fingerprint:
+        return []
+    if recorded is not None:
+        raise ImportRefused(
+            f"made for a base with fingerprint {shown(recorded, 20)}, this base has "
+            f"{shown(fingerprint, 20)}: import it into a workspace of its own base"
+        )
+    name = config.get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise ImportRefused(f"base_model_name_or_path must be a name, got {shown(name)}")
+    if name and name in base_names:
+        return []
+    same = sorted(b for b in base_names if name and _short(name) and _short(b) == _short(name))
+    if same:
+        return [f"Its base {shown(name)} was taken for {shown(same[0])}: the last part is equal."]
+    if assume_base:
+        return [f"Its base {shown(name)} was assumed to be this one."]
+    raise ImportRefused(
+        f"made for the base {shown(name)}, this base is "
+        f"{' or '.join(shown(base) for base in sorted(base_names)) or 'unnamed'}: import it into a "
+        "workspace of its own base, or assume the base if both are the same weights"
+    )
+
+
+def _short(name: str) -> str:
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
+
+
+def _match(
+    tensors: Mapping[str, Mapping[str, Any]],
+    shapes: Mapping[str, tuple[int, int]],
+    settings: LoraSettings,
+    config: Mapping[str, Any],
+) -> dict[str, dict[str, str]]:
+    """Module -> {"A": tensor name, "B": tensor name}, all checked but the values."""
+    factors: dict[str, dict[str, str]] = {}
+    adapters = set()
+    foreign = []
+    for key in sorted(tensors):
+        named = _FACTOR.fullmatch(key.removeprefix(KEY_PREFIX))
+        if named is None:
+            foreign.append(key)
+            continue
+        module, factor = named["module"], named["factor"]
+        if last_part(module) in HEADS:
+            raise ImportRefused(
+                f"module {shown(module, 120)} is an output head, which may share its weights with "
+                "the embeddings; train without targeting it"
+            )
+        if factor in factors.setdefault(module, {}):
+            raise ImportRefused(f"module {shown(module, 120)} has lora_{factor} twice")
+        factors[module][factor] = key
+        adapters.add(named["adapter"])
+    if foreign:
+        what = next((what for part, what in _FOREIGN_TENSORS if part in foreign[0]), "")
+        raise ImportRefused(
+            f"tensor {shown(foreign[0], 120)} is "
+            f"{what or 'not part of a LoRA; remove it if it has no use'}"
+        )
+    if not factors:
+        raise ImportRefused(f"{WEIGHTS_FILE} holds no tensors")
+    if len(adapters) > 1:
+        names = ", ".join(sorted(shown(name) for name in adapters))
+        raise ImportRefused(f"{WEIGHTS_FILE} holds several adapters ({names}): save each alone")
+    for module in sorted(factors):
+        _check_module(module, factors[module], tensors, shapes, settings)
+        if is_target(config, module) is False:
+            raise ImportRefused(
+                f"module {module} has tensors, but target_modules and its companions leave it "
+                "out, so PEFT would not apply them; correct adapter_config.json or the file"
+            )
+    return factors
+
+
+def _check_module(
+    module: str,
+    keys: Mapping[str, str],
+    tensors: Mapping[str, Mapping[str, Any]],
+    shapes: Mapping[str, tuple[int, int]],
+    settings: LoraSettings,
+) -> None:
+    if module not in shapes:
+        raise ImportRefused(
+            f"module {shown(module, 120)} is not a linear module of this base: "
+            "import it into a workspace of its own base"
+        )
+    missing = {"A", "B"} - set(keys)
+    if missing:
+        raise ImportRefused(f"module {module} has no lora_{missing.pop()}: save the adapter again")
+    out_features, in_features = shapes[module]
+    rank = settings.rank_of(module)
+    for factor, expected in (("A", [rank, in_features]), ("B", [out_features, rank])):
+        found = tensors[keys[factor]]
+        if found["shape"] != expected:
+            raise ImportRefused(
+                f"lora_{factor} of module {module} has shape {shown(found['shape'])}, expected "
+                f"{expected} from this base and the rank {rank} in {CONFIG_FILE}"
+            )
+        if found["dtype"] not in _DTYPES:
+            raise ImportRefused(
+                f"lora_{factor} of module {module} is {shown(found['dtype'])}, expected one of "
+                f"{', '.join(_DTYPES)}: convert it and save again"
+            )
+
+
+def _load(
+    path: Path, factors: Mapping[str, Mapping[str, str]], settings: LoraSettings
+) -> AdapterWeights:
+    """Blocks grouped by scaling, so that no tensor has to be multiplied by it."""
+    A: dict[float, dict[str, Tensor]] = {}
+    B: dict[float, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for module in sorted(factors):
+                scaling = settings.scaling_of(module)
+                for factor, block in (("A", A), ("B", B)):
+                    # Copied: the file's own memory map would break if the file changed.
+                    values = file.get_tensor(factors[module][factor]).clone()
+                    if not bool(torch.isfinite(values).all()):
+                        raise DamagedObject(
+                            f"lora_{factor} of module {module} has values that are not finite: "
+                            "take an earlier checkpoint"
+                        )
+                    block.setdefault(scaling, {})[module] = values
+    except (SafetensorError, OSError) as error:
+        raise DamagedObject(f"{WEIGHTS_FILE} cannot be read: {error}; copy it again") from error
+    return AdapterWeights(tuple(Block(B=B[s], scaling=s, tensors=A[s]) for s in A))
+
+
+def _is_zero(weights: AdapterWeights) -> bool:
+    return all(
+        block.scaling == 0 or not bool(block.A[name].any()) or not bool(block.B[name].any())
+        for block in weights.blocks
+        for name in block.B
+    )
