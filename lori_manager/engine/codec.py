@@ -1,0 +1,419 @@
+"""AdapterWeights and masks <-> bytes: one file each, lossless.
+
+`engine.container` is the file, `engine.bits` the codes. An adapter's record lists
+per block of factors
+
+    modules      [[out_features, in_features, rank, [names]], ...]
+    scaling      a float
+    projection   ProjectionSpec.to_json(), or null where A is in the file
+    digest       SHA-256 of A
+    kept         how many entries of B the mask keeps, or null where B is dense
+    B, A         {"dtype", "common"} of the stored values; A is null with a projection
+
+and block i has the tensors
+
+    b{i}.mask                    the mask, modules in sorted order, row by row
+    b{i}.B.codes, b{i}.B.rest    B in that order, only where the mask is True
+    b{i}.A.codes, b{i}.A.rest    A in that order
+
+A mask's record lists `modules` as [[out_features, rank, [names]], ...] and `kept`;
+its one tensor is `mask`.
+
+The decoders trust nothing. Whatever is wrong with a file, they raise DamagedObject,
+and what they allocate is bounded by the file's size, not by what it says of itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from reprlib import repr as short
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lori_manager.engine import bits
+from lori_manager.engine.container import Container, read_container, read_meta, write_container
+from lori_manager.engine.projection import GENERATOR, ProjectionSpec
+from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.errors import DamagedObject, IncompatibleStore
+
+ADAPTER_FORMAT = "lori-adapter"
+MASK_FORMAT = "lori-mask"
+
+# A file of n bytes may describe FREE_ENTRIES + ENTRIES_PER_BYTE * n entries of B, and
+# as many of A. That is enough for an 8B model's mask at sparsity .999; a tiny file can
+# claim 200 MB.
+FREE_ENTRIES = 2**25
+ENTRIES_PER_BYTE = 256
+
+_SIZE_LIMIT = 2**31
+_SEED_LIMIT = 2**64
+
+# name -> dtype, integers of its size, and the bits that are all ones in inf and nan,
+# among the eight after the sign
+_DTYPES = {
+    "bfloat16": (torch.bfloat16, torch.int16, 0b11111111),
+    "float16": (torch.float16, torch.int16, 0b11111000),
+    "float32": (torch.float32, torch.int32, 0b11111111),
+}
+
+_NULL = type(None)
+_BLOCK_FIELDS = {
+    "modules": (list,),
+    "scaling": (float,),
+    "projection": (dict, _NULL),
+    "digest": (str,),
+    "kept": (int, _NULL),
+    "B": (dict,),
+    "A": (dict, _NULL),
+}
+_PROJECTION_FIELDS = {"generator": (str,), "seed": (int,), "line": (str,), "rank": (int,)}
+_VALUES_FIELDS = {"dtype": (str,), "common": (list,)}
+_MASK_FIELDS = {"modules": (list,), "kept": (int,)}
+
+Tensors = dict[str, bits.Bytes]
+Sizes = dict[str, tuple[int, ...]]  # sorted by name
+
+
+def encode_adapter(weights: AdapterWeights, meta: Mapping[str, Any] | None = None) -> bytes:
+    """An adapter as the bytes of a file.
+
+    Args:
+        weights: any blocks. The B of a block share one dtype, and so do its A where
+            no projection makes them: bfloat16, float16 or float32. Not modified.
+        meta: what the caller wants to find again, as plain JSON values.
+    Returns:
+        Bytes from which `decode_adapter` restores every value bit for bit, save that
+        a -0.0 outside a mask returns as 0.0. Equal for equal content.
+    Raises:
+        ValueError: B is not zero outside its mask, a value is not finite, shapes,
+            dtypes or names do not fit, or meta is not plain JSON.
+    """
+    sizes = [_block_sizes(block) for block in weights.blocks]
+    tensors: Tensors = {}
+    blocks = [
+        _encode_block(block, s, f"b{i}", tensors)
+        for i, (block, s) in enumerate(zip(weights.blocks, sizes, strict=True))
+    ]
+    data = write_container(ADAPTER_FORMAT, Container(dict(meta or {}), {"blocks": blocks}, tensors))
+    if not _fits(sizes, len(data)):
+        raise ValueError(
+            f"B is too large to be kept in {len(data)} bytes: its masks keep too little"
+        )
+    return data
+
+
+def decode_adapter(
+    data: bytes, *, check_projection: bool = True
+) -> tuple[AdapterWeights, dict[str, Any]]:
+    """Inverse of `encode_adapter`.
+
+    Args:
+        data: the whole file.
+        check_projection: make A and compare it with the digest of the A that B was
+            trained on. The weights keep it, so it is not made twice.
+    Returns:
+        The weights, on the CPU, and the caller's meta.
+    Raises:
+        DamagedObject: not an adapter's file, or altered in any bit.
+        IncompatibleStore: written by a newer lori.
+    """
+    meta, record, tensors = read_container(data, ADAPTER_FORMAT)
+    records = _fields(record, "the file", {"blocks": (list,)})["blocks"]
+    records = [_fields(r, f"block {i}", _BLOCK_FIELDS) for i, r in enumerate(records)]
+    if not records:
+        raise DamagedObject("the file has no blocks")
+    sizes = [_ungroup(r["modules"], 3, f"block {i}") for i, r in enumerate(records)]
+    if not _fits(sizes, len(data)):
+        raise DamagedObject(f"{len(data)} bytes cannot hold modules as large as the file names")
+    blocks = tuple(
+        _decode_block(r, s, f"b{i}", tensors)
+        for i, (r, s) in enumerate(zip(records, sizes, strict=True))
+    )
+    _expect_no_more(tensors)
+    if check_projection:
+        for i, (block, r) in enumerate(zip(blocks, records, strict=True)):
+            if block.projection_digest != r["digest"]:
+                raise DamagedObject(f"block {i}: A is not the one that B was trained on")
+    return AdapterWeights(blocks), meta
+
+
+def encode_mask(mask: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> bytes:
+    """A mask as the bytes of a file.
+
+    Args:
+        mask: module name -> bool (out_features, rank). Not modified.
+        meta: what the caller wants to find again, as plain JSON values.
+    Returns:
+        Bytes for `decode_mask`; equal for equal content.
+    Raises:
+        ValueError: no names or unprintable ones, not boolean matrices, or meta is
+            not plain JSON.
+    """
+    _check_names(mask)
+    for name, m in mask.items():
+        if m.dtype != torch.bool or m.ndim != 2 or m.numel() == 0:
+            raise ValueError(f"mask of {name!r}: expected a boolean matrix, got {_kind(m)}")
+    sizes: Sizes = {name: tuple(mask[name].shape) for name in sorted(mask)}
+    flat = _flatten(mask)
+    record = {"modules": _group(sizes), "kept": int(np.count_nonzero(flat))}
+    container = Container(dict(meta or {}), record, {"mask": bits.mask_encode(flat)})
+    data = write_container(MASK_FORMAT, container)
+    if not _fits([sizes], len(data)):
+        raise ValueError(f"{len(flat)} entries are too many for a mask that is all but empty")
+    return data
+
+
+def decode_mask(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inverse of `encode_mask`.
+
+    Returns:
+        Module name -> bool (out_features, rank), on the CPU, and the caller's meta.
+    Raises:
+        DamagedObject: not a mask's file, or altered in any bit.
+        IncompatibleStore: written by a newer lori.
+    """
+    meta, record, tensors = read_container(data, MASK_FORMAT)
+    record = _fields(record, "the file", _MASK_FIELDS)
+    sizes = _ungroup(record["modules"], 2, "the file")
+    if not _fits([sizes], len(data)):
+        raise DamagedObject(f"{len(data)} bytes cannot hold a mask as large as the file names")
+    flat = bits.mask_decode(_take(tensors, "mask"), _count(sizes), record["kept"])
+    _expect_no_more(tensors)
+    return _split(flat, sizes), meta
+
+
+def decode_meta(data: bytes) -> dict[str, Any]:
+    """The caller's meta of an adapter or a mask, from the file's header alone.
+
+    Nothing else is decoded or checked; the beginning of a file will do.
+
+    Raises:
+        DamagedObject: the header is not one of lori's.
+        IncompatibleStore: written by a newer lori.
+    """
+    return read_meta(data)
+
+
+# Blocks. Their sizes are (out_features, in_features, rank) of each module.
+
+
+def _block_sizes(block: Block) -> Sizes:
+    """The sizes of a block, once it is known that the block can be stored."""
+    _check_names(block.B)
+    spec, A, mask = block.projection, block.tensors or {}, block.mask
+    if not math.isfinite(block.scaling):
+        raise ValueError(f"`scaling` must be finite, got {block.scaling}")
+    if spec is not None and not (spec.seed < _SEED_LIMIT and spec.line.isprintable()):
+        raise ValueError(f"seed {spec.seed} or line {spec.line!r} cannot be stored")
+    if mask is not None and set(mask) != set(block.B):
+        raise ValueError("mask and B of a block name different modules")
+    sizes: Sizes = {}
+    for name in sorted(block.B):
+        B = block.B[name]
+        A_shape = (spec.rank, spec.modules[name]) if spec is not None else tuple(A[name].shape)
+        if B.ndim != 2 or len(A_shape) != 2 or B.shape[1] != A_shape[0] or B.numel() == 0:
+            raise ValueError(
+                f"{name!r}: expected A (rank, in_features) and B (out_features, rank), got "
+                f"A {A_shape} and B {tuple(B.shape)}"
+            )
+        if mask is not None:
+            m = mask[name].to(B.device)
+            if m.dtype != torch.bool or m.shape != B.shape:
+                raise ValueError(f"mask of {name!r}: expected bool like B, got {_kind(m)}")
+            if bool(torch.any((B != 0) & ~m)):
+                raise ValueError(f"B of {name!r} is not zero outside its mask")
+        sizes[name] = (B.shape[0], A_shape[1], A_shape[0])
+    return sizes
+
+
+def _encode_block(block: Block, sizes: Sizes, at: str, tensors: Tensors) -> dict[str, Any]:
+    mask = None
+    if block.mask is not None:
+        mask = _flatten(block.mask)
+        tensors[f"{at}.mask"] = bits.mask_encode(mask)
+    spec, A = block.projection, block.tensors
+    return {
+        "modules": _group(sizes),
+        "scaling": float(block.scaling),
+        "projection": None if spec is None else spec.to_json(),
+        "digest": block.projection_digest,
+        "kept": None if mask is None else int(np.count_nonzero(mask)),
+        "B": _encode_values(block.B, f"{at}.B", tensors, mask),
+        "A": None if A is None else _encode_values(A, f"{at}.A", tensors),
+    }
+
+
+def _decode_block(record: dict[str, Any], sizes: Sizes, at: str, tensors: Tensors) -> Block:
+    if not math.isfinite(record["scaling"]):
+        raise DamagedObject(f"the scaling of {at} is not finite")
+    if (record["projection"] is None) == (record["A"] is None):
+        raise DamagedObject(f"{at} must have either a projection or a stored A")
+    spec = A = mask = flat = None
+    B_sizes: Sizes = {name: (rows, rank) for name, (rows, _, rank) in sizes.items()}
+    if record["projection"] is not None:
+        spec = _decode_projection(record["projection"], sizes, at)
+    else:
+        A_sizes: Sizes = {name: (rank, columns) for name, (_, columns, rank) in sizes.items()}
+        A = _decode_values(record["A"], A_sizes, f"{at}.A", tensors)
+    if record["kept"] is not None:
+        flat = bits.mask_decode(_take(tensors, f"{at}.mask"), _count(B_sizes), record["kept"])
+        mask = _split(flat, B_sizes)
+    B = _decode_values(record["B"], B_sizes, f"{at}.B", tensors, flat)
+    return Block(B, record["scaling"], spec, A, mask)
+
+
+def _decode_projection(record: Any, sizes: Sizes, at: str) -> ProjectionSpec:
+    record = _fields(record, f"the projection of {at}", _PROJECTION_FIELDS)
+    if record["generator"] != GENERATOR:
+        raise IncompatibleStore(
+            f"A was made by generator {short(record['generator'])}, this lori has {GENERATOR}"
+        )
+    if not (0 <= record["seed"] < _SEED_LIMIT and record["line"].isprintable()):
+        raise DamagedObject(f"the projection of {at} has an impossible seed or line")
+    if any(rank != record["rank"] for _, _, rank in sizes.values()):
+        raise DamagedObject(f"the projection of {at} and its modules have different ranks")
+    modules = {name: columns for name, (_, columns, _) in sizes.items()}
+    return ProjectionSpec(record["seed"], record["line"], record["rank"], modules)
+
+
+# Matrices by name <-> one row of bits.
+
+
+def _encode_values(
+    values: Mapping[str, Tensor], at: str, tensors: Tensors, mask: NDArray[np.bool_] | None = None
+) -> dict[str, Any]:
+    """Add the code of the values, only where `mask` is True if there is one."""
+    dtypes = {v.dtype for v in values.values()}
+    names = [name for name, (dtype, _, _) in _DTYPES.items() if dtypes == {dtype}]
+    if not names:
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"{at}: expected one dtype among {', '.join(_DTYPES)}, got {found}")
+    _, integers, special = _DTYPES[names[0]]
+    words = _flatten({name: v.detach().contiguous().view(integers) for name, v in values.items()})
+    words = words.view(f"u{words.itemsize}")
+    common, codes, rest = bits.floats_encode(words if mask is None else words[mask])
+    if any(group & special == special for group in common):
+        raise ValueError(f"{at} has values that are not finite")
+    tensors[f"{at}.codes"], tensors[f"{at}.rest"] = codes, rest
+    return {"dtype": names[0], "common": common}
+
+
+def _decode_values(
+    record: Any, sizes: Sizes, at: str, tensors: Tensors, mask: NDArray[np.bool_] | None = None
+) -> dict[str, Tensor]:
+    record = _fields(record, at, _VALUES_FIELDS)
+    dtype, common = record["dtype"], record["common"]
+    if dtype not in _DTYPES:
+        raise DamagedObject(f"{at} has dtype {short(dtype)}, expected one of {', '.join(_DTYPES)}")
+    torch_dtype, integers, special = _DTYPES[dtype]
+    if any(type(g) is not int or not 0 <= g < 256 for g in common) or len(set(common)) < len(
+        common
+    ):
+        raise DamagedObject(f"{at} has an impossible list of exponents")
+    if any(group & special == special for group in common):
+        raise DamagedObject(f"{at} has values that are not finite")
+    codes, rest = _take(tensors, f"{at}.codes"), _take(tensors, f"{at}.rest")
+    n = _count(sizes) if mask is None else int(np.count_nonzero(mask))
+    words = bits.floats_decode(common, codes, rest, n, integers.itemsize)
+    if mask is not None:
+        scattered = np.zeros(len(mask), words.dtype)
+        scattered[mask] = words
+        words = scattered
+    matrices = _split(words.view(f"i{words.itemsize}"), sizes)
+    return {name: matrix.view(torch_dtype) for name, matrix in matrices.items()}
+
+
+def _flatten(matrices: Mapping[str, Tensor]) -> NDArray[Any]:
+    """Matrices of one dtype, in sorted order of names and row by row, as one array."""
+    return np.concatenate([matrices[n].detach().cpu().numpy().ravel() for n in sorted(matrices)])
+
+
+def _split(flat: NDArray[Any], sizes: Sizes) -> dict[str, Tensor]:
+    """Inverse of `_flatten`. The matrices are views, which do not overlap."""
+    out, start = {}, 0
+    for name, (rows, columns) in sizes.items():
+        stop = start + rows * columns
+        out[name] = torch.from_numpy(flat[start:stop].reshape(rows, columns))
+        start = stop
+    return out
+
+
+def _group(sizes: Sizes) -> list[Any]:
+    """Names by their common sizes: [[*sizes, [names]], ...]."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, size in sizes.items():
+        groups.setdefault(size, []).append(name)
+    return [[*size, groups[size]] for size in sorted(groups)]
+
+
+def _ungroup(groups: list[Any], dimensions: int, where: str) -> Sizes:
+    sizes: Sizes = {}
+    for group in groups:
+        if not isinstance(group, list) or len(group) != dimensions + 1:
+            raise DamagedObject(f"{where} has a malformed list of modules")
+        *size, names = group
+        if any(type(x) is not int or not 0 < x < _SIZE_LIMIT for x in size):
+            raise DamagedObject(f"{where} has modules of size {short(size)}")
+        if not isinstance(names, list) or not all(map(_is_name, names)):
+            raise DamagedObject(f"{where} has malformed names of modules")
+        if len(set(names)) < len(names) or not sizes.keys().isdisjoint(names):
+            raise DamagedObject(f"{where} names a module twice")
+        sizes.update(dict.fromkeys(names, tuple(size)))
+    if not sizes:
+        raise DamagedObject(f"{where} names no modules")
+    return dict(sorted(sizes.items()))
+
+
+def _count(sizes: Sizes) -> int:
+    return sum(map(math.prod, sizes.values()))
+
+
+def _fits(blocks: Iterable[Sizes], size: int) -> bool:
+    """Whether a file of `size` bytes may describe these blocks; see FREE_ENTRIES."""
+    modules = [module for sizes in blocks for module in sizes.values()]
+    B = sum(module[0] * module[-1] for module in modules)
+    A = sum(math.prod(module[1:]) for module in modules)
+    return max(A, B) <= FREE_ENTRIES + ENTRIES_PER_BYTE * size
+
+
+# Checks.
+
+
+def _fields(record: Any, where: str, expected: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    """The record, which has exactly the expected keys with values of exactly those types."""
+    if not isinstance(record, dict) or set(record) != set(expected):
+        raise DamagedObject(f"{where} must record exactly {', '.join(expected)}")
+    for key, types in expected.items():
+        if type(record[key]) not in types:  # bool is an int
+            raise DamagedObject(f"{key!r} of {where} is {short(record[key])}")
+    return record
+
+
+def _take(tensors: Tensors, name: str) -> bits.Bytes:
+    if name not in tensors:
+        raise DamagedObject(f"tensor {name!r} is missing")
+    return tensors.pop(name)
+
+
+def _expect_no_more(tensors: Tensors) -> None:
+    if tensors:
+        raise DamagedObject(f"unexpected tensor {short(min(tensors))}")
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and name.isprintable()
+
+
+def _check_names(names: Iterable[str]) -> None:
+    bad = [name for name in names if not _is_name(name)]
+    if bad or not list(names):
+        raise ValueError(f"module names must be printable text, got {short(bad)}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -1,0 +1,166 @@
+"""Layers that add B A x to a frozen linear layer, and how they get into a model.
+
+`LoriLinear` trains, `LowRankLinear` only applies. Both wrap the layer they stand
+for, so that taking them out again leaves the very same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lori_manager.engine.update import LowRankUpdate
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer, None for anything else.
+
+    Knows torch's Linear and transformers' Conv1D (GPT-2), whose weight is
+    (in_features, out_features).
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        inner, outer = layer.weight.shape  # type: ignore[misc]
+        return int(outer), int(inner)
+    return None
+
+
+class LoriLinear(nn.Module):
+    """h = W x + scaling * B A x, where only masked entries of B are parameters.
+
+    B is put together in every forward from `values`, a 1-D parameter over the
+    mask's positions, and a frozen remainder. What the mask leaves out is in no
+    parameter: optimizer state, weight decay and clipping cannot reach it, so it
+    does not change by a single bit.
+
+    Shapes: x (..., in_features), A (rank, in_features), B (out_features, rank),
+    values (number of True entries in the mask,).
+    Source: arXiv:2504.07448; the reference masks gradients of a dense B instead.
+    """
+
+    A: Tensor
+    positions: Tensor | None
+    rest: Tensor | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        A: Tensor,
+        scaling: float,
+        mask: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> None:
+        """Wrap `base`.
+
+        Args:
+            base: the frozen layer; not modified.
+            A: (rank, in_features).
+            scaling: alpha / rank.
+            mask: bool (out_features, rank); None trains all of B.
+            start: B to begin with; None is zero. Entries outside the mask stay.
+        Raises:
+            ValueError: shapes that do not belong together.
+        """
+        super().__init__()
+        shape = linear_shape(base)
+        if shape is None or A.shape[1] != shape[1]:
+            raise ValueError(f"A {tuple(A.shape)} does not fit a layer of shape {shape}")
+        self.base = base
+        self.scaling = scaling
+        self.shape = (shape[0], int(A.shape[0]))
+        for name, tensor in (("mask", mask), ("start", start)):
+            if tensor is not None and tuple(tensor.shape) != self.shape:
+                raise ValueError(f"{name} {tuple(tensor.shape)} does not fit B {self.shape}")
+        like = next(base.parameters())
+        self.register_buffer("A", A.to(like.device, like.dtype), persistent=False)
+        first = (
+            torch.zeros(self.shape, dtype=torch.float32, device=like.device)
+            if start is None
+            else start.to(like.device, torch.float32)
+        )
+        positions = rest = None
+        if mask is not None:
+            positions = mask.to(like.device).flatten().nonzero().flatten()
+            if start is not None:
+                rest = first.flatten().index_fill(0, positions, 0.0)
+            first = first.flatten()[positions]
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("rest", rest, persistent=False)
+        self.values = nn.Parameter(first.flatten().clone())
+
+    def B(self) -> Tensor:
+        """The whole B, (out_features, rank) float32, with its gradient path to `values`."""
+        if self.positions is None:
+            return self.values.view(self.shape)
+        if self.rest is None:
+            canvas = self.values.new_zeros(self.shape[0] * self.shape[1])
+        else:
+            canvas = self.rest
+        return canvas.index_copy(0, self.positions, self.values).view(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        z = F.linear(x, self.A)
+        out: Tensor = self.base(x)
+        return out + F.linear(z, (self.B() * self.scaling).to(z.dtype))
+
+
+class LowRankLinear(nn.Module):
+    """h = W x + scaling * B A x with fixed factors.
+
+    Shapes: x (..., in_features), A (rank, in_features), B (out_features, rank).
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, base: nn.Module, update: LowRankUpdate) -> None:
+        super().__init__()
+        shape = linear_shape(base)
+        if shape != update.shape:
+            raise ValueError(f"an update of shape {update.shape} does not fit a layer of {shape}")
+        self.base = base
+        like = next(base.parameters())
+        self.register_buffer("A", update.A.to(like.device, like.dtype), persistent=False)
+        B = (update.B * update.scaling).to(like.device, like.dtype)
+        self.register_buffer("B", B, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        out: Tensor = self.base(x)
+        return out + F.linear(F.linear(x, self.A), self.B)
+
+
+@contextmanager
+def attached(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `layers` in the place of the modules of those names, and take them out after.
+
+    Raises:
+        KeyError: the model has no module of that name; nothing is changed then.
+    """
+    places = []
+    for name in layers:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if child not in owner._modules:
+            raise KeyError(name)
+        places.append((owner, child, owner._modules[child]))
+    try:
+        for (owner, child, _), layer in zip(places, layers.values(), strict=True):
+            owner._modules[child] = layer
+        yield
+    finally:
+        for owner, child, original in places:
+            owner._modules[child] = original
+
+
+def low_rank_layers(
+    model: nn.Module, updates: Mapping[str, LowRankUpdate]
+) -> dict[str, LowRankLinear]:
+    """One `LowRankLinear` per update, around the model's own layers."""
+    return {n: LowRankLinear(model.get_submodule(n), u) for n, u in updates.items()}

@@ -1,0 +1,115 @@
+"""AdapterWeights: a whole adapter in memory, as blocks of factors.
+
+A trained adapter is one block; an exact merge of three is three blocks with
+their weights in the scaling, so that a regenerable A stays regenerable and a
+sparse B stays sparse on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from lori_manager.engine.projection import ProjectionSpec, projection_digest
+from lori_manager.engine.update import LowRankUpdate, concat_updates
+
+
+@dataclass(frozen=True)
+class Block:
+    """Factors that share one way of making A and one scaling.
+
+    Attributes:
+        B: module name -> (out_features, rank). Stored in its own dtype.
+        scaling: the factor before B A.
+        projection: how A is regenerated, or None where `tensors` holds it.
+        tensors: module name -> A (rank, in_features); None with a projection.
+        mask: module name -> bool like B; B is zero outside it. None: B is dense.
+    """
+
+    B: Mapping[str, Tensor]
+    scaling: float
+    projection: ProjectionSpec | None = None
+    tensors: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    mask: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.projection is None) == (self.tensors is None):
+            raise ValueError("a block has either a projection or tensors for A")
+        named = self.projection.modules if self.projection is not None else self.tensors
+        if set(named or ()) != set(self.B):
+            raise ValueError("A and B of a block name different modules")
+
+    @property
+    def A(self) -> Mapping[str, Tensor]:
+        """Module name -> (rank, in_features), float32 where it is regenerated."""
+        if self.projection is not None:
+            return self.projection.matrices
+        assert self.tensors is not None  # narrows the type; __post_init__ checked it
+        return self.tensors
+
+    @property
+    def projection_digest(self) -> str:
+        """SHA-256 of A; equal for blocks that share one A."""
+        if self.projection is not None:
+            return self.projection.digest
+        return projection_digest(self.A)
+
+    def updates(self) -> dict[str, LowRankUpdate]:
+        """Module name -> LowRankUpdate."""
+        return {n: LowRankUpdate(self.A[n], self.B[n], self.scaling) for n in self.B}
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """One or more blocks whose updates add up."""
+
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError("an adapter has at least one block")
+
+    @property
+    def modules(self) -> list[str]:
+        """Sorted names of all modules that any block updates."""
+        return sorted({name for block in self.blocks for name in block.B})
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of the summed update of any module."""
+        return max(
+            sum(int(b.B[name].shape[1]) for b in self.blocks if name in b.B)
+            for name in self.modules
+        )
+
+    def updates(self) -> dict[str, LowRankUpdate]:
+        """Module name -> the sum of the blocks' updates, as factors, float32."""
+        out = {}
+        for name in self.modules:
+            parts = [
+                LowRankUpdate(b.A[name].float(), b.B[name].float(), b.scaling)
+                for b in self.blocks
+                if name in b.B
+            ]
+            out[name] = parts[0] if len(parts) == 1 else concat_updates(parts, [1.0] * len(parts))
+        return out
+
+
+def concat_adapters(members: Sequence[AdapterWeights], weights: Sequence[float]) -> AdapterWeights:
+    """The exact weighted sum of adapters: every block, its scaling times the weight.
+
+    Members may update different modules; ranks add where they meet.
+    Raises:
+        ValueError: no members, or not one weight per member.
+    """
+    if not members or len(members) != len(weights):
+        raise ValueError(f"got {len(members)} members and {len(weights)} weights")
+    return AdapterWeights(
+        tuple(
+            replace(block, scaling=block.scaling * float(w))
+            for member, w in zip(members, weights, strict=True)
+            for block in member.blocks
+        )
+    )
