@@ -38,7 +38,7 @@ class Config:
     epochs: float = 2.0
     calibration_steps: int = 20
     calibration_rows: int = 1024
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     dense_learning_rate: float = 2e-3
     schedule: str = "linear"
     warmup: float = 0.1

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,8 +22,9 @@ from lori_manager.adapters.peft_format import (
     last_part,
     named_by,
 )
+from lori_manager.adapters.staging import staged_directory
 from lori_manager.engine.update import LowRankUpdate
-from lori_manager.errors import Conflict, InvalidInput, StorageFailed
+from lori_manager.errors import InvalidInput
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,16 +83,10 @@ def write_peft(
             f"module {heads[0]!r} is an output head, which may share its weights with the "
             "embeddings; train without targeting it"
         )
-    existing = _check_target(directory, overwrite)
     rank = max(update.rank for update in updates.values())
     config = _config(updates, rank, base_name, revision, all_modules, transposed)
-    tensors = _tensors(updates, rank, dtype)
-    # Beside a new directory, to become it; inside an existing one, which may be a mount point.
-    staged = (directory if existing else directory.absolute().parent) / (
-        f".lori-export-{secrets.token_hex(6)}"
-    )
-    try:
-        staged.mkdir(parents=True)
+    with staged_directory(directory, CONFIG_FILE, overwrite) as staged:
+        tensors = _tensors(updates, rank, dtype)
         (staged / CARD_FILE).write_text(
             _card(label, base_name, revision, rank, updates), encoding="utf-8"
         )
@@ -104,32 +94,6 @@ def write_peft(
         save_file(
             tensors, staged / WEIGHTS_FILE, metadata={"format": "pt", FINGERPRINT_KEY: fingerprint}
         )
-        # safetensors makes its files readable by their owner alone, which a server is not.
-        (staged / WEIGHTS_FILE).chmod((staged / CONFIG_FILE).stat().st_mode & 0o777)
-        _publish(staged, directory, existing)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise Conflict(f"{directory} was written by another process meanwhile") from error
-        reason = getattr(error, "strerror", None) or error
-        raise StorageFailed(
-            f"cannot write {directory}: {reason}; free space or choose another directory"
-        ) from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _check_target(directory: Path, overwrite: bool) -> bool:
-    """Whether the directory exists already; Conflict where it must not be written."""
-    try:
-        if not directory.is_dir():
-            if directory.exists():
-                raise Conflict(f"{directory} is a file: choose another directory")
-            return False
-        if any(directory.iterdir()) and not overwrite:
-            raise Conflict(f"{directory} is not empty: choose another directory or overwrite it")
-    except OSError as error:
-        raise StorageFailed(f"cannot write {directory}: {error.strerror or error}") from error
-    return True
 
 
 def _config(
@@ -209,30 +173,3 @@ def _card(
         "- Load: `PeftModel.from_pretrained(base, directory)`\n"
         f"- Serve: vLLM with `--max-lora-rank` of {rank} or more\n"
     )
-
-
-def _publish(staged: Path, directory: Path, existing: bool) -> None:
-    files = [staged / WEIGHTS_FILE, staged / CARD_FILE, staged / CONFIG_FILE]
-    for file in files:
-        _sync(file)
-    if not existing:
-        _sync(staged)
-        staged.rename(directory)
-        _sync(directory.absolute().parent)
-        return
-    (directory / CONFIG_FILE).unlink(missing_ok=True)
-    _sync(directory)
-    for file in files:
-        file.replace(directory / file.name)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or, where the system can, a directory to the disk."""
-    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

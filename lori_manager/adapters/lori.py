@@ -1,0 +1,114 @@
+"""LoRI: the frozen A, the masked B, and what a trained adapter is made of.
+
+arXiv:2504.07448. LoRI-D trains all of B, LoRI-S the entries of a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lori_manager.config import Config
+from lori_manager.engine import mask as masks
+from lori_manager.engine.layers import LoriLinear
+from lori_manager.engine.projection import ProjectionSpec
+from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.models import check_rank, resolve_targets
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def fresh_block(shapes: Mapping[str, tuple[int, int]], config: Config, line: str) -> Block:
+    """B = 0 on the line's own A.
+
+    Args:
+        shapes: every linear module of the base, name -> (out_features, in_features).
+        config: rank, alpha, targets, seed and projection count here.
+        line: whose A it is; ignored with `projection = "shared"`.
+    Raises:
+        InvalidInput: a target that matches nothing, a rank too large.
+    """
+    chosen = {name: shapes[name] for name in resolve_targets(shapes, config.targets)}
+    check_rank(chosen, config.rank)
+    spec = ProjectionSpec(
+        seed=config.seed,
+        line="" if config.projection == "shared" else line,
+        rank=config.rank,
+        modules={name: shape[1] for name, shape in chosen.items()},
+    )
+    B = {name: torch.zeros(shape[0], config.rank) for name, shape in chosen.items()}
+    return Block(B, config.scaling, projection=spec)
+
+
+def continued_block(weights: AdapterWeights, config: Config) -> Block:
+    """The adapter as one block to go on training from: same A, B kept.
+
+    An adapter of several blocks (an exact merge) becomes one whose A holds all
+    rows of theirs and is stored as it is.
+    """
+    if len(weights.blocks) == 1:
+        return weights.blocks[0]
+    updates = weights.updates()
+    scaling = config.scaling
+    B = {name: u.B * (u.scaling / scaling) for name, u in updates.items()}
+    return Block(B, scaling, tensors={name: u.A for name, u in updates.items()})
+
+
+def used_entries(block: Block) -> dict[str, Tensor]:
+    """Entries of B that the block's tasks have taken: its mask, or what is not zero."""
+    if block.mask is not None:
+        return {name: m.clone() for name, m in block.mask.items()}
+    return masks.support(block.B)
+
+
+def trainable_layers(
+    model: nn.Module, block: Block, mask: Mapping[str, Tensor] | None
+) -> dict[str, LoriLinear]:
+    """One layer per module of the block, starting from its B."""
+    return {
+        name: LoriLinear(
+            model.get_submodule(name),
+            block.A[name],
+            block.scaling,
+            None if mask is None else mask[name],
+            B if bool(B.any()) else None,
+        )
+        for name, B in block.B.items()
+    }
+
+
+def trained_B(layers: Mapping[str, LoriLinear]) -> dict[str, Tensor]:
+    """Module name -> B (out_features, rank), float32 on the CPU."""
+    return {name: layer.B().detach().cpu() for name, layer in layers.items()}
+
+
+def trained_block(
+    start: Block,
+    B: Mapping[str, Tensor],
+    mask: Mapping[str, Tensor] | None,
+    store_dtype: str,
+) -> Block:
+    """The block to store after training.
+
+    B is rounded to the stored dtype, except that a start of higher precision
+    keeps it: rounding would move entries that were not to be trained. The new
+    mask is what the start used and what was trained; None where either is dense.
+    """
+    begun = any(bool(b.any()) for b in start.B.values())
+    wide = begun and any(b.dtype == torch.float32 for b in start.B.values())
+    dtype = torch.float32 if wide else DTYPES[store_dtype]
+    rounded = {name: b.to(dtype) for name, b in B.items()}
+    if mask is None or (begun and start.mask is None):
+        union = None
+    elif begun:
+        union = masks.union([used_entries(start), mask])
+    else:
+        union = dict(mask)
+    return Block(rounded, start.scaling, start.projection, start.tensors, union)
+
+
+def capacity_left(blocks: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Module name -> share of B that none of the masks has taken."""
+    return masks.capacity(masks.union(blocks))

@@ -1,0 +1,21 @@
+"""concat: the exact weighted sum of updates, by putting factors side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lori_manager.engine.weights import AdapterWeights, concat_adapters
+from lori_manager.merging.methods import merge_methods
+
+
+@merge_methods.register(
+    "concat", source="arXiv:2504.07448, section 3.3", identity=True, ordered=False
+)
+def merge_concat(members: Sequence[AdapterWeights], weights: Sequence[float]) -> AdapterWeights:
+    """sum_t weights[t] * delta_t, exactly; ranks add.
+
+    Acts on whole updates. One adapter at weight 1 returns itself; the order of the
+    members does not matter but for rounding. Each member's A stays regenerable and
+    its B sparse.
+    """
+    return concat_adapters(members, weights)

@@ -1,0 +1,361 @@
+"""The base model: where it lies, its fingerprint, loading it, its linear layers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lori_manager.errors import InvalidInput, NotFound, WrongBase
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+
+
+def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The local folder of a base and, for a hub id, the commit that it is.
+
+    Args:
+        source: a folder with config.json and safetensors weights, or a hub id.
+        revision: branch, tag or commit on the hub; refused for a folder.
+    Raises:
+        NotFound: neither a usable folder nor something the hub gave.
+        InvalidInput: a revision for a folder.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InvalidInput(f"`--revision` is for hub ids; {source!r} is a folder")
+        folder = folder.resolve()
+        if not (folder / "config.json").is_file():
+            raise NotFound(f"{folder} holds no config.json: expected a transformers model folder")
+        weight_files(folder)
+        return folder, None
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise NotFound(f"base {source!r}: there is no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise NotFound(
+            f"base {source!r} is neither a folder nor available on the hub ({first}); "
+            "give a path, or check the name and the network"
+        ) from e
+    weight_files(path)
+    return path, path.name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, those of its index where it has one.
+
+    Raises:
+        NotFound: none there. Pickled weights are never loaded.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [f.name for f in files if not f.is_file()]
+    if missing or not files:
+        what = f"lacks {missing[0]}" if missing else "holds no *.safetensors"
+        raise NotFound(f"{folder} {what}: convert the weights with `save_pretrained` first")
+    return files
+
+
+def fingerprint(folder: Path, cache: Path | None = None) -> str:
+    """SHA-256 over the base's weights by tensor: name, dtype, shape, bytes.
+
+    The same weights in other shards, in another order or beside other metadata
+    give the same fingerprint.
+
+    Args:
+        folder: the model folder.
+        cache: a JSON file that remembers results by path, size and time of
+            change, so that unchanged files are not read again.
+    """
+    files = weight_files(folder)
+    stamp = [[str(f), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ino] for f in files]
+    if cache is not None and cache.is_file():
+        try:
+            known = json.loads(cache.read_text("utf-8"))
+            if known["files"] == stamp:
+                return str(known["fingerprint"])
+        except (ValueError, KeyError, TypeError):
+            logger.debug("%s is unreadable; reading the weights again", cache)
+    tensors: dict[str, bytes] = {}
+    for file in files:
+        tensors.update(_tensor_hashes(file))
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        h.update(tensors[name])
+    result = h.hexdigest()
+    if cache is not None:
+        from lori_manager.store.files import write_atomic
+
+        write_atomic(cache, json.dumps({"files": stamp, "fingerprint": result}).encode())
+    return result
+
+
+def _tensor_hashes(file: Path) -> dict[str, bytes]:
+    """Tensor name -> SHA-256 over its name, dtype, shape and bytes, read as a stream."""
+    out = {}
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > min(100_000_000, file.stat().st_size):
+            raise WrongBase(f"{file} is not a whole safetensors file")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as e:
+            raise WrongBase(f"{file} is not a whole safetensors file: {e}") from e
+        header.pop("__metadata__", None)
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = info["data_offsets"]
+            h = hashlib.sha256(f"{name}|{info['dtype']}|{info['shape']}|".encode())
+            f.seek(8 + length + begin)
+            left = end - begin
+            while left:
+                chunk = f.read(min(left, 1 << 22))
+                if not chunk:
+                    raise WrongBase(f"{file} is cut short at tensor {name!r}")
+                h.update(chunk)
+                left -= len(chunk)
+            out[name] = h.digest()
+    return out
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The base's tokenizer; never runs code that comes with a model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise NotFound(f"{folder} holds no usable tokenizer: {first}") from e
+
+
+@dataclass
+class BaseModel:
+    """A loaded, frozen causal language model.
+
+    Attributes:
+        model: the transformers causal LM, in eval mode, nothing requiring gradients.
+        folder: where it was loaded from.
+        precision: "fp32" or "bf16", of the weights.
+    """
+
+    model: Any
+    folder: Path
+    precision: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Loaded on first use."""
+        return load_tokenizer(self.folder)
+
+    @property
+    def context(self) -> int | None:
+        """The largest number of positions, None where the config has none."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @cached_property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Full name -> (out_features, in_features) of every linear layer but the head."""
+        return linear_shapes(self.model)
+
+    def token_logits(self, ids: Tensor, wanted: Tensor) -> Tensor:
+        """Next-token logits at the wanted positions only.
+
+        Args:
+            ids: (rows, length) token ids, padded at the end. No attention mask:
+                the model is causal, so padding behind a token cannot reach it.
+            wanted: bool (rows, length), True where the next token's logits count.
+        Returns:
+            (number wanted, vocabulary), in row-major order of `wanted`, float32.
+        """
+        if self._split_head:
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = self.model.get_output_embeddings()(hidden[wanted])
+        else:
+            logits = self.model(input_ids=ids, use_cache=False).logits[wanted]
+        out: Tensor = logits.float()
+        return out
+
+    @cached_property
+    def _split_head(self) -> bool:
+        """Whether head(decoder(x)) is all there is to the model's logits.
+
+        Some architectures scale or cap their logits after the head; a probe
+        decides instead of a list of names.
+        """
+        import torch
+
+        ids = torch.arange(4, device=self.device)[None] % self.model.config.vocab_size
+        with torch.no_grad():
+            expected = self.model(input_ids=ids, use_cache=False).logits
+            try:
+                hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                got = self.model.get_output_embeddings()(hidden)
+            except (AttributeError, TypeError, RuntimeError):
+                got = None
+        same = got is not None and got.shape == expected.shape and torch.equal(got, expected)
+        if not same:
+            logger.info("%s post-processes its logits: using its plain forward", self.folder.name)
+        return same
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        NotFound: missing or not a JSON object.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise NotFound(f"{folder} holds no readable config.json: {e}") from e
+    if not isinstance(config, dict):
+        raise NotFound(f"{folder}/config.json is not a JSON object")
+    return config
+
+
+def best_device() -> str:
+    """ "cuda", "mps" or "cpu", by what there is."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_precision(precision: str) -> str:
+    """ "auto" means bf16 on a GPU that has it, else fp32."""
+    if precision != "auto":
+        return precision
+    import torch
+
+    bf16 = best_device() == "cuda" and torch.cuda.is_bf16_supported()
+    return "bf16" if bf16 else "fp32"
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A base's modules without its weights.
+
+    Attributes:
+        model: on the meta device.
+        linear_shapes: full name -> (out_features, in_features), the head left out.
+        transposed: names of those whose weight is (in_features, out_features).
+    """
+
+    model: nn.Module
+    linear_shapes: dict[str, tuple[int, int]]
+    transposed: frozenset[str]
+
+
+def load_skeleton(folder: Path) -> Skeleton:
+    """Build the model's modules on the meta device, in well under a second."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(config, trust_remote_code=False)
+    shapes = linear_shapes(model)
+    transposed = {n for n in shapes if type(model.get_submodule(n)).__name__ == "Conv1D"}
+    return Skeleton(model, shapes, frozenset(transposed))
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Full name -> (out_features, in_features) of every linear layer but the head."""
+    from lori_manager.engine.layers import linear_shape
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    shapes = {name: linear_shape(module) for name, module in model.named_modules()
+              if module is not head}  # fmt: skip
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def load_base(folder: Path, precision: str = "auto", device: str | None = None) -> BaseModel:
+    """Load the base frozen, on the best device there is.
+
+    Args:
+        folder: a local model folder.
+        precision: "auto" (bf16 on an accelerator that has it, else fp32), "fp32", "bf16".
+        device: "cpu", "cuda", "mps"; None chooses by itself.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = device or best_device()
+    precision = resolve_precision(precision)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise NotFound(f"{folder} is not a causal language model lori can load: {first}") from e
+    model.requires_grad_(False)
+    model.eval()
+    return BaseModel(model.to(device), folder, precision)
+
+
+def resolve_targets(shapes: Mapping[str, tuple[int, int]], targets: Sequence[str]) -> list[str]:
+    """Full names of the modules that `targets` mean, sorted.
+
+    Args:
+        shapes: every linear module's full name -> shape.
+        targets: "all-linear", or names that each equal a module's full name or
+            its last dotted parts, whole: "q_proj", "mlp.down_proj".
+    Raises:
+        InvalidInput: any target that matches nothing, with the names there are.
+    """
+    chosen: set[str] = set()
+    for target in targets:
+        if target == "all-linear":
+            chosen.update(shapes)
+            continue
+        found = {n for n in shapes if n == target or n.endswith("." + target)}
+        if not found:
+            kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in shapes}))
+            raise InvalidInput(f"target {target!r} matches no linear layer; there are: {kinds}")
+        chosen |= found
+    return sorted(chosen)
+
+
+def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
+    """Refuse a rank that a module cannot have.
+
+    Raises:
+        InvalidInput: rank above min(out_features, in_features) of a module, named.
+    """
+    for name, shape in shapes.items():
+        if rank > min(shape):
+            raise InvalidInput(
+                f"`rank` {rank} is above what {name} ({shape[0]} x {shape[1]}) can have; "
+                f"use at most {min(min(s) for s in shapes.values())}"
+            )

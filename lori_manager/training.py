@@ -1,0 +1,232 @@
+"""The training loop: frozen model, a few parameters, exact resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+from torch.nn import functional as F
+
+from lori_manager.config import Config
+from lori_manager.errors import InvalidInput
+from lori_manager.models import BaseModel
+from lori_manager.store.files import write_atomic
+from lori_manager.tasks.batches import collate, training_order
+from lori_manager.tasks.encoding import Encoded
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, given to the caller after every step."""
+
+    phase: str
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+        losses: mean cross-entropy in nats per completion token, one a step.
+        tokens: real tokens that went through the model, padding left out.
+        seconds: time in the loop, over all sessions of a resumed run.
+        parameters: how many values trained.
+    """
+
+    losses: list[float]
+    tokens: int
+    seconds: float
+    parameters: int
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """The rate of step 0..steps-1: linear warm-up, then constant, linear or cosine decay.
+
+    Decays end above zero: the last step still counts.
+    """
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    left = (steps - step) / max(steps - rising, 1)
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * left
+    return peak * 0.5 * (1 - math.cos(math.pi * left))
+
+
+def steps_for(rows: int, config: Config) -> int:
+    """Optimizer steps: `steps`, or as many as `epochs` passes take."""
+    if config.steps:
+        return config.steps
+    return max(1, math.ceil(config.epochs * math.ceil(rows / config.batch)))
+
+
+def fit(
+    base: BaseModel,
+    parameters: Mapping[str, nn.Parameter],
+    rows: Sequence[Encoded],
+    config: Config,
+    *,
+    steps: int,
+    peak: float,
+    phase: str = "train",
+    checkpoint: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> TrainResult:
+    """Train parameters of the model on the rows' completions.
+
+    Args:
+        base: the model with its trainable layers in place.
+        parameters: name -> parameter; they change in place, nothing else does.
+        rows: encoded training rows.
+        config: batch, schedule, weight decay, clipping and seed count here.
+        steps: optimizer steps.
+        peak: learning rate after the warm-up.
+        phase: a word for progress and checkpoints.
+        checkpoint: where the state is kept while this runs. A state found there
+            is gone on from: on the CPU the result is bit for bit that of a run
+            without interruption. The caller removes it once the result is safe.
+        on_progress: called after every step.
+    Raises:
+        InvalidInput: the loss stopped being finite.
+    """
+    trained = list(parameters.values())
+    if not rows or not any(p.numel() for p in trained):
+        raise InvalidInput("nothing to train: expected rows and at least one parameter")
+    accelerator = Accelerator(cpu=base.device.type == "cpu")
+    optimizer = torch.optim.AdamW(
+        trained, lr=peak, betas=(0.9, 0.999), weight_decay=config.weight_decay
+    )
+    order = training_order([len(r.ids) for r in rows], config.batch, steps, config.seed)
+    state = _load_state(checkpoint, phase, parameters, optimizer, steps)
+    losses, tokens, before = state.losses, state.tokens, state.seconds
+    pad = int(base.tokenizer.pad_token_id or 0)
+    start = saved = time.monotonic()
+
+    def state_now(step: int) -> _State:
+        return _State(phase, step, steps, losses, tokens, before + time.monotonic() - start)
+
+    for step in range(state.step, steps):
+        batch = [rows[i] for i in order[step]]
+        ids, wanted, targets = (torch.from_numpy(a).to(base.device) for a in collate(batch, pad))
+        rate = learning_rate(step, steps, peak, config.schedule, config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = F.cross_entropy(base.token_logits(ids, wanted), targets)
+        accelerator.backward(loss)
+        if config.clip:
+            accelerator.clip_grad_norm_(trained, config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise InvalidInput(
+                f"the loss is {losses[-1]} at step {step + 1} of {phase}: lower the learning "
+                f"rate (now {peak:g}) or check the rows"
+            )
+        tokens += sum(len(r.ids) for r in batch)
+        now = time.monotonic()
+        if checkpoint and step + 1 < steps and now - saved >= config.checkpoint_seconds:
+            _save_state(checkpoint, state_now(step + 1), parameters, optimizer)
+            saved = now
+        if on_progress:
+            spent = before + now - start
+            left = spent / (step + 1) * (steps - step - 1)
+            on_progress(Progress(phase, step + 1, steps, losses[-1], tokens / spent, left))
+    final = state_now(steps)
+    return TrainResult(
+        losses,
+        tokens,
+        final.seconds,
+        sum(p.numel() for p in trained),
+    )
+
+
+@dataclass(frozen=True)
+class _State:
+    phase: str
+    step: int
+    steps: int
+    losses: list[float]
+    tokens: int
+    seconds: float
+
+
+def _save_state(
+    path: Path,
+    state: _State,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+) -> None:
+    """Values and both moments in one file, put in place whole."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        moments = optimizer.state[parameter]
+        tensors[f"{name}|value"] = parameter.detach()
+        tensors[f"{name}|mean"] = moments["exp_avg"]
+        tensors[f"{name}|square"] = moments["exp_avg_sq"]
+    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+    write_atomic(path, save_tensors(tensors, metadata={"state": json.dumps(state.__dict__)}))
+
+
+def _load_state(
+    path: Path | None,
+    phase: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    steps: int,
+) -> _State:
+    """The state kept at `path`, put into parameters and optimizer, or a fresh one."""
+    fresh = _State(phase, 0, steps, [], 0, 0.0)
+    if path is None or not path.is_file():
+        return fresh
+    try:
+        data = path.read_bytes()
+        tensors = load_tensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        state = _State(**json.loads(header["__metadata__"]["state"]))
+        if (state.phase, state.steps) != (phase, steps):
+            raise ValueError(f"it is of {state.phase!r} with {state.steps} steps")
+        loaded = [
+            (parameter, *(tensors[f"{name}|{part}"] for part in ("value", "mean", "square")))
+            for name, parameter in parameters.items()
+        ]
+        for parameter, *parts in loaded:
+            if any(p.shape != parameter.shape for p in parts):
+                raise ValueError("it has other shapes")
+    except Exception as e:  # noqa: BLE001 - whatever is wrong with it, training starts afresh
+        aside = path.with_suffix(".damaged")
+        path.replace(aside)
+        logger.warning("checkpoint unusable (%s): set aside as %s, starting again", e, aside.name)
+        return fresh
+    for like, value, mean, square in loaded:
+        with torch.no_grad():
+            like.copy_(value)
+        optimizer.state[like] = {
+            "step": torch.tensor(float(state.step)),
+            "exp_avg": mean.to(like.device),
+            "exp_avg_sq": square.to(like.device),
+        }
+    logger.info("going on with %s at step %d of %d", phase, state.step + 1, steps)
+    return state
