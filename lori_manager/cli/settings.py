@@ -1,0 +1,95 @@
+"""The options that stand for the keys of lori.toml, made from `Config` itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from lori_manager import config
+from lori_manager.cli import complete
+from lori_manager.config import Config
+
+Changes = Mapping[str, Any]
+
+# `max_length` is not here: a task's rows are cut by lori.toml alone, alike for every adapter.
+TRAINING = tuple(f.name for f in dataclasses.fields(Config) if f.name != "max_length")
+CALIBRATION = (
+    "calibration_steps", "calibration_rows", "sparsity", "scope", "rank", "alpha", "targets",
+    "projection", "seed", "batch", "dense_learning_rate", "schedule", "warmup", "weight_decay",
+    "clip", "precision",
+)  # fmt: skip
+SCORING = ("precision", "score_batch")
+
+_SHORT = {"learning_rate": "--lr", "dense_learning_rate": "--dense-lr"}
+_CHOICES = {
+    "scope": config.SCOPES,
+    "precision": config.PRECISIONS,
+    "projection": config.PROJECTIONS,
+    "schedule": config.SCHEDULES,
+    "store_dtype": config.STORE_DTYPES,
+}
+
+
+def with_settings(
+    *keys: str, also: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per key; it gets those that were set as `changes`.
+
+    Args:
+        keys: fields of `Config`.
+        also: key -> a further name of its option.
+    """
+    names = {key: [f"--{key.replace('_', '-')}"] for key in keys}
+    for key, name in (_SHORT | dict(also or {})).items():
+        if key in names:
+            names[key].append(name)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            changes = {key: given.pop(key) for key in keys}
+            command(**given, changes={k: v for k, v in changes.items() if v is not None})
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != "changes"]
+        added = [_option(key, names[key]) for key in keys]
+        run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
+        return run
+
+    return decorate
+
+
+def configured(base: Config, changes: Changes) -> Config:
+    """`base` with the options of a command.
+
+    Raises:
+        InvalidInput: a value that no run can use.
+    """
+    changes = dict(changes)
+    if "targets" in changes:
+        changes["targets"] = tuple(t.strip() for t in changes["targets"].split(","))
+    return base.replace(**changes)
+
+
+def _option(key: str, names: list[str]) -> inspect.Parameter:
+    default = getattr(Config(), key)
+    listed = isinstance(default, tuple)
+    shown = ",".join(default) if listed else default
+    choices = _CHOICES.get(key)
+    option = typer.Option(
+        *names,
+        help=config._COMMENTS.get(key, ""),
+        show_default=f"lori.toml, else {shown}",
+        autocompletion=complete.among(*choices) if choices else None,
+        rich_help_panel="Settings",
+    )
+    kind = str if listed else type(default)
+    return inspect.Parameter(
+        key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )

@@ -1,0 +1,118 @@
+"""`lori add-task` and `lori tasks`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lori_manager.cli import complete, output
+from lori_manager.cli.output import Json
+from lori_manager.cli.session import workspace
+from lori_manager.cli.training import show_trained
+from lori_manager.records import SPLITS
+
+if TYPE_CHECKING:
+    from lori_manager.intake import AddedTask
+
+ROWS = "JSONL or Parquet file, folder or hf:owner/name[:config][:split]"
+
+
+def add_task(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="Of the task and of its own line.")],
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help=f"Rows to learn: {ROWS}. Without it, only scored."),
+    ] = None,
+    eval: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to score on.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows that masks are calibrated on.")
+    ] = None,
+    probe: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows set aside for merging.")
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="exact_match by default; another name than the known ones lists them.",
+            autocompletion=complete.scorers,
+        ),
+    ] = None,
+    description: Annotated[str | None, typer.Option(help="For people.")] = None,
+    probe_rows: Annotated[
+        int | None, typer.Option(help="Train rows to set aside for merging; 256 by default.")
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Take rows common to train and eval.")
+    ] = False,
+    run: Annotated[bool, typer.Option("--run", help="Train the task at once.")] = False,
+    json: Json = False,
+) -> None:
+    """Check and freeze a task's rows.
+
+    Other rows than before make a new revision. What is not given comes from
+    [tasks.NAME] in lori.toml, then from tasks/NAME/{train,eval,calibration,probe}.jsonl
+    in the workspace.
+    """
+    with workspace(ctx) as ws:
+        added = ws.add_task(
+            name,
+            train=_from_here(train),
+            eval=_from_here(eval),
+            calibration=_from_here(calibration),
+            probe=_from_here(probe),
+            scorer=scorer,
+            description=description,
+            probe_rows=probe_rows,
+            allow_overlap=allow_overlap or None,
+        )
+        if not json:
+            _show_added(added)
+        trained = ws.train([name]) if run else []
+    if json:
+        output.print_json({"added": added, "trained": trained})
+    elif run:
+        typer.echo()
+        show_trained(trained)
+
+
+def tasks(ctx: typer.Context, json: Json = False) -> None:
+    """List the tasks, each at its latest revision."""
+    with workspace(ctx) as ws:
+        found = ws.store.tasks()
+    if json:
+        output.print_json(found)
+        return
+    columns = ["task", "scorer", *(f">{split}" for split in SPLITS), "added", "description"]
+    rows = []
+    for task in found:
+        sizes = [task.splits[s].rows if s in task.splits else None for s in SPLITS]
+        counts = [output.count(n) for n in sizes]
+        rows.append(
+            [task.ref, task.scorer, *counts, output.time(task.created_at), task.description]
+        )
+    output.table(columns, rows)
+
+
+def _from_here(source: str | None) -> str | None:
+    """A path given on the command line starts at the current folder, not at the workspace."""
+    if source is None or source.startswith("hf:"):
+        return source
+    return str(Path(source).absolute())
+
+
+def _show_added(added: AddedTask) -> None:
+    task = added.task
+    state = "new" if added.new else "unchanged"
+    typer.echo(f"task {task.ref} ({state}), scored by {task.scorer}")
+    columns = ["split", ">rows", ">tokens", ">longest", ">truncated"]
+    rows = [
+        [name, *map(output.count, (split.rows, split.tokens, split.longest, split.truncated))]
+        for name, split in task.splits.items()
+    ]
+    output.table(columns, rows)
+    for note in added.notes:
+        typer.echo(output.one_line(note))

@@ -1,0 +1,160 @@
+"""`lori calibrate` and `lori train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lori_manager.cli import complete, output
+from lori_manager.cli.output import Json
+from lori_manager.cli.session import workspace
+from lori_manager.cli.settings import CALIBRATION, TRAINING, Changes, configured, with_settings
+
+if TYPE_CHECKING:
+    from lori_manager.teaching import Trained
+
+
+@with_settings(*CALIBRATION, also={"calibration_steps": "--steps", "dense_learning_rate": "--lr"})
+def calibrate(
+    ctx: typer.Context,
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", autocompletion=complete.tasks, show_default=False)
+    ],
+    line: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose A the mask is for; the task's own line by default.",
+            autocompletion=complete.lines,
+        ),
+    ] = None,
+    json: Json = False,
+    *,
+    changes: Changes,
+) -> None:
+    """Find which entries of B matter to a task: its next mask.
+
+    B trains dense from zero for a few steps; what grew most is kept.
+    """
+    with workspace(ctx) as ws:
+        mask = ws.calibrate(task, configured(ws.settings.config, changes), line=line)
+    if json:
+        output.print_json(mask)
+    else:
+        columns = ["mask", "task", ">kept", ">of", ">sparsity", "scope", "A"]
+        output.table(
+            columns,
+            [
+                [
+                    mask.ref,
+                    f"{mask.task}#{mask.task_revision}",
+                    output.count(mask.kept),
+                    output.count(mask.total),
+                    f"{mask.sparsity:g}",
+                    mask.scope,
+                    mask.projection[:12],
+                ]
+            ],
+        )
+
+
+@with_settings(*TRAINING)
+def train(
+    ctx: typer.Context,
+    tasks: Annotated[
+        list[str],
+        typer.Argument(metavar="TASK", autocompletion=complete.tasks, show_default=False),
+    ],
+    mask: Annotated[
+        str | None,
+        typer.Option(metavar="REF", help="Such as safety%1.", autocompletion=complete.masks),
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="All of B, without a mask.")] = False,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="REF",
+            help="Continue this adapter: same A, B kept. Otherwise the base.",
+            autocompletion=complete.refs,
+        ),
+    ] = None,
+    line: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Instead of the task's own line.", autocompletion=complete.lines
+        ),
+    ] = None,
+    protect: Annotated[
+        bool,
+        typer.Option("--protect", help="Keep the mask off what the parents' tasks use."),
+    ] = False,
+    sequence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Teach the tasks one after another on this line.",
+            autocompletion=complete.lines,
+        ),
+    ] = None,
+    allow_foreign_mask: Annotated[
+        bool,
+        typer.Option("--allow-foreign-mask", help="Take a mask that another A calibrated."),
+    ] = False,
+    json: Json = False,
+    *,
+    changes: Changes,
+) -> None:
+    """Train tasks one after another, store and score adapters.
+
+    Calibrates where a task has no fitting mask. Interrupted, the same command goes
+    on from its last checkpoint. With --sequence every stage continues the one
+    before, and is scored on all the tasks, also the coming ones.
+    """
+    from lori_manager.teaching import TrainOptions
+
+    options = TrainOptions(mask, dense, start, line, protect, allow_foreign_mask)
+    with workspace(ctx) as ws:
+        config = configured(ws.settings.config, changes)
+        trained = ws.train(tasks, config, options, sequence=sequence)
+    if json:
+        output.print_json(trained)
+    else:
+        show_trained(trained)
+
+
+def show_trained(trained: Sequence[Trained]) -> None:
+    """The closing table of a training."""
+    columns = ["adapter", "task", "mask", ">score", ">trained", ">size", ">time"]
+    rows = []
+    for one in trained:
+        adapter = one.adapter
+        own = next((s for s in one.scores if s.task == adapter.task), None)
+        rows.append(
+            [
+                adapter.ref,
+                f"{adapter.task}#{adapter.task_revision}",
+                adapter.mask,
+                output.with_error(own.value, own.error) if own else None,
+                output.count(adapter.facts.get("parameters")),
+                output.size(adapter.bytes),
+                output.duration(adapter.facts.get("seconds")),
+            ]
+        )
+    output.table(columns, rows)
+    protected = {one.adapter.ref: one.capacity for one in trained if one.capacity is not None}
+    if protected:
+        output.title("share of B that no task uses yet")
+        modules = next(iter(protected.values()))
+        output.table(
+            ["module", *(f">after {ref}" for ref in protected)],
+            [[name, *(f"{left[name]:.1%}" for left in protected.values())] for name in modules],
+        )
+    if any(len(one.scores) > 1 for one in trained):
+        output.title("every stage on every task")
+        names = [f"{s.task}#{s.task_revision}" for s in trained[0].scores]
+        output.table(
+            ["adapter", *(f">{name}" for name in names)],
+            [[one.adapter.ref, *(output.number(s.value) for s in one.scores)] for one in trained],
+        )

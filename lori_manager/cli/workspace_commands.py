@@ -1,0 +1,60 @@
+"""`lori init` and `lori base`: a workspace and the model under it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lori_manager.cli import output
+from lori_manager.cli.describe import describe
+from lori_manager.cli.output import Json
+from lori_manager.cli.session import workspace
+
+
+def init(
+    ctx: typer.Context,
+    base: Annotated[str, typer.Option(help="A model folder, or an id on the Hugging Face hub.")],
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR]",
+            help="The folder, made where it is missing; the current one by default.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    json: Json = False,
+) -> None:
+    """Make a workspace for one base model.
+
+    It is the folder .lori/, found upwards from wherever you are, and lori.toml with
+    the defaults, commented.
+    """
+    from lori_manager.context import SETTINGS
+    from lori_manager.workspace import Workspace
+
+    with Workspace.create(directory or ctx.obj.folder, base, revision) as ws:
+        made = ws.store.base()
+        if json:
+            output.print_json({"root": ws.root, "base": made})
+            return
+        typer.echo(f"workspace in {ws.root}, defaults in {ws.root / SETTINGS}")
+        describe(made)
+
+
+def base(
+    ctx: typer.Context,
+    move: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where the same weights lie now.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show the base model, or say where its weights lie now."""
+    with workspace(ctx) as ws:
+        shown = ws.store.base() if move is None else ws.move_base(move)
+    if json:
+        output.print_json(shown)
+    else:
+        describe(shown)

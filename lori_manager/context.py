@@ -1,0 +1,186 @@
+"""An open workspace: its store, its base and the look-ups that every stage needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lori_manager import models
+from lori_manager.config import Config, Settings, load_settings
+from lori_manager.errors import Conflict, InvalidInput, NotFound, WrongBase
+from lori_manager.records import Adapter, Mask, Task
+from lori_manager.refs import AdapterRef, check_name, parse_adapter_ref
+from lori_manager.store.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lori_manager.engine.weights import AdapterWeights
+    from lori_manager.tasks.encoding import Encoded
+    from lori_manager.tasks.rows import Row
+    from lori_manager.training import Progress
+
+SETTINGS = "lori.toml"
+CHAMPION = "champion"
+LIBRARIES = ("lori-manager", "torch", "transformers", "peft", "numpy", "safetensors")
+
+
+def _ignore(*_: object) -> None:
+    return None
+
+
+@dataclass
+class Context:
+    """What the stages of a workspace share.
+
+    Attributes:
+        root: the folder that holds `.lori/`.
+        store: everything that is kept.
+        on_progress: called after every training step and scored batch.
+        on_message: called with one line whenever a step of a command is done.
+    """
+
+    root: Path
+    store: Store
+    on_progress: Callable[[Progress], None] = _ignore
+    on_message: Callable[[str], None] = _ignore
+    _model: models.BaseModel | None = None
+    _rows: dict[tuple[str, str], tuple[list[Row], list[Encoded]]] = field(default_factory=dict)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """`lori.toml` as it was when first asked for."""
+        return load_settings(self.root / SETTINGS)
+
+    @cached_property
+    def base_folder(self) -> Path:
+        """Where the base's files are, checked to be the weights this workspace began with.
+
+        Raises:
+            NotFound: the folder is gone. WrongBase: it holds other weights.
+        """
+        base = self.store.base()
+        path = Path(base.path)
+        if not path.is_dir():
+            path, _ = models.locate(base.source, base.revision)
+        mark = models.fingerprint(path, self.store.root / "fingerprint.json")
+        if mark != base.fingerprint:
+            raise WrongBase(
+                f"{path} is not the base of this workspace: expected weights "
+                f"{base.fingerprint[:12]}, found {mark[:12]}; restore them or start a new workspace"
+            )
+        return path
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return models.load_tokenizer(self.base_folder)
+
+    def base_model(self, config: Config) -> models.BaseModel:
+        """The loaded base; kept for later calls with the same precision."""
+        precision = models.resolve_precision(config.precision)
+        if self._model is None or self._model.precision != precision:
+            self._model = models.load_base(self.base_folder, precision)
+        return self._model
+
+    def rows(self, task: Task, split: str) -> tuple[list[Row], list[Encoded]]:
+        """A split's rows and their tokens, as frozen when the task was added."""
+        from lori_manager.tasks.encoding import encode_rows
+        from lori_manager.tasks.rows import rows_from_jsonl
+
+        key = (task.splits[split].digest, split)
+        if key not in self._rows:
+            rows = rows_from_jsonl(self.store.objects.get(key[0]))
+            context = models.read_config(self.base_folder).get("max_position_embeddings")
+            max_length = self.settings.config.max_length
+            encoded = encode_rows(self.tokenizer, rows, max_length=max_length, context=context)
+            self._rows[key] = (rows, encoded)
+        return self._rows[key]
+
+    def mask_tensors(self, mask: Mask) -> dict[str, Tensor]:
+        """Module name -> bool (out_features, rank)."""
+        from lori_manager.engine.codec import decode_mask
+
+        return decode_mask(self.store.mask_bytes(mask))[0]
+
+    def adapter(self, ref: str) -> Adapter:
+        """The adapter that `line@3`, `line@latest` or `line@alias` means.
+
+        Raises:
+            NotFound: none. InvalidInput: `base`, or not a reference.
+        """
+        parsed = parse_adapter_ref(ref)
+        if parsed is None:
+            raise InvalidInput("`base` is not an adapter; name one such as `safety@1`")
+        return self.store.adapter(parsed)
+
+    def weights(self, adapter: Adapter) -> AdapterWeights:
+        """The stored factors, checked against digest and base.
+
+        Raises:
+            DamagedObject, WrongBase.
+        """
+        from lori_manager.engine.codec import decode_adapter
+
+        weights, meta = decode_adapter(self.store.adapter_bytes(adapter))
+        expected = self.store.base().fingerprint
+        if meta.get("base", expected) != expected:
+            raise WrongBase(f"{adapter.ref} was made for base {str(meta['base'])[:12]}")
+        return weights
+
+    def task_adapter(self, name: str) -> Adapter:
+        """What a task's name means where an adapter is wanted.
+
+        From the task's own line: its `champion`, else the latest adapter trained on
+        that task alone.
+        Raises:
+            NotFound: no such task, or nothing trained for it yet.
+        """
+        task = self.store.task(name)
+        if CHAMPION in self.store.line(name).aliases:
+            return self.store.adapter(AdapterRef(name, CHAMPION))
+        for adapter in reversed(self.store.adapters(name)):
+            if self.tasks_of(adapter) == [task.name] and adapter.origin != "merged":
+                return adapter
+        raise NotFound(f"nothing is trained for task {name!r} alone: run `lori train {name}`")
+
+    def tasks_of(self, adapter: Adapter) -> list[str]:
+        """Names of all tasks that went into an adapter, in the order they came in."""
+        names: list[str] = []
+        for parent in adapter.parents:
+            for name in self.tasks_of(self.adapter(parent.ref)):
+                if name not in names:
+                    names.append(name)
+        if adapter.task is not None and adapter.task not in names:
+            names.append(adapter.task)
+        return names
+
+    def trainable(self, name: str) -> Task:
+        """A task that has rows to train on; InvalidInput for one that is only scored."""
+        task = self.store.task(name)
+        if not task.trainable:
+            raise InvalidInput(
+                f"task {name!r} has no train rows, it is only scored: add it again with --train"
+            )
+        return task
+
+    def check_line(self, name: str) -> None:
+        """Refuse a name for a free line that is unusable or a task's own."""
+        check_name(name, "line")
+        if any(task.name == name for task in self.store.tasks()):
+            raise Conflict(f"{name!r} is a task's own line: choose another name")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides a result, kept with every adapter."""
+    out = {}
+    for name in LIBRARIES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "unknown"
+    return out

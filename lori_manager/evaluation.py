@@ -1,0 +1,168 @@
+"""Adapters x tasks -> stored scores; nothing is run twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lori_manager import models
+from lori_manager.config import Config
+from lori_manager.context import Context
+from lori_manager.errors import InvalidInput
+from lori_manager.records import Adapter, NewScore, Score, Task
+from lori_manager.refs import BASE
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def score(
+    ws: Context,
+    refs: Sequence[str],
+    names: Sequence[str] | None = None,
+    config: Config | None = None,
+) -> list[Score]:
+    """Score adapters or the base on tasks; what is scored already is not run again.
+
+    Args:
+        refs: `line@3`, `base`, or a task's name for its own adapter.
+        names: tasks; None means all.
+        config: settings; the workspace's own where None.
+    """
+    config = config or ws.settings.config
+    tasks = [ws.store.task(n) for n in names] if names is not None else ws.store.tasks()
+    if not refs or not tasks:
+        raise InvalidInput("name at least one adapter (or `base`) and have at least one task")
+    known = {t.name for t in ws.store.tasks()}
+    out = []
+    for ref in refs:
+        if ref in known:
+            adapter = ws.task_adapter(ref)
+            ws.on_message(f"{ref} means {adapter.ref}")
+            ref = adapter.ref
+        subject = BASE if ref == BASE else ws.adapter(ref).ref
+        out.extend(score_missing(ws, subject, tasks, config))
+    return out
+
+
+def score_missing(ws: Context, subject: str, tasks: Sequence[Task], config: Config) -> list[Score]:
+    """Scores of one subject on tasks, run only where they are not known yet."""
+    from lori_manager.tasks.scorers import scorers
+
+    precision = models.resolve_precision(config.precision)
+    adapter = None if subject == BASE else ws.adapter(subject)
+    digest = adapter.digest if adapter else ws.store.base().fingerprint
+    found: dict[str, Score] = {}
+    for task in tasks:
+        version = scorers.get(task.scorer).version
+        score = ws.store.find_score(
+            digest=digest, task=task, scorer=task.scorer, scorer_version=version,
+            precision=precision,
+        )  # fmt: skip
+        if score is not None:
+            found[task.name] = score
+    missing = [t for t in tasks if t.name not in found]
+    if missing:
+        for task, outcomes, weights in _run(ws, adapter, missing, config):
+            found[task.name] = _keep_score(
+                ws, subject, digest, task, outcomes, weights, precision, "measured"
+            )
+    return [found[t.name] for t in tasks]
+
+
+def _run(
+    ws: Context, adapter: Adapter | None, tasks: Sequence[Task], config: Config
+) -> Iterator[tuple[Task, np.ndarray, np.ndarray | None]]:
+    """Outcomes of one subject on tasks, from the model."""
+    from lori_manager.engine.layers import attached, low_rank_layers
+    from lori_manager.scoring import score_rows
+    from lori_manager.tasks.scorers import scorers
+
+    base = ws.base_model(config)
+    layers = {}
+    if adapter is not None:
+        layers = low_rank_layers(base.model, ws.weights(adapter).updates())
+    subject = adapter.ref if adapter else BASE
+    with attached(base.model, layers):
+        for task in tasks:
+            rows, encoded = ws.rows(task, "eval")
+            progress = _scoring_progress(ws, f"scoring {subject} on {task.name}")
+            yield (
+                task,
+                *score_rows(
+                    base, rows, encoded, scorers.get(task.scorer), config.score_batch, progress
+                ),
+            )
+
+
+def _scoring_progress(ws: Context, phase: str) -> Callable[[int, int], None]:
+    from lori_manager.training import Progress
+
+    start = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        spent = max(time.monotonic() - start, 1e-9)
+        left = spent / done * (total - done)
+        ws.on_progress(Progress(phase, done, total, float("nan"), done / spent, left))
+
+    return told
+
+
+def _keep_score(
+    ws: Context,
+    subject: str,
+    digest: str,
+    task: Task,
+    outcomes: np.ndarray,
+    weights: np.ndarray | None,
+    precision: str,
+    origin: str,
+) -> Score:
+    from lori_manager.metrics.summary import summarize
+    from lori_manager.tasks.scorers import scorers
+
+    scorer = scorers.get(task.scorer)
+    summary = summarize(outcomes, weights)
+    score = ws.store.add_score(
+        NewScore(
+            subject=subject,
+            digest=digest,
+            task=task.name,
+            task_revision=task.revision,
+            scorer=task.scorer,
+            scorer_version=scorer.version,
+            precision=precision,
+            value=summary.value,
+            error=summary.error,
+            rows=summary.rows,
+            origin=origin,
+            facts={"higher_is_better": scorer.higher_is_better, "unit": scorer.unit},
+        ),
+        outcomes,
+        weights,
+    )
+    ws.on_message(f"{subject} on {task.ref}: {score.value:.3f} +- {score.error:.3f}")
+    return score
+
+
+def add_outcomes(ws: Context, ref: str, name: str, file: str | Path, origin: str) -> Score:
+    """Store outcomes that were measured elsewhere.
+
+    Args:
+        ref: whose they are.
+        name: the task.
+        file: JSONL of {"row": index or key in hex, "value": number}, a row each.
+        origin: where they come from, kept with the score.
+    Raises:
+        BadData: unknown or repeated rows, values that are not numbers.
+    """
+    from lori_manager.tasks.outcomes import read_outcomes
+
+    task = ws.store.task(name)
+    outcomes = read_outcomes(Path(file), ws.store.eval_keys(task))
+    adapter = None if ref == BASE else ws.adapter(ref)
+    digest = adapter.digest if adapter else ws.store.base().fingerprint
+    subject = adapter.ref if adapter else BASE
+    return _keep_score(ws, subject, digest, task, outcomes, None, "", origin)

@@ -1,0 +1,130 @@
+"""A task's files -> frozen rows in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lori_manager import models
+from lori_manager.context import SETTINGS, Context
+from lori_manager.errors import InvalidInput, NotFound
+from lori_manager.records import Split, Task
+from lori_manager.refs import check_name
+
+
+@dataclass(frozen=True)
+class AddedTask:
+    """A task as stored, and what reading its files brought to light."""
+
+    task: Task
+    notes: tuple[str, ...]
+    lengths: Mapping[str, Mapping[str, Any]]
+    new: bool
+
+
+def add_task(
+    ws: Context,
+    name: str,
+    *,
+    train: str | None = None,
+    eval: str | None = None,
+    calibration: str | None = None,
+    probe: str | None = None,
+    scorer: str | None = None,
+    description: str | None = None,
+    probe_rows: int | None = None,
+    allow_overlap: bool | None = None,
+) -> AddedTask:
+    """Read, check and freeze a task's rows.
+
+    What is not given comes from `[tasks.NAME]` in lori.toml, then from
+    tasks/NAME/{train,eval,calibration,probe}.jsonl. The same rows and scorer
+    again change nothing; other rows or another scorer make a new revision.
+    Raises:
+        BadData: rows that cannot be used, by file and line. Nothing is stored then.
+        NotFound: no such file or scorer. InvalidInput, Conflict: the name.
+    """
+    from lori_manager.tasks.encoding import chat_renderer, encode_rows, lengths_summary
+    from lori_manager.tasks.rows import rows_to_jsonl
+    from lori_manager.tasks.scorers import scorers
+    from lori_manager.tasks.sources import read_source
+    from lori_manager.tasks.splits import make_splits
+
+    check_name(name, "task")
+    entry = ws.settings.tasks.get(name, {})
+    given = {"train": train, "eval": eval, "calibration": calibration, "probe": probe}
+    if eval is not None and train is None:
+        entry = {k: v for k, v in entry.items() if k not in given}
+    sources = _sources_of(ws, name, given, entry)
+    scorer = scorer or entry.get("scorer") or "exact_match"
+    method = scorers.get(scorer)
+    rows_wanted = probe_rows if probe_rows is not None else entry.get("probe_rows", 256)
+    overlap = allow_overlap if allow_overlap is not None else entry.get("allow_overlap", False)
+    render = chat_renderer(ws.tokenizer)
+    read = {
+        split: read_source(source, root=ws.root, render_chat=render)
+        for split, source in sources.items()
+    }
+    prepared = make_splits(
+        read.get("train"),
+        read["eval"],
+        read.get("calibration"),
+        read.get("probe"),
+        probe_rows=rows_wanted,
+        allow_overlap=overlap,
+    )
+    config = ws.settings.config
+    context = models.read_config(ws.base_folder).get("max_position_embeddings")
+    splits, lengths = {}, {}
+    for split, rows in prepared.splits.items():
+        encoded = encode_rows(ws.tokenizer, rows, max_length=config.max_length, context=context)
+        if split == "eval":
+            for row, e in zip(rows, encoded, strict=True):
+                method.sequences(ws.tokenizer, row, e)
+        lengths[split] = lengths_summary(encoded)
+    for split, rows in prepared.splits.items():
+        told = lengths[split]
+        splits[split] = Split(
+            ws.store.objects.put(rows_to_jsonl(rows)),
+            len(rows),
+            int(told["tokens"]),
+            int(told["longest"]),
+            int(told["truncated"]),
+        )
+    known = {t.ref for t in ws.store.tasks()}
+    task = ws.store.add_task(
+        name,
+        scorer=scorer,
+        scorer_version=method.version,
+        description=description or entry.get("description", ""),
+        splits=splits,
+        options={"sources": {k: str(v) for k, v in sources.items()}, "probe_rows": rows_wanted},
+        eval_keys=[row.key for row in prepared.splits["eval"]],
+    )
+    return AddedTask(task, tuple(prepared.notes), lengths, task.ref not in known)
+
+
+def _sources_of(
+    ws: Context, name: str, given: Mapping[str, str | None], entry: Mapping[str, Any]
+) -> dict[str, str]:
+    """Where each split of a task is read from; only `eval` has to be there."""
+    alone = given["eval"] is not None and given["train"] is None
+    found: dict[str, str] = {}
+    for split, value in given.items():
+        usual = ws.root / "tasks" / name / f"{split}.jsonl"
+        if value is not None:
+            found[split] = value
+        elif split in entry:
+            spec = str(entry[split])
+            found[split] = spec if spec.startswith("hf:") else str(ws.root / spec)
+        elif usual.is_file() and not alone:
+            found[split] = str(usual)
+    if "eval" not in found:
+        raise NotFound(
+            f"no eval rows for task {name!r}: give --eval FILE, [tasks.{name}] in {SETTINGS}, "
+            f"or tasks/{name}/eval.jsonl"
+        )
+    if "train" not in found and {"calibration", "probe"} & found.keys():
+        raise InvalidInput(f"task {name!r} has calibration or probe rows but no train rows")
+    return found

@@ -1,0 +1,51 @@
+"""Whether everything stored is whole, and every mask fits its A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lori_manager.context import Context
+from lori_manager.errors import DamagedObject
+from lori_manager.records import Finding
+
+
+def verify(ws: Context) -> Iterator[Finding]:
+    """Every row has its file, every file its digest, every mask fits its A."""
+    from lori_manager.engine.codec import decode_adapter, decode_mask
+    from lori_manager.engine.projection import ProjectionSpec
+
+    damaged = set()
+    for finding in ws.store.verify():
+        damaged.add(finding.subject)
+        yield finding
+    known: dict[str, str] = {}
+    for adapter in ws.store.adapters():
+        if adapter.ref in damaged:
+            continue
+        try:
+            weights, _ = decode_adapter(ws.store.adapter_bytes(adapter))
+        except DamagedObject as e:
+            yield Finding("damaged", adapter.ref, str(e))
+            continue
+        for block in weights.blocks:
+            known[block.projection_digest] = adapter.ref
+    for task in ws.store.tasks():
+        for mask in ws.store.masks(task.name):
+            if mask.ref in damaged:
+                continue
+            try:
+                tensors, meta = decode_mask(ws.store.mask_bytes(mask))
+            except DamagedObject as e:
+                yield Finding("damaged", mask.ref, str(e))
+                continue
+            spec = meta.get("projection")
+            if spec is not None:
+                made = ProjectionSpec(spec["seed"], spec["line"], spec["rank"], meta["in_features"])
+                fits = made.digest == mask.projection
+            else:
+                fits = mask.projection in known
+            shapes = all(m.shape[1] == spec["rank"] for m in tensors.values()) if spec else True
+            if not fits or not shapes:
+                yield Finding(
+                    "unfit", mask.ref, "the A that it names is not the A it was calibrated on"
+                )

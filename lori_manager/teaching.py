@@ -1,0 +1,382 @@
+"""Tasks -> masks -> adapters: independent ones or the stages of a sequence, exactly resumed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lori_manager.config import Config
+from lori_manager.context import Context, library_versions
+from lori_manager.errors import Conflict, InvalidInput
+from lori_manager.evaluation import score_missing
+from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
+from lori_manager.refs import BASE, parse_mask_ref
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lori_manager.engine.weights import Block
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter as stored, with its scores; `resumed` if it was there already."""
+
+    adapter: Adapter
+    scores: tuple[Score, ...]
+    mask: Mask | None
+    capacity: Mapping[str, float] | None = None
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How `train` is to go about it, beside the configuration."""
+
+    mask: str | None = None
+    dense: bool = False
+    start: str | None = None
+    line: str | None = None
+    protect: bool = False
+    allow_foreign_mask: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(self.__dict__)
+
+
+def calibrate(
+    ws: Context, name: str, config: Config | None = None, *, line: str | None = None
+) -> Mask:
+    """Train B dense for a few steps from zero, keep where it grew most.
+
+    Args:
+        name: a task.
+        config: settings; the workspace's own where None.
+        line: whose A the mask is for; the task's own line where None.
+    """
+    from lori_manager.adapters.lori import fresh_block
+
+    config = config or ws.settings.config
+    task = ws.trainable(name)
+    base = ws.base_model(config)
+    block = fresh_block(base.linear_shapes, config, line or name)
+    return _calibrated_mask(ws, task, block, config, None, None)
+
+
+def _calibrated_mask(
+    ws: Context,
+    task: Task,
+    block: Block,
+    config: Config,
+    exclude: Mapping[str, Tensor] | None,
+    checkpoint: Path | None,
+) -> Mask:
+    """The mask of a task on a block's A, made and stored."""
+    import torch
+
+    from lori_manager.adapters.lori import trainable_layers, trained_B
+    from lori_manager.engine import mask as masks
+    from lori_manager.engine.codec import encode_mask
+    from lori_manager.engine.layers import attached
+    from lori_manager.engine.weights import Block
+    from lori_manager.tasks.batches import permutation
+    from lori_manager.training import fit
+
+    split = "calibration" if "calibration" in task.splits else "train"
+    _, encoded = ws.rows(task, split)
+    if split == "train":
+        chosen = permutation(len(encoded), config.seed, "calibration")
+        encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
+    zero = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in block.B.items()}
+    empty = Block(zero, block.scaling, block.projection, block.tensors)
+    base = ws.base_model(config)
+    layers = trainable_layers(base.model, empty, None)
+    with attached(base.model, layers):
+        result = fit(
+            base,
+            {name: layer.values for name, layer in layers.items()},
+            encoded,
+            config,
+            steps=config.calibration_steps,
+            peak=config.dense_learning_rate,
+            phase=f"calibrating {task.name}",
+            checkpoint=checkpoint,
+            on_progress=ws.on_progress,
+        )
+    mask = masks.calibrate_mask(trained_B(layers), config.sparsity, config.scope, exclude)
+    kept, total = masks.count(mask), masks.size(mask)
+    if kept == 0:
+        raise InvalidInput(
+            f"no entry of B is left for {task.name!r}: the parents' tasks took them all; "
+            "train without --protect or with a larger rank"
+        )
+    spec = block.projection
+    meta = {
+        "kind": "mask",
+        "projection": None if spec is None else spec.to_json(),
+        "in_features": {name: int(block.A[name].shape[1]) for name in mask},
+    }
+    stored = ws.store.add_mask(
+        task=task,
+        blob=encode_mask(mask, meta),
+        projection=block.projection_digest,
+        sparsity=config.sparsity,
+        scope=config.scope,
+        kept=kept,
+        total=total,
+        config=config.to_json() | {"protected": exclude is not None},
+    )
+    ws.on_message(
+        f"mask {stored.ref}: {kept} of {total} entries of B kept, {config.calibration_steps} "
+        f"dense steps in {result.seconds:.1f} s"
+    )
+    return stored
+
+
+def _mask_for(
+    ws: Context,
+    task: Task,
+    block: Block,
+    config: Config,
+    options: TrainOptions,
+    checkpoint: Path | None,
+) -> Mask | None:
+    """The mask to train a task under: the one named, the newest that fits, or a new one."""
+    from lori_manager.adapters.lori import used_entries
+
+    if options.dense:
+        return None
+    if options.mask is not None:
+        mask = ws.store.mask(*parse_mask_ref(options.mask))
+        if mask.projection != block.projection_digest and not options.allow_foreign_mask:
+            raise InvalidInput(
+                f"mask {mask.ref} was calibrated on another A "
+                f"({mask.projection[:12]}, not {block.projection_digest[:12]}): calibrate "
+                "again, or give --allow-foreign-mask"
+            )
+        shapes = {n: tuple(m.shape) for n, m in ws.mask_tensors(mask).items()}
+        if shapes != {n: tuple(b.shape) for n, b in block.B.items()}:
+            raise InvalidInput(f"mask {mask.ref} is for other modules, or for another rank")
+        return mask
+    used = used_entries(block) if options.protect else None
+    for mask in reversed(ws.store.masks(task.name)):
+        fits = (
+            mask.task_revision == task.revision
+            and mask.projection == block.projection_digest
+            and mask.sparsity == config.sparsity
+            and mask.scope == config.scope
+        )
+        if fits and (used is None or not _touches(ws, mask, used)):
+            return mask
+    return _calibrated_mask(ws, task, block, config, used, checkpoint)
+
+
+def _touches(ws: Context, mask: Mask, used: Mapping[str, Tensor]) -> bool:
+    return any(bool((m & used[n]).any()) for n, m in ws.mask_tensors(mask).items())
+
+
+def train(
+    ws: Context,
+    names: Sequence[str],
+    config: Config | None = None,
+    options: TrainOptions | None = None,
+    *,
+    sequence: str | None = None,
+) -> list[Trained]:
+    """Train tasks, one after another.
+
+    Without `sequence` each is an adapter of its own, from the base or from
+    `options.start`. With it they are the stages of one line: one A, each stage
+    continuing the one before, and after every stage all the tasks are scored,
+    also the coming ones. Interrupted, the same call goes on.
+
+    Raises:
+        Conflict: another process is at the same, or the line holds another sequence.
+        InvalidInput: options that do not go together.
+    """
+    config = config or ws.settings.config
+    options = options or TrainOptions()
+    if not names:
+        raise InvalidInput("name at least one task to train")
+    if len(set(names)) != len(names):
+        raise InvalidInput("a task is named twice; name each once")
+    if len(names) > 1 and (options.mask or (options.line and sequence is None)):
+        raise InvalidInput("--mask and --line go with one task; train them one by one")
+    if sequence is not None and (options.line or options.start or options.mask):
+        raise InvalidInput("--sequence names its own line and start: leave --line, --from "
+                           "and --mask out")  # fmt: skip
+    if options.dense and (options.mask or options.protect):
+        raise InvalidInput("--dense trains all of B: it cannot go with --mask or --protect")
+    if options.protect and options.start is None and sequence is None:
+        raise InvalidInput("--protect keeps clear of the parents' tasks: it needs --from or "
+                           "--sequence")  # fmt: skip
+    tasks = [ws.trainable(name) for name in names]
+    if options.line is not None and options.line != names[0]:
+        ws.check_line(options.line)
+    if options.start is not None:
+        start = ws.adapter(options.start)
+        options = TrainOptions(**{**options.to_json(), "start": start.ref})
+    if sequence is not None:
+        ws.check_line(sequence)
+    plan = {
+        "sequence": sequence,
+        "tasks": [t.ref for t in tasks],
+        "config": config.to_json(),
+        "options": options.to_json(),
+        "base": ws.store.base().fingerprint,
+    }
+    with _running(ws, plan) as (run, folder):
+        done = {a.stage: a for a in ws.store.run_adapters(run)}
+        if sequence is not None:
+            _claim_sequence(ws, sequence, tasks, done)
+            score_missing(ws, BASE, tasks, config)
+        results: list[Trained] = []
+        for stage, task in enumerate(tasks):
+            adapter = done.get(stage)
+            mask = capacity = None
+            resumed = adapter is not None
+            if adapter is None:
+                parent = (
+                    results[-1].adapter
+                    if sequence is not None and results
+                    else (ws.adapter(options.start) if options.start else None)
+                )
+                adapter, mask, capacity = _train_stage(
+                    ws, task, config, options, parent, sequence, run, stage, folder
+                )
+            else:
+                ws.on_message(f"{adapter.ref} is there already, going on")
+            scored = tasks if sequence is not None else [task]
+            scores = score_missing(ws, adapter.ref, scored, config)
+            results.append(Trained(adapter, tuple(scores), mask, capacity, resumed))
+        ws.store.finish_run(run)
+    return results
+
+
+def _train_stage(
+    ws: Context,
+    task: Task,
+    config: Config,
+    options: TrainOptions,
+    parent: Adapter | None,
+    sequence: str | None,
+    run: str,
+    stage: int,
+    folder: Path,
+) -> tuple[Adapter, Mask | None, dict[str, float] | None]:
+    """Mask, train and store one adapter."""
+    from lori_manager.adapters import lori
+    from lori_manager.engine.codec import encode_adapter
+    from lori_manager.engine.layers import attached
+    from lori_manager.engine.weights import AdapterWeights
+    from lori_manager.training import fit, steps_for
+
+    line = sequence or options.line or task.name
+    base = ws.base_model(config)
+    if parent is None:
+        block = lori.fresh_block(base.linear_shapes, config, line)
+    else:
+        block = lori.continued_block(ws.weights(parent), config)
+    mask = _mask_for(ws, task, block, config, options, folder / f"{stage}-calibration.safetensors")
+    tensors = None if mask is None else ws.mask_tensors(mask)
+    _, encoded = ws.rows(task, "train")
+    layers = lori.trainable_layers(base.model, block, tensors)
+    with attached(base.model, layers):
+        result = fit(
+            base,
+            {name: layer.values for name, layer in layers.items()},
+            encoded,
+            config,
+            steps=steps_for(len(encoded), config),
+            peak=config.dense_learning_rate if mask is None else config.learning_rate,
+            phase=f"training {task.name}",
+            checkpoint=folder / f"{stage}-training.safetensors",
+            on_progress=ws.on_progress,
+        )
+    trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
+    capacity = None
+    if options.protect:
+        capacity = lori.capacity_left([lori.used_entries(trained)])
+    adapter = ws.store.add_adapter(
+        NewAdapter(
+            line=line,
+            origin="trained",
+            task=task.name,
+            task_revision=task.revision,
+            mask=None if mask is None else mask.ref,
+            parents=() if parent is None else (Parent(parent.ref, parent.digest),),
+            method="lori-d" if mask is None else "lori-s",
+            rank=max(int(b.shape[1]) for b in block.B.values()),
+            projection=block.projection_digest,
+            base=ws.store.base().fingerprint,
+            sequence=sequence is not None,
+            run=run,
+            stage=stage,
+            config=config.to_json() | {"options": options.to_json()},
+            versions=library_versions(),
+            facts={
+                "rows": len(encoded),
+                "steps": len(result.losses),
+                "tokens": result.tokens,
+                "seconds": round(result.seconds, 2),
+                "parameters": result.parameters,
+                "first_loss": result.losses[0],
+                "last_loss": result.losses[-1],
+            },
+        ),
+        encode_adapter(AdapterWeights((trained,)), {"base": ws.store.base().fingerprint}),
+    )
+    for name in ("calibration", "training"):
+        (folder / f"{stage}-{name}.safetensors").unlink(missing_ok=True)
+    ws.on_message(
+        f"{adapter.ref}: {len(result.losses)} steps in {result.seconds:.1f} s, loss "
+        f"{result.losses[0]:.3f} -> {result.losses[-1]:.3f}, {adapter.bytes / 1e6:.2f} MB"
+    )
+    return adapter, mask, capacity
+
+
+@contextmanager
+def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """The run of this plan, open or new, held by this process alone.
+
+    Raises:
+        Conflict: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    run = ws.store.open_run(plan)
+    folder = ws.store.root / "runs" / run.id
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise Conflict("the same training is running in another process; wait for it") from e
+    try:
+        yield run.id, folder
+    finally:
+        lock.release()
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _claim_sequence(
+    ws: Context, name: str, tasks: Sequence[Task], done: Mapping[int | None, Adapter]
+) -> None:
+    """Refuse a line that holds stages which this run did not make."""
+    refs = [t.ref for t in tasks]
+    line = ws.store.add_line(name, sequence=refs)
+    if line.versions == len(done):
+        return
+    held = f"line {name!r} holds {line.versions} stage(s) already"
+    if line.versions < len(refs):
+        raise Conflict(
+            f"{held}, trained with other settings: give the same settings to go on, or "
+            "another --sequence name"
+        )
+    raise Conflict(f"{held}: choose another --sequence name")

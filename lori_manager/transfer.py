@@ -1,0 +1,112 @@
+"""Adapters out of the workspace and into it: PEFT directories and whole models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lori_manager import models
+from lori_manager.context import Context, library_versions
+from lori_manager.errors import Conflict, LoriError
+from lori_manager.records import Adapter, NewAdapter
+from lori_manager.refs import check_name
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of one foreign adapter: stored, or refused with the reason."""
+
+    directory: Path
+    adapter: Adapter | None
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) -> Path:
+    """Write an adapter as a PEFT directory, or the base with it merged in.
+
+    Raises:
+        Conflict: the directory is there and not empty.
+    """
+    from lori_manager.adapters.full_export import write_full
+    from lori_manager.adapters.peft_export import write_peft
+
+    adapter = ws.adapter(ref)
+    updates = ws.weights(adapter).updates()
+    base = ws.store.base()
+    target = Path(directory)
+    if full:
+        write_full(ws.base_folder, updates, target)
+        return target
+    model = models.load_skeleton(ws.base_folder)
+    write_peft(
+        updates,
+        target,
+        base_name=base.source,
+        revision=base.revision,
+        fingerprint=base.fingerprint,
+        all_modules=[name for name, _ in model.model.named_modules()],
+        transposed=model.transposed,
+        label=adapter.ref,
+    )
+    return target
+
+
+def import_adapters(
+    ws: Context, directories: Sequence[str | Path], *, assume_base: bool = False
+) -> list[Imported]:
+    """Bring in PEFT LoRAs, each as version 1 of a line named after its folder.
+
+    What cannot be imported faithfully is refused with its reason; the rest is
+    imported.
+    """
+    from lori_manager.adapters.peft_import import read_peft
+    from lori_manager.engine.codec import encode_adapter
+
+    skeleton = models.load_skeleton(ws.base_folder)
+    base = ws.store.base()
+    names = {base.source, base.path, models.read_config(ws.base_folder).get("_name_or_path")}
+    out = []
+    for directory in map(Path, directories):
+        try:
+            line = line_name(directory)
+            ws.check_line(line)
+            if any(known.name == line for known in ws.store.lines()):
+                raise Conflict(f"line {line!r} exists; rename the folder or the line")
+            found = read_peft(
+                directory,
+                shapes=skeleton.linear_shapes,
+                base_names=[n for n in names if n],
+                fingerprint=base.fingerprint,
+                assume_base=assume_base,
+            )
+            adapter = ws.store.add_adapter(
+                NewAdapter(
+                    line=line,
+                    origin="imported",
+                    task=None,
+                    task_revision=None,
+                    mask=None,
+                    parents=(),
+                    method="peft-lora",
+                    rank=found.rank,
+                    projection=None,
+                    base=base.fingerprint,
+                    config={"peft": found.config},
+                    versions=library_versions(),
+                    facts={"source": directory.name},
+                ),
+                encode_adapter(found.weights, {"base": base.fingerprint}),
+            )
+            out.append(Imported(directory, adapter, notes=tuple(found.notes)))
+        except LoriError as e:
+            out.append(Imported(directory, None, str(e)))
+    return out
+
+
+def line_name(directory: Path) -> str:
+    """A usable line name out of a folder's name."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.resolve().name).strip("-_") or "imported"
+    return check_name(name[:64] if not name.isdigit() else f"adapter-{name}", "line")

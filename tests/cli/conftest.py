@@ -1,0 +1,103 @@
+"""A way to call commands in this process, and small workspaces to call them in."""
+
+import json
+import logging
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+WORDS = {"colour": ("red", "blue"), "shape": ("box", "ball")}
+
+
+class Lori:
+    """Calls commands on one workspace and insists on how they end."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, *args, code=0):
+        from lori_manager.cli.app import app
+
+        result = CliRunner().invoke(
+            app, ["-C", str(self.folder), *map(str, args)], prog_name="lori"
+        )
+        assert result.exit_code == code, (result.output, result.exception)
+        return result
+
+    def json(self, *args, code=0):
+        """The one document on stdout."""
+        return json.loads(self(*args, "--json", code=code).stdout, parse_constant=pytest.fail)
+
+    def refuses(self, *args, code):
+        """The one line on stderr; nothing may be on stdout."""
+        result = self("--quiet", *args, code=code)
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("lori: ")
+        assert result.stdout == ""
+        return lines[0]
+
+
+def write_rows(path, task, count, offset=0):
+    first, second = WORDS[task]
+    rows = (
+        {"prompt": f"{task} {offset + i}:", "completion": f" {second if i % 2 else first}"}
+        for i in range(count)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_handler_is_left():
+    """A command's log handler writes to a stream that ends with its test."""
+    yield
+    logging.getLogger("lori_manager").handlers.clear()
+
+
+@pytest.fixture(scope="session")
+def workspace_with_tasks(tiny_base, tmp_path_factory):
+    """Two tasks of a few rows, nothing trained; rank 4 and few steps by default."""
+    folder = tmp_path_factory.mktemp("workspaces") / "tasks"
+    lori = Lori(folder)
+    lori("init", folder, "--base", tiny_base)
+    (folder / "lori.toml").write_text(
+        "[defaults]\nrank = 4\nalpha = 8.0\nsteps = 4\ncalibration_steps = 2\nbatch = 8\n"
+        "max_length = 64\n"
+    )
+    for task in WORDS:
+        write_rows(folder / "tasks" / task / "train.jsonl", task, 24)
+        write_rows(folder / "tasks" / task / "eval.jsonl", task, 8, 100)
+        lori("add-task", task, "--probe-rows", 4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workspace_with_adapters(workspace_with_tasks, tmp_path_factory):
+    """The two tasks with colour@1, shape@1 and the merge main@1."""
+    folder = tmp_path_factory.mktemp("workspaces") / "adapters"
+    shutil.copytree(workspace_with_tasks, folder)
+    lori = Lori(folder)
+    lori("train", "colour", "shape")
+    lori("merge", "--tasks", "colour,shape")
+    return folder
+
+
+@pytest.fixture
+def empty(tmp_path):
+    """Commands in a folder that is no workspace."""
+    return Lori(tmp_path)
+
+
+@pytest.fixture
+def lori(workspace_with_tasks, tmp_path):
+    """Commands in a fresh copy of the workspace with two tasks."""
+    return Lori(shutil.copytree(workspace_with_tasks, tmp_path / "ws"))
+
+
+@pytest.fixture
+def trained(workspace_with_adapters, tmp_path):
+    """Commands in a fresh copy of the workspace with three adapters."""
+    return Lori(shutil.copytree(workspace_with_adapters, tmp_path / "ws"))
