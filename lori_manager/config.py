@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,7 +58,9 @@ class Config:
                 raise InvalidInput(f"`{key}` must be {expected}, got {got!r}")
 
         for f in dataclasses.fields(self):
-            _check_type(f.name, getattr(self, f.name), f.default)
+            value = getattr(self, f.name)
+            _check_type(f.name, value, f.default)
+            need(not isinstance(value, float) or math.isfinite(value), f.name, "finite")
         need(self.rank >= 1, "rank", "at least 1")
         need(self.alpha > 0, "alpha", "above 0")
         need(0 <= self.sparsity < 1, "sparsity", "in [0, 1)")
@@ -70,7 +73,7 @@ class Config:
         need(self.steps >= 0, "steps", "0 (then `epochs` counts) or more")
         need(self.epochs > 0, "epochs", "above 0")
         for key in ("learning_rate", "dense_learning_rate"):
-            need(0 < getattr(self, key) < float("inf"), key, "above 0 and finite")
+            need(getattr(self, key) > 0, key, "above 0")
         need(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
         need(0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)")
         need(self.weight_decay >= 0, "weight_decay", "0 or more")
@@ -179,7 +182,14 @@ def load_settings(path: Path) -> Settings:
         raise InvalidInput(f"{path}: {e}") from e
 
 
-_COMMENTS = {
+COMMENTS = {
+    "alpha": "of alpha / rank",
+    "seed": "of A, of the order of rows and of the choice of calibration rows",
+    "epochs": "passes over the training rows where `steps` is 0",
+    "dense_learning_rate": "of all of B: calibration and --dense",
+    "weight_decay": "of AdamW; it acts on trained entries alone",
+    "score_batch": "rows a forward when scoring",
+    "checkpoint_seconds": "how often a running training is saved; 0 is every step",
     "rank": "rank of B A; alpha / rank is the update's scaling",
     "sparsity": "share of B frozen at zero; 0.9 is LoRI-S of the paper",
     "scope": "where the mask's threshold is set: " + ", ".join(SCOPES),
@@ -209,7 +219,7 @@ def default_toml() -> str:
             shown = "[" + ", ".join(f'"{v}"' for v in value) + "]"
         else:
             shown = repr(value)
-        comment = f"  # {_COMMENTS[key]}" if key in _COMMENTS else ""
+        comment = f"  # {COMMENTS[key]}" if key in COMMENTS else ""
         lines.append(f"# {key} = {shown}{comment}")
     lines += [
         "",

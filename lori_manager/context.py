@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,7 +48,7 @@ class Context:
     on_progress: Callable[[Progress], None] = _ignore
     on_message: Callable[[str], None] = _ignore
     _model: models.BaseModel | None = None
-    _rows: dict[tuple[str, str], tuple[list[Row], list[Encoded]]] = field(default_factory=dict)
+    _rows: dict[tuple[str, int], tuple[list[Row], list[Encoded]]] = field(default_factory=dict)
 
     @cached_property
     def settings(self) -> Settings:
@@ -87,16 +86,24 @@ class Context:
             self._model = models.load_base(self.base_folder, precision)
         return self._model
 
-    def rows(self, task: Task, split: str) -> tuple[list[Row], list[Encoded]]:
-        """A split's rows and their tokens, as frozen when the task was added."""
+    def rows(
+        self, task: Task, split: str, max_length: int | None = None
+    ) -> tuple[list[Row], list[Encoded]]:
+        """A split's rows and their tokens, as frozen when the task was added.
+
+        Args:
+            task, split: which.
+            max_length: tokens a row; None is the workspace's own, with which all
+                scores are made.
+        """
         from lori_manager.tasks.encoding import encode_rows
         from lori_manager.tasks.rows import rows_from_jsonl
 
-        key = (task.splits[split].digest, split)
+        max_length = max_length or self.settings.config.max_length
+        key = (task.splits[split].digest, max_length)
         if key not in self._rows:
             rows = rows_from_jsonl(self.store.objects.get(key[0]))
             context = models.read_config(self.base_folder).get("max_position_embeddings")
-            max_length = self.settings.config.max_length
             encoded = encode_rows(self.tokenizer, rows, max_length=max_length, context=context)
             self._rows[key] = (rows, encoded)
         return self._rows[key]
@@ -168,15 +175,27 @@ class Context:
             )
         return task
 
-    def check_line(self, name: str) -> None:
-        """Refuse a name for a free line that is unusable or a task's own."""
+    def check_line(self, name: str, *, sequence: bool = False) -> None:
+        """Refuse a name for a free line that is unusable or a task's own.
+
+        Args:
+            name: the line.
+            sequence: whether it may be a sequence, which holds its own stages alone.
+        Raises:
+            InvalidInput, Conflict.
+        """
         check_name(name, "line")
-        if any(task.name == name for task in self.store.tasks()):
-            raise Conflict(f"{name!r} is a task's own line: choose another name")
+        for line in self.store.lines():
+            if line.name == name and line.task is not None:
+                raise Conflict(f"{name!r} is a task's own line: choose another name")
+            if line.name == name and line.sequence and not sequence:
+                raise Conflict(f"line {name!r} is a sequence: choose another name")
 
 
 def library_versions() -> dict[str, str]:
     """Versions of what decides a result, kept with every adapter."""
+    import importlib.metadata
+
     out = {}
     for name in LIBRARIES:
         try:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lori_manager import models
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
-from lori_manager.errors import Conflict, InvalidInput
+from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import score_missing
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
-from lori_manager.refs import BASE, parse_mask_ref
+from lori_manager.refs import BASE, check_name, parse_mask_ref
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +62,8 @@ def calibrate(
     """
     from lori_manager.adapters.lori import fresh_block
 
+    if line is not None:
+        check_name(line, "line")
     config = config or ws.settings.config
     task = ws.trainable(name)
     base = ws.base_model(config)
@@ -88,7 +91,7 @@ def _calibrated_mask(
     from lori_manager.training import fit
 
     split = "calibration" if "calibration" in task.splits else "train"
-    _, encoded = ws.rows(task, split)
+    _, encoded = ws.rows(task, split, config.max_length)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
@@ -151,6 +154,7 @@ def _mask_for(
 
     if options.dense:
         return None
+    used = used_entries(block) if options.protect else None
     if options.mask is not None:
         mask = ws.store.mask(*parse_mask_ref(options.mask))
         if mask.projection != block.projection_digest and not options.allow_foreign_mask:
@@ -162,8 +166,12 @@ def _mask_for(
         shapes = {n: tuple(m.shape) for n, m in ws.mask_tensors(mask).items()}
         if shapes != {n: tuple(b.shape) for n, b in block.B.items()}:
             raise InvalidInput(f"mask {mask.ref} is for other modules, or for another rank")
+        if used is not None and _touches(ws, mask, used):
+            raise InvalidInput(
+                f"mask {mask.ref} holds entries that the parents' tasks use: leave --mask or "
+                "--protect out"
+            )
         return mask
-    used = used_entries(block) if options.protect else None
     for mask in reversed(ws.store.masks(task.name)):
         fits = (
             mask.task_revision == task.revision
@@ -171,7 +179,11 @@ def _mask_for(
             and mask.sparsity == config.sparsity
             and mask.scope == config.scope
         )
-        if fits and (used is None or not _touches(ws, mask, used)):
+        if used is None:
+            fits = fits and not mask.config.get("protected")
+        elif fits:
+            fits = not _touches(ws, mask, used)
+        if fits:
             return mask
     return _calibrated_mask(ws, task, block, config, used, checkpoint)
 
@@ -199,6 +211,8 @@ def train(
         Conflict: another process is at the same, or the line holds another sequence.
         InvalidInput: options that do not go together.
     """
+    from lori_manager.adapters.lori import fresh_block
+
     config = config or ws.settings.config
     options = options or TrainOptions()
     if not names:
@@ -222,7 +236,7 @@ def train(
         start = ws.adapter(options.start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if sequence is not None:
-        ws.check_line(sequence)
+        ws.check_line(sequence, sequence=True)
     plan = {
         "sequence": sequence,
         "tasks": [t.ref for t in tasks],
@@ -233,6 +247,9 @@ def train(
     with _running(ws, plan) as (run, folder):
         done = {a.stage: a for a in ws.store.run_adapters(run)}
         if sequence is not None:
+            if not done:  # a name is claimed for good, so only settings that can be used claim it
+                shapes = models.load_skeleton(ws.base_folder).linear_shapes
+                fresh_block(shapes, config, sequence)
             _claim_sequence(ws, sequence, tasks, done)
             score_missing(ws, BASE, tasks, config)
         results: list[Trained] = []
@@ -284,7 +301,7 @@ def _train_stage(
         block = lori.continued_block(ws.weights(parent), config)
     mask = _mask_for(ws, task, block, config, options, folder / f"{stage}-calibration.safetensors")
     tensors = None if mask is None else ws.mask_tensors(mask)
-    _, encoded = ws.rows(task, "train")
+    _, encoded = ws.rows(task, "train", config.max_length)
     layers = lori.trainable_layers(base.model, block, tensors)
     with attached(base.model, layers):
         result = fit(
@@ -357,12 +374,21 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
         lock.acquire(timeout=0)
     except Timeout as e:
         raise Conflict("the same training is running in another process; wait for it") from e
+    finished = False
     try:
         yield run.id, folder
+        finished = True
+    except LoriError:
+        # A run that was refused before it began leaves nothing to go on with.
+        begun = any(folder.glob("*.safetensors")) or ws.store.run_adapters(run.id)
+        if not begun:
+            ws.store.finish_run(run.id)
+            finished = True
+        raise
     finally:
+        if finished:
+            shutil.rmtree(folder, ignore_errors=True)
         lock.release()
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _claim_sequence(

@@ -13,7 +13,7 @@ from lori_manager.cli.scores import show_scores
 from lori_manager.cli.session import workspace
 from lori_manager.errors import InvalidInput
 from lori_manager.records import Adapter, Base, Score, Task
-from lori_manager.refs import BASE, parse_mask_ref
+from lori_manager.refs import BASE, is_number, parse_mask_ref
 
 if TYPE_CHECKING:
     from lori_manager.workspace import Workspace
@@ -113,7 +113,7 @@ def _find(ws: Workspace, ref: str) -> Shown:
     if "%" in ref:
         return ws.store.mask(*parse_mask_ref(ref))
     name, hash_, revision = ref.partition("#")
-    if hash_ and not (revision.isdigit() and int(revision)):
+    if hash_ and not (is_number(revision) and int(revision)):
         raise InvalidInput(f"{ref!r} is not a task: expected `task` or `task#revision`")
     if hash_:
         return ws.store.task(name, int(revision))

@@ -84,7 +84,7 @@ def _option(key: str, names: list[str]) -> inspect.Parameter:
     choices = _CHOICES.get(key)
     option = typer.Option(
         *names,
-        help=config._COMMENTS.get(key, ""),
+        help=config.COMMENTS.get(key, ""),
         show_default=f"lori.toml, else {shown}",
         autocompletion=complete.among(*choices) if choices else None,
         rich_help_panel="Settings",

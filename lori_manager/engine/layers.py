@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lori_manager.engine.update import LowRankUpdate
@@ -28,6 +30,39 @@ def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
         inner, outer = layer.weight.shape  # type: ignore[misc]
         return int(outer), int(inner)
     return None
+
+
+class _FrozenPlusLowRank(torch.autograd.Function):
+    """y = x W' + b + (x A') B' with W, b and A frozen; gradients for x and B alone.
+
+    Keeps z = x A' for the backward and not x, adds the update into y and its
+    gradient into dx with one fused call each.
+    Shapes: x (n, in), weight (out, in), bias (out,) or None, A (rank, in), B (out, rank).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        z = F.linear(x, A)
+        y.addmm_(z, B.t())
+        ctx.save_for_backward(z, weight, A, B)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor | None, None, None, None, Tensor | None]:
+        z, weight, A, B = ctx.saved_tensors
+        dx = dB = None
+        if ctx.needs_input_grad[0]:
+            dx = dy.mm(weight)
+            dx.addmm_(dy.mm(B), A)
+        if ctx.needs_input_grad[4]:
+            dB = dy.t().mm(z)
+        return dx, None, None, None, dB
 
 
 class LoriLinear(nn.Module):
@@ -105,9 +140,17 @@ class LoriLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        z = F.linear(x, self.A)
+        B = (self.B() * self.scaling).to(x.dtype)
+        weight = self.base.weight
+        # Only plain matrices of x's own dtype: a quantised base goes through its own forward.
+        if isinstance(weight, Tensor) and weight.dtype == x.dtype == self.A.dtype:
+            matrix = weight if isinstance(self.base, nn.Linear) else weight.t()
+            rows = x.reshape(-1, x.shape[-1])
+            bias = cast("Tensor | None", self.base.bias)
+            y = _FrozenPlusLowRank.apply(rows, matrix, bias, self.A, B)  # type: ignore[no-untyped-call]
+            return cast(Tensor, y).view(*x.shape[:-1], -1)
         out: Tensor = self.base(x)
-        return out + F.linear(z, (self.B() * self.scaling).to(z.dtype))
+        return out + F.linear(F.linear(x, self.A), B)
 
 
 class LowRankLinear(nn.Module):
@@ -146,7 +189,10 @@ def attached(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None
     places = []
     for name in layers:
         parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
+        try:
+            owner = model.get_submodule(parent)
+        except AttributeError as e:
+            raise KeyError(name) from e
         if child not in owner._modules:
             raise KeyError(name)
         places.append((owner, child, owner._modules[child]))
