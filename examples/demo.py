@@ -20,7 +20,7 @@ from fetch_base import base_folder
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("clinc_domain", "snips", "sentiment_uci")
-RECIPE = ("--steps", "45", "--calibration-steps", "15", "--batch", "16")
+RECIPE = ("--steps", "40", "--calibration-steps", "12", "--batch", "12")
 
 
 def lori(folder: Path, *words: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
-from lori_manager.errors import Conflict, InvalidInput
+from lori_manager.errors import InvalidInput
 from lori_manager.evaluation import score_missing
 from lori_manager.records import Adapter, NewAdapter, Parent, Score
 
@@ -62,7 +62,6 @@ def merge(
             f"got {len(shares)} weights for {len(members)} members: give one finite number each"
         )
     ws.check_line(into)
-    _check_not_sequence(ws, into)
     merged = merge([ws.weights(m) for m in members], shares)
     one_a = len(merged.blocks) == 1
     adapter = ws.store.add_adapter(
@@ -91,9 +90,3 @@ def merge(
         scores += score_missing(ws, member.ref, [ws.store.task(n) for n in own], config)
     scores += score_missing(ws, adapter.ref, [ws.store.task(n) for n in wanted], config)
     return Merged(adapter, tuple(members), tuple(shares), tuple(scores))
-
-
-def _check_not_sequence(ws: Context, name: str) -> None:
-    for line in ws.store.lines():
-        if line.name == name and line.sequence:
-            raise Conflict(f"line {name!r} is a sequence: merge --into another line")

@@ -58,9 +58,7 @@ class Config:
                 raise InvalidInput(f"`{key}` must be {expected}, got {got!r}")
 
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            _check_type(f.name, value, f.default)
-            need(not isinstance(value, float) or math.isfinite(value), f.name, "finite")
+            _check_type(f.name, getattr(self, f.name), f.default)
         need(self.rank >= 1, "rank", "at least 1")
         need(self.alpha > 0, "alpha", "above 0")
         need(0 <= self.sparsity < 1, "sparsity", "in [0, 1)")
@@ -82,6 +80,9 @@ class Config:
         need(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         need(self.store_dtype in STORE_DTYPES, "store_dtype", f"one of {', '.join(STORE_DTYPES)}")
         need(self.checkpoint_seconds >= 0, "checkpoint_seconds", "0 (every step) or more")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            need(not isinstance(value, float) or math.isfinite(value), f.name, "finite")
 
     @property
     def scaling(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,8 @@ def score_missing(ws: Context, subject: str, tasks: Sequence[Task], config: Conf
             found[task.name] = _keep_score(
                 ws, subject, digest, task, outcomes, weights, precision, "measured"
             )
-    return [found[t.name] for t in tasks]
+    # Equal weights share scores: what is returned is the one that was asked for.
+    return [replace(found[t.name], subject=subject) for t in tasks]
 
 
 def _run(

@@ -66,8 +66,11 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise NotFound(f"{index} is not an index of safetensors files: fetch it again") from e
     else:
         files = sorted(folder.glob("*.safetensors"))
     missing = [f.name for f in files if not f.is_file()]
@@ -120,12 +123,18 @@ def _tensor_hashes(file: Path) -> dict[str, bytes]:
             raise WrongBase(f"{file} is not a whole safetensors file")
         try:
             header = json.loads(f.read(length))
-        except ValueError as e:
+            header.pop("__metadata__", None)
+            entries = sorted(
+                (int(begin), int(end), name, f"{name}|{info['dtype']}|{info['shape']}|")
+                for name, info in header.items()
+                for begin, end in [info["data_offsets"]]
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise WrongBase(f"{file} is not a whole safetensors file: {e}") from e
-        header.pop("__metadata__", None)
-        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = info["data_offsets"]
-            h = hashlib.sha256(f"{name}|{info['dtype']}|{info['shape']}|".encode())
+        for begin, end, name, label in entries:
+            if not 0 <= begin <= end:
+                raise WrongBase(f"{file} is not a whole safetensors file: tensor {name!r}")
+            h = hashlib.sha256(label.encode())
             f.seek(8 + length + begin)
             left = end - begin
             while left:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lori_manager.errors import InvalidInput
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,63}")
+_NUMBER = re.compile(r"[0-9]{1,18}")  # what SQLite's integers hold
 RESERVED = frozenset({"base", "latest"})
 BASE = "base"
 LATEST = "latest"
@@ -33,6 +34,11 @@ def check_name(name: str, what: str = "name") -> str:
     return name
 
 
+def is_number(text: str) -> bool:
+    """Whether `text` is a version or revision in ASCII digits that the store can hold."""
+    return _NUMBER.fullmatch(text) is not None
+
+
 @dataclass(frozen=True)
 class AdapterRef:
     """A parsed `line@selector`; the selector is a version, `latest` or an alias."""
@@ -43,7 +49,7 @@ class AdapterRef:
     @property
     def version(self) -> int | None:
         """The version number, or None for `latest` and aliases."""
-        return int(self.selector) if self.selector.isdigit() else None
+        return int(self.selector) if is_number(self.selector) else None
 
     def __str__(self) -> str:
         return f"{self.line}@{self.selector}"
@@ -66,7 +72,7 @@ def parse_adapter_ref(text: str) -> AdapterRef | None:
             f"{text!r} is not a reference: expected `line@3`, `line@latest`, `line@alias` or `base`"
         )
     check_name(line, "line")
-    if selector.isdigit():
+    if is_number(selector):
         if int(selector) < 1:
             raise InvalidInput(f"{text!r}: versions start at 1")
     elif selector != LATEST:
@@ -81,6 +87,6 @@ def parse_mask_ref(text: str) -> tuple[str, int]:
         InvalidInput: not of that form.
     """
     task, percent, version = text.partition("%")
-    if not percent or not version.isdigit() or int(version) < 1:
+    if not percent or not is_number(version) or int(version) < 1:
         raise InvalidInput(f"{text!r} is not a mask: expected `task%version`, such as `safety%1`")
     return check_name(task, "task"), int(version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -109,7 +110,7 @@ def fit(
             without interruption. The caller removes it once the result is safe.
         on_progress: called after every step.
     Raises:
-        InvalidInput: the loss stopped being finite.
+        InvalidInput: the loss or a value stopped being finite.
     """
     trained = list(parameters.values())
     if not rows or not any(p.numel() for p in trained):
@@ -151,9 +152,14 @@ def fit(
             _save_state(checkpoint, state_now(step + 1), parameters, optimizer)
             saved = now
         if on_progress:
-            spent = before + now - start
+            spent = max(before + now - start, 1e-9)  # a coarse clock may not have moved
             left = spent / (step + 1) * (steps - step - 1)
             on_progress(Progress(phase, step + 1, steps, losses[-1], tokens / spent, left))
+    if not all(bool(torch.isfinite(p).all()) for p in trained):
+        raise InvalidInput(
+            f"values are not finite after step {steps} of {phase}: lower the learning rate "
+            f"(now {peak:g}) or check the rows"
+        )
     final = state_now(steps)
     return TrainResult(
         losses,
@@ -179,7 +185,7 @@ def _save_state(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
 ) -> None:
-    """Values and both moments in one file, put in place whole."""
+    """Values and both moments in one file with its digest behind, put in place whole."""
     tensors = {}
     for name, parameter in parameters.items():
         moments = optimizer.state[parameter]
@@ -187,7 +193,8 @@ def _save_state(
         tensors[f"{name}|mean"] = moments["exp_avg"]
         tensors[f"{name}|square"] = moments["exp_avg_sq"]
     tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
-    write_atomic(path, save_tensors(tensors, metadata={"state": json.dumps(state.__dict__)}))
+    data = save_tensors(tensors, metadata={"state": json.dumps(state.__dict__)})
+    write_atomic(path, data + hashlib.sha256(data).digest())
 
 
 def _load_state(
@@ -202,7 +209,10 @@ def _load_state(
     if path is None or not path.is_file():
         return fresh
     try:
-        data = path.read_bytes()
+        stored = path.read_bytes()
+        data, digest = stored[:-32], stored[-32:]
+        if hashlib.sha256(data).digest() != digest:
+            raise ValueError("it is not what was written")
         tensors = load_tensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         state = _State(**json.loads(header["__metadata__"]["state"]))

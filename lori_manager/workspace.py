@@ -41,13 +41,14 @@ class Workspace(Context):
             NotFound: no such base. Conflict: there is a workspace already.
         """
         root = Path(root).absolute()
-        if (root / FOLDER / "registry.db").exists():
+        begun = (root / FOLDER / "registry.db").exists()
+        if begun and _has_base(root / FOLDER):
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
         path, commit = models.locate(base, revision)
         mark = models.fingerprint(path)
         config = models.read_config(path)
         root.mkdir(parents=True, exist_ok=True)
-        store = Store.create(root / FOLDER)
+        store = (Store.open if begun else Store.create)(root / FOLDER)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
         store.set_base(Base(mark, source, commit, str(path), config.get("model_type", ""), now))
@@ -115,3 +116,13 @@ class Workspace(Context):
         """Let `line@alias` mean the adapter `ref`."""
         adapter = self.adapter(ref)
         return self.store.set_alias(adapter.line, check_name(alias, "alias"), adapter.version)
+
+
+def _has_base(folder: Path) -> bool:
+    """Whether a store is a workspace's; one without a base is of an `init` that was cut short."""
+    with Store.open(folder) as store:
+        try:
+            store.base()
+        except NotFound:
+            return False
+    return True

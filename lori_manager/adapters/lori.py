@@ -92,12 +92,13 @@ def trained_block(
 ) -> Block:
     """The block to store after training.
 
-    B is rounded to the stored dtype, except that a start of higher precision
-    keeps it: rounding would move entries that were not to be trained. The new
+    B is rounded to the stored dtype, except that a start which bf16 cannot hold
+    (float32, or an imported float16) gives float32: rounding would move entries
+    that were not to be trained. The new
     mask is what the start used and what was trained; None where either is dense.
     """
     begun = any(bool(b.any()) for b in start.B.values())
-    wide = begun and any(b.dtype == torch.float32 for b in start.B.values())
+    wide = begun and any(b.dtype != torch.bfloat16 for b in start.B.values())
     dtype = torch.float32 if wide else DTYPES[store_dtype]
     rounded = {name: b.to(dtype) for name, b in B.items()}
     if mask is None or (begun and start.mask is None):

@@ -52,9 +52,9 @@ class Session:
         if not self.verbose:
             for name, value in _CHATTER.items():
                 os.environ.setdefault(name, value)
-        # Read when torch is imported: threads that spin while they wait are ruinous where
-        # another process wants the same cores.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Read when torch is imported: threads that spin for long while they wait are ruinous
+        # where another process wants the same cores, and none at all costs some speed.
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 @contextmanager

@@ -52,9 +52,7 @@ class _FrozenPlusLowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dy: Tensor
-    ) -> tuple[Tensor | None, None, None, None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
         z, weight, A, B = ctx.saved_tensors
         dx = dB = None
         if ctx.needs_input_grad[0]:
@@ -148,7 +146,7 @@ class LoriLinear(nn.Module):
             rows = x.reshape(-1, x.shape[-1])
             bias = cast("Tensor | None", self.base.bias)
             y = _FrozenPlusLowRank.apply(rows, matrix, bias, self.A, B)  # type: ignore[no-untyped-call]
-            return cast(Tensor, y).view(*x.shape[:-1], -1)
+            return cast(Tensor, y).view(*x.shape[:-1], self.shape[0])
         out: Tensor = self.base(x)
         return out + F.linear(F.linear(x, self.A), B)
 
@@ -176,7 +174,12 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         out: Tensor = self.base(x)
-        return out + F.linear(F.linear(x, self.A), self.B)
+        z = F.linear(x, self.A)
+        if torch.is_grad_enabled() or out.dtype != z.dtype:
+            return out + F.linear(z, self.B)
+        rows = out.view(-1, out.shape[-1])  # a fresh result of the base: added to in place
+        rows.addmm_(z.view(-1, z.shape[-1]), self.B.t())
+        return out
 
 
 @contextmanager

@@ -16,13 +16,18 @@ from lori_manager.merging.methods import merge_methods
 def merge_linear(members: Sequence[AdapterWeights], weights: Sequence[float]) -> AdapterWeights:
     """A and sum_t weights[t] * scaling_t / scaling * B_t: exact, because A is the same.
 
+    The result's scaling is that of the first member, or 1 where that is 0.
+
     Acts on B alone, which is exact only where all members share one A; with
     different A it would add cross terms B_i A_j, so that is refused (PEFT's
     `linear` does it all the same). One adapter at weight 1 returns itself; the
     order of the members does not matter but for rounding. B is kept in float32.
     Raises:
         InvalidInput: members of several blocks, or with different A.
+        ValueError: no members, or not one weight per member.
     """
+    if not members or len(members) != len(weights):
+        raise ValueError(f"got {len(members)} members and {len(weights)} weights")
     if any(len(member.blocks) != 1 for member in members):
         raise InvalidInput(
             "method `linear` takes adapters with a single A; a concat merge has several: "
@@ -37,10 +42,11 @@ def merge_linear(members: Sequence[AdapterWeights], weights: Sequence[float]) ->
     first = blocks[0]
     if len(blocks) == 1 and weights[0] == 1:
         return AdapterWeights((first,))
+    scaling = first.scaling or 1.0
     B = {
         name: torch.stack(
             [
-                block.B[name].float() * (w * block.scaling / first.scaling)
+                block.B[name].float() * (w * block.scaling / scaling)
                 for block, w in zip(blocks, weights, strict=True)
             ]
         ).sum(0)
@@ -48,4 +54,4 @@ def merge_linear(members: Sequence[AdapterWeights], weights: Sequence[float]) ->
     }
     dense = any(block.mask is None for block in blocks)
     mask = None if dense else masks.union([block.mask or {} for block in blocks])
-    return AdapterWeights((Block(B, first.scaling, first.projection, first.tensors, mask),))
+    return AdapterWeights((Block(B, scaling, first.projection, first.tensors, mask),))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from lori_manager.engine.weights import AdapterWeights
@@ -22,7 +25,8 @@ merge_methods: Registry[MergeMethod] = Registry("merge method")
 
 
 def load_all() -> Registry[MergeMethod]:
-    """The registry with every method of this package in it."""
-    from lori_manager.merging import concat, linear  # noqa: F401
-
+    """The registry with every method of this package in it: each file registers its own."""
+    folder = Path(__file__).parent
+    for module in pkgutil.iter_modules([str(folder)]):
+        importlib.import_module(f"lori_manager.merging.{module.name}")
     return merge_methods

@@ -35,7 +35,11 @@ def training_order(lengths: Sequence[int], batch: int, steps: int, seed: int) ->
         batch: rows a step.
         steps: how many batches to give, over as many passes as it takes.
         seed: decides everything.
+    Raises:
+        ValueError: no rows.
     """
+    if not len(lengths):
+        raise ValueError("`lengths` is empty: expected at least one row")
     order: list[np.ndarray] = []
     size = np.asarray(lengths)
     epoch = 0

@@ -11,6 +11,8 @@ import numpy as np
 
 from lori_manager.errors import BadData, NotFound
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def read_outcomes(file: Path, keys: Sequence[bytes]) -> np.ndarray:
     """JSONL of {"row": index or key in hex, "value": number} -> float32 by row.
@@ -47,7 +49,8 @@ def read_outcomes(file: Path, keys: Sequence[bytes]) -> np.ndarray:
             index = row if isinstance(row, int) and not isinstance(row, bool) else -1
         if not 0 <= index < len(keys):
             raise BadData(f"{where}: row {row!r} is not among the task's {len(keys)} eval rows")
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        # The comparison is exact for whole numbers of any size, and False for NaN.
+        if not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
             raise BadData(f"{where}: {expected}, got the value {value!r}")
         if not math.isnan(out[index]):
             raise BadData(f"{where}: row {row!r} is there twice")

@@ -15,7 +15,7 @@ LABELS = {"clinc_domain": 10, "snips": 7, "sentiment_uci": 2}
 def test_example_rows_are_usable_and_leak_nothing(task):
     train = read_source(f"{task}/train.jsonl", root=DATA)
     scored = read_source(f"{task}/eval.jsonl", root=DATA)
-    assert (len(train), len(scored)) == (1152, 300)
+    assert (len(train), len(scored)) == (1152, 200)
     prepared = make_splits(train, scored)
     assert prepared.notes == ["116 of 1152 train rows set aside as probe rows"]
     for row in train + scored:
