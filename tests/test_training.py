@@ -1,0 +1,444 @@
+"""fit: what moves and what does not, an independent reference, exact resume."""
+
+import copy
+import json
+import logging
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lori_manager.adapters.lori import fresh_block, trainable_layers, trained_B, trained_block
+from lori_manager.config import Config
+from lori_manager.engine.layers import LoriLinear, attached
+from lori_manager.engine.mask import calibrate_mask
+from lori_manager.errors import InvalidInput
+from lori_manager.models import BaseModel, load_base
+from lori_manager.tasks.batches import training_order
+from lori_manager.tasks.encoding import Encoded
+from lori_manager.training import fit, learning_rate, steps_for
+
+CONFIG = Config(rank=4, alpha=8.0, batch=4, precision="fp32", checkpoint_seconds=0.0)
+STEPS = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads on matrices this small only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return load_base(tiny_base, "fp32", "cpu")
+
+
+def encoded_rows(count=10, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length, prompt = (int(torch.randint(*r, (), generator=g)) for r in ((6, 14), (1, 4)))
+        rows.append(Encoded(torch.randint(0, 250, (length,), generator=g).tolist(), prompt))
+    return rows
+
+
+ROWS = encoded_rows()
+
+
+def random_mask(block, seed=0, sparsity=0.7):
+    g = torch.Generator().manual_seed(seed)
+    scores = {n: torch.rand(b.shape, generator=g) for n, b in block.B.items()}
+    return calibrate_mask(scores, sparsity)
+
+
+def non_zero(block, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    return type(block)(
+        {n: torch.randn(b.shape, generator=g).mul(0.05) for n, b in block.B.items()},
+        block.scaling,
+        block.projection,
+    )
+
+
+def train(base, block, mask, config=CONFIG, steps=STEPS, peak=1e-2, rows=ROWS, **options):
+    """The layers after training, and what `fit` returned."""
+    layers = trainable_layers(base.model, block, mask)
+    with attached(base.model, layers):
+        result = fit(
+            base,
+            {n: layer.values for n, layer in layers.items()},
+            rows,
+            config,
+            steps=steps,
+            peak=peak,
+            **options,
+        )
+    return layers, result
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().view(torch.int32)
+
+
+def assert_same_bits(a, b):
+    assert sorted(a) == sorted(b)
+    for name in a:
+        assert torch.equal(bits(a[name]), bits(b[name]))
+
+
+def test_the_loss_goes_down(base):
+    """As far as a random head of small weights lets it."""
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    for mask, peak in ((None, 5e-2), (random_mask(block), 1e-1)):
+        _, result = train(base, block, mask, steps=30, peak=peak, rows=ROWS[:4])
+        assert result.losses[-1] < result.losses[0] - 0.3
+
+
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_entries_outside_the_mask_do_not_change_by_a_bit(base, continued, clip):
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    if continued:
+        block = non_zero(block)
+    mask = random_mask(block)
+    before = {n: b.clone() for n, b in block.B.items()}
+    config = CONFIG.replace(weight_decay=0.1, clip=clip)
+    layers, _ = train(base, block, mask, config)
+    for name, B in trained_B(layers).items():
+        assert torch.equal(bits(B[~mask[name]]), bits(before[name][~mask[name]]))
+        assert not torch.equal(B[mask[name]], before[name][mask[name]])
+        assert torch.equal(bits(block.B[name]), bits(before[name]))
+
+
+def test_what_is_stored_after_a_continued_run_differs_at_masked_entries_alone(base):
+    block = non_zero(fresh_block(base.linear_shapes, CONFIG, "x"))
+    block = trained_block(
+        block, {n: b.bfloat16().float() for n, b in block.B.items()}, None, "fp32"
+    )
+    start = type(block)({n: b.bfloat16() for n, b in block.B.items()}, 2.0, block.projection)
+    mask = random_mask(block)
+    layers, _ = train(base, start, mask, CONFIG.replace(weight_decay=0.1))
+    stored = trained_block(start, trained_B(layers), mask, "bf16")
+    for name, B in stored.B.items():
+        same = B.view(torch.int16) == start.B[name].view(torch.int16)
+        assert bool(same[~mask[name]].all())
+        assert not bool(same[mask[name]].all())
+
+
+def test_base_weights_and_A_do_not_move(base):
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    weights = {n: p.clone() for n, p in base.model.named_parameters()}
+    modules = dict(base.model.named_modules())
+    layers, _ = train(base, block, None, CONFIG.replace(weight_decay=0.1))
+    assert dict(base.model.named_modules()) == modules
+    assert_same_bits(dict(base.model.named_parameters()), weights)
+    assert_same_bits({n: layer.A for n, layer in layers.items()}, block.A)
+    assert not any(p.grad is not None for p in base.model.parameters())
+
+
+def test_decay_shrinks_a_start_towards_zero_where_it_trains(base):
+    block = non_zero(fresh_block(base.linear_shapes, CONFIG, "x"))
+    plain, decayed = (
+        trained_B(train(base, block, None, CONFIG.replace(weight_decay=w))[0]) for w in (0.0, 5.0)
+    )
+    assert sum(float(b.abs().sum()) for b in decayed.values()) < 0.9 * sum(
+        float(b.abs().sum()) for b in plain.values()
+    )
+
+
+def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(base):
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    a, b = (trained_B(train(base, block, None)[0]) for _ in range(2))
+    assert_same_bits(a, b)
+    other = trained_B(train(base, block, None, CONFIG.replace(seed=1))[0])
+    assert not any(torch.equal(a[n], other[n]) for n in a)
+
+
+class Wide(BaseModel):
+    """A base whose logits stay in float64."""
+
+    def token_logits(self, ids, wanted):
+        return self.model(input_ids=ids, use_cache=False).logits[wanted]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_B_is_what_a_plain_loop_over_pefts_lora_makes_of_it(base, masked):
+    """PEFT's layers with the same frozen A, dense B, masked gradients, one row a forward."""
+    from peft import LoraConfig, get_peft_model
+
+    steps, peak, clip = 20, 3e-3, 0.005
+    config = CONFIG.replace(targets=("q_proj", "down_proj"), clip=clip, weight_decay=0.01)
+    block = fresh_block(base.linear_shapes, config, "x")
+    mask = random_mask(block) if masked else None
+    if masked:  # a dense B under a gradient mask would decay, but for the zeros it starts with
+        config = config.replace(weight_decay=0.0)
+
+    wide = Wide(copy.deepcopy(base.model).double(), base.folder, "fp64")
+    layers = {n: layer.double() for n, layer in trainable_layers(wide.model, block, mask).items()}
+    assert all(isinstance(layer, LoriLinear) for layer in layers.values())
+    with attached(wide.model, layers):
+        values = {n: layer.values for n, layer in layers.items()}
+        result = fit(wide, values, ROWS, config, steps=steps, peak=peak)
+
+    reference = get_peft_model(
+        copy.deepcopy(base.model).double(),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_dropout=0.0),
+        autocast_adapter_dtype=False,
+    ).double()
+    found = {n.removeprefix("base_model.model."): m for n, m in reference.named_modules()
+             if hasattr(m, "lora_A")}  # fmt: skip
+    assert sorted(found) == sorted(block.B)
+    for name, module in found.items():
+        module.lora_A["default"].weight.data.copy_(block.A[name])
+        module.lora_A["default"].weight.requires_grad_(False)
+        if mask is not None:
+            module.lora_B["default"].weight.register_hook(lambda g, m=mask[name]: g * m)
+    B = [module.lora_B["default"].weight for module in found.values()]
+    optimizer = torch.optim.AdamW(B, lr=peak, weight_decay=config.weight_decay)
+    losses = []
+    for step, rows in enumerate(training_order([len(r.ids) for r in ROWS], 4, steps, config.seed)):
+        optimizer.param_groups[0]["lr"] = peak * [1 / 3, 2 / 3][step] if step < 2 else (
+            peak * (20 - step) / 18
+        )  # fmt: skip
+        nll = []
+        for row in (ROWS[i] for i in rows):
+            logits = reference(torch.tensor([row.ids])).logits[0]
+            wanted = torch.tensor(row.ids[row.prompt_length :])
+            lines = logits[row.prompt_length - 1 : -1].log_softmax(-1)
+            nll.append(-lines.gather(1, wanted[:, None]).flatten())
+        loss = torch.cat(nll).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.cat([b.grad.flatten() for b in B]).norm()
+        assert norm > clip  # else the test says nothing about clipping
+        for b in B:
+            b.grad.mul_(clip / (norm + 1e-6))
+        optimizer.step()
+        losses.append(loss.item())
+    assert result.losses == pytest.approx(losses, rel=1e-10)
+    for name, module in found.items():
+        expected = module.lora_B["default"].weight.detach()
+        difference = (layers[name].B() - expected).abs().max() / expected.abs().max()
+        assert difference < 1e-8
+
+
+def test_learning_rates_are_those_worked_out_by_hand():
+    def rates(schedule, warmup=0.2, steps=10):
+        return [learning_rate(s, steps, 6.0, schedule, warmup) for s in range(steps)]
+
+    assert rates("constant") == pytest.approx([2, 4, *[6] * 8])
+    assert rates("linear") == pytest.approx([2, 4, 6, 5.25, 4.5, 3.75, 3, 2.25, 1.5, 0.75])
+    cosine = rates("cosine")
+    assert cosine[:3] == pytest.approx([2, 4, 6])
+    assert cosine[6] == pytest.approx(3)
+    assert cosine[9] == pytest.approx(3 * (1 - math.cos(math.pi / 8)))
+    assert rates("linear", 0.0, 3) == pytest.approx([6, 4, 2])
+    assert rates("linear", 0.01, 3) == pytest.approx([3, 6, 3])
+    assert rates("linear", 0.0, 1) == [6]
+    assert rates("cosine", 0.99, 1) == [3]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.99])
+@pytest.mark.parametrize("steps", [1, 2, 17])
+def test_every_step_counts_and_none_is_above_the_peak(schedule, warmup, steps):
+    rates = [learning_rate(s, steps, 1e-3, schedule, warmup) for s in range(steps)]
+    assert all(0 < rate <= 1e-3 for rate in rates)
+
+
+def test_steps_are_those_asked_for_or_as_many_as_the_passes_take():
+    config = Config(batch=16, epochs=2.0)
+    assert [steps_for(n, config) for n in (1, 16, 17, 33)] == [2, 2, 4, 6]
+    assert steps_for(33, config.replace(epochs=0.1)) == 1
+    assert steps_for(33, config.replace(epochs=1.5)) == 5
+    assert steps_for(33, config.replace(steps=7)) == 7
+
+
+def test_progress_is_told_after_every_step_and_sums_up(base):
+    block, seen = fresh_block(base.linear_shapes, CONFIG, "x"), []
+    _, result = train(base, block, random_mask(block), phase="training x", on_progress=seen.append)
+    assert [(p.phase, p.step, p.steps) for p in seen] == [
+        ("training x", i + 1, STEPS) for i in range(STEPS)
+    ]
+    assert [p.loss for p in seen] == result.losses
+    assert all(p.tokens_per_second > 0 and p.seconds_left >= 0 for p in seen)
+    assert seen[-1].seconds_left == 0
+    lengths = [len(r.ids) for r in ROWS]
+    order = training_order(lengths, 4, STEPS, 0)
+    assert result.tokens == sum(lengths[i] for batch in order for i in batch)
+    total = sum(b.numel() for b in block.B.values())
+    assert result.parameters == round((1 - 0.7) * total)
+    assert result.seconds > 0
+
+
+class Stop(Exception):
+    """The interruption."""
+
+
+def stop_after(step):
+    def on_progress(progress):
+        if progress.step == step:
+            raise Stop
+
+    return on_progress
+
+
+@pytest.mark.parametrize("stops", [[1], [4], [STEPS - 1], [STEPS], [2, 3, 7]])
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_interrupted_run_goes_on_to_the_same_bits(base, tmp_path, stops, masked):
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    if masked:
+        block = non_zero(block)
+    mask = random_mask(block) if masked else None
+    config, path = CONFIG.replace(weight_decay=0.1), tmp_path / "state.safetensors"
+    layers, whole = train(base, block, mask, config)
+    for step in stops:
+        with pytest.raises(Stop):
+            train(base, block, mask, config, checkpoint=path, on_progress=stop_after(step))
+    seen = []
+    again, result = train(base, block, mask, config, checkpoint=path, on_progress=seen.append)
+    assert seen[0].step == min(stops[-1] + 1, STEPS)
+    assert_same_bits(trained_B(layers), trained_B(again))
+    assert result.losses == whole.losses
+    assert result.tokens == whole.tokens
+    assert not list(tmp_path.glob("*.damaged"))
+
+
+def test_a_checkpoint_is_written_no_more_often_than_asked(base, tmp_path):
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state.safetensors"
+    train(base, block, None, CONFIG.replace(checkpoint_seconds=3600.0), checkpoint=path)
+    assert not path.exists()
+    train(base, block, None, CONFIG, checkpoint=path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_modules_without_a_masked_entry_train_and_resume_beside_the_others(base, tmp_path):
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state.safetensors"
+    mask = random_mask(block)
+    empty = sorted(mask)[::2]
+    for name in empty:
+        mask[name].fill_(False)
+    layers, _ = train(base, block, mask)
+    with pytest.raises(Stop):
+        train(base, block, mask, checkpoint=path, on_progress=stop_after(3))
+    again, _ = train(base, block, mask, checkpoint=path)
+    assert_same_bits(trained_B(layers), trained_B(again))
+    assert all(bool(b.any()) != (n in empty) for n, b in trained_B(layers).items())
+
+
+def interrupted(base, path, block, **options):
+    with pytest.raises(Stop):
+        train(base, block, None, checkpoint=path, on_progress=stop_after(3), **options)
+
+
+def cut(path, base, block):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def empty(path, base, block):
+    path.write_bytes(b"")
+
+
+def junk(path, base, block):
+    path.write_bytes(b"\xff" * 500)
+
+
+def one_bit(path, base, block):
+    data = bytearray(path.read_bytes())
+    data[-5000] ^= 4
+    path.write_bytes(data)
+
+
+def other_phase(path, base, block):
+    interrupted(base, path, block, phase="calibrating x")
+
+
+def other_steps(path, base, block):
+    interrupted(base, path, block, steps=STEPS + 1)
+
+
+def other_rank(path, base, block):
+    interrupted(base, path, fresh_block(base.linear_shapes, CONFIG.replace(rank=3), "x"))
+
+
+def other_modules(path, base, block):
+    config = CONFIG.replace(targets=("q_proj",))
+    interrupted(base, path, fresh_block(base.linear_shapes, config, "x"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [cut, empty, junk, one_bit, other_phase, other_steps, other_rank, other_modules],
+    ids=lambda f: f.__name__,
+)
+def test_a_damaged_or_foreign_checkpoint_is_set_aside_and_training_starts_again(
+    base, tmp_path, caplog, spoil
+):
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state.safetensors"
+    layers, whole = train(base, block, None)
+    if not spoil.__name__.startswith("other"):
+        interrupted(base, path, block)
+    spoil(path, base, block)
+    spoiled = path.read_bytes()
+    with caplog.at_level(logging.WARNING):
+        again, result = train(base, block, None, checkpoint=path)
+    assert_same_bits(trained_B(layers), trained_B(again))
+    assert result.losses == whole.losses
+    assert (tmp_path / "state.damaged").read_bytes() == spoiled
+    assert "checkpoint unusable" in caplog.text
+    assert "starting again" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_is_one_clear_error(base):
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    message = (
+        r"^the loss is nan at step [23] of training x: lower the learning rate \(now 1e\+30\).*$"
+    )
+    with pytest.raises(InvalidInput, match=message):
+        train(base, block, None, peak=1e30, phase="training x")
+
+
+def test_values_that_are_not_finite_after_the_last_step_are_one_clear_error(base):
+    """The loss is taken before the step, so that it cannot tell."""
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    layers = trainable_layers(base.model, block, None)
+    values = {n: layer.values for n, layer in layers.items()}
+    next(iter(values.values())).register_hook(lambda g: g * math.inf)
+    with attached(base.model, layers), pytest.raises(InvalidInput, match="values are not finite"):
+        fit(base, values, ROWS, CONFIG, steps=1, peak=1e-3)
+
+
+@pytest.mark.parametrize("rows", [[], ROWS])
+def test_nothing_to_train_is_refused(base, rows):
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    mask = random_mask(block, sparsity=0.5 if not rows else 0.999999)
+    with pytest.raises(InvalidInput, match="nothing to train"):
+        train(base, block, mask, rows=rows)
+
+
+def test_a_checkpoint_tells_its_place_in_its_header(base, tmp_path):
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state.safetensors"
+    interrupted(base, path, block)
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    state = json.loads(header["__metadata__"]["state"])
+    assert (state["phase"], state["step"], state["steps"]) == ("train", 3, STEPS)
+    assert len(state["losses"]) == 3
+
+
+def test_padding_does_not_count_in_the_loss(base):
+    """One step at rate ~0 on rows of unlike length: the mean over all completion tokens."""
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    rows = [ROWS[0], Encoded(list(range(40)), 3), Encoded([5, 6], 1)]
+    _, result = train(base, block, None, steps=1, peak=1e-12, rows=rows)
+    nll = []
+    for row in rows:
+        with torch.no_grad():
+            logits = base.model(torch.tensor([row.ids])).logits[0]
+        targets = torch.tensor(row.ids[row.prompt_length :])
+        nll.append(F.cross_entropy(logits[row.prompt_length - 1 : -1], targets, reduction="none"))
+    assert result.losses[0] == pytest.approx(float(torch.cat(nll).mean()), rel=1e-5)
