@@ -151,9 +151,15 @@ class Context:
         if CHAMPION in self.store.line(name).aliases:
             return self.store.adapter(AdapterRef(name, CHAMPION))
         for adapter in reversed(self.store.adapters(name)):
-            if self.tasks_of(adapter) == [task.name] and adapter.origin != "merged":
+            if self._trained_alone(adapter, task.name):
                 return adapter
         raise NotFound(f"nothing is trained for task {name!r} alone: run `lori train {name}`")
+
+    def _trained_alone(self, adapter: Adapter, name: str) -> bool:
+        """Whether the adapter and all it was continued from were trained on that task."""
+        return adapter.task == name and all(
+            self._trained_alone(self.adapter(parent.ref), name) for parent in adapter.parents
+        )
 
     def tasks_of(self, adapter: Adapter) -> list[str]:
         """Names of all tasks that went into an adapter, in the order they came in."""

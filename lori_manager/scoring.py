@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from lori_manager.errors import BadData
 from lori_manager.models import BaseModel
 from lori_manager.tasks.batches import collate, length_batches
 from lori_manager.tasks.encoding import Encoded
@@ -50,6 +52,24 @@ def token_stats(
     return [s for s in out if s is not None]
 
 
+def _within(sequences: list[Encoded], context: int | None) -> list[Encoded]:
+    """Cut all of a row's prompts alike, so that its longest sequence fits the model.
+
+    Raises:
+        BadData: a completion alone is longer than the context.
+    """
+    over = max(len(s.ids) for s in sequences) - (context or sys.maxsize)
+    if over <= 0:
+        return sequences
+    if over >= min(s.prompt_length for s in sequences):
+        raise BadData(
+            f"a choice is longer than the model's context of {context} tokens: shorten it"
+        )
+    return [
+        Encoded(list(s.ids[over:]), s.prompt_length - over, s.truncated + over) for s in sequences
+    ]
+
+
 def score_rows(
     base: BaseModel,
     rows: Sequence[Row],
@@ -66,7 +86,7 @@ def score_rows(
     sequences: list[Encoded] = []
     spans = []
     for row, e in zip(rows, encoded, strict=True):
-        own = scorer.sequences(base.tokenizer, row, e)
+        own = _within(scorer.sequences(base.tokenizer, row, e), base.context)
         spans.append((len(sequences), len(sequences) + len(own)))
         sequences.extend(own)
     stats = token_stats(base, sequences, batch, on_batch)

@@ -18,9 +18,13 @@ from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from torch import Tensor
 
     from lori_manager.engine.weights import Block
+
+
+_NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch"})
 
 
 @dataclass(frozen=True)
@@ -114,10 +118,12 @@ def _calibrated_mask(
     mask = masks.calibrate_mask(trained_B(layers), config.sparsity, config.scope, exclude)
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
-        raise InvalidInput(
-            f"no entry of B is left for {task.name!r}: the parents' tasks took them all; "
-            "train without --protect or with a larger rank"
+        reason = (
+            f"sparsity {config.sparsity} leaves none of {total} entries: lower it"
+            if exclude is None
+            else "the parents' tasks took them all: train without --protect or at a larger rank"
         )
+        raise InvalidInput(f"no entry of B may train for {task.name!r}: {reason}")
     spec = block.projection
     meta = {
         "kind": "mask",
@@ -237,10 +243,12 @@ def train(
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if sequence is not None:
         ws.check_line(sequence, sequence=True)
+    # What does not change the result may differ when an interrupted command is given again.
+    settings = {k: v for k, v in config.to_json().items() if k not in _NOT_DECIDING}
     plan = {
         "sequence": sequence,
         "tasks": [t.ref for t in tasks],
-        "config": config.to_json(),
+        "config": settings,
         "options": options.to_json(),
         "base": ws.store.base().fingerprint,
     }
@@ -315,6 +323,7 @@ def _train_stage(
             checkpoint=folder / f"{stage}-training.safetensors",
             on_progress=ws.on_progress,
         )
+    rank = max(int(b.shape[1]) for b in block.B.values())
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     capacity = None
     if options.protect:
@@ -328,13 +337,13 @@ def _train_stage(
             mask=None if mask is None else mask.ref,
             parents=() if parent is None else (Parent(parent.ref, parent.digest),),
             method="lori-d" if mask is None else "lori-s",
-            rank=max(int(b.shape[1]) for b in block.B.values()),
+            rank=rank,
             projection=block.projection_digest,
             base=ws.store.base().fingerprint,
             sequence=sequence is not None,
             run=run,
             stage=stage,
-            config=config.to_json() | {"options": options.to_json()},
+            config=config.to_json() | {"rank": rank, "options": options.to_json()},
             versions=library_versions(),
             facts={
                 "rows": len(encoded),
@@ -364,18 +373,16 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
     Raises:
         Conflict: another process holds it.
     """
-    from filelock import FileLock, Timeout
-
     run = ws.store.open_run(plan)
     folder = ws.store.root / "runs" / run.id
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as e:
-        raise Conflict("the same training is running in another process; wait for it") from e
+    lock = _held(folder / "lock", "the same training")
+    line = None
     finished = False
     try:
+        if plan["sequence"] is not None:
+            name = plan["sequence"]
+            line = _held(ws.store.root / "runs" / f"line-{name}.lock", f"sequence {name!r}")
         yield run.id, folder
         finished = True
     except LoriError:
@@ -389,6 +396,20 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
         if finished:
             shutil.rmtree(folder, ignore_errors=True)
         lock.release()
+        if line is not None:
+            line.release()
+
+
+def _held(path: Path, what: str) -> FileLock:
+    """A lock held by this process; Conflict where another has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise Conflict(f"{what} is running in another process; wait for it") from e
+    return lock
 
 
 def _claim_sequence(

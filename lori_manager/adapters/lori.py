@@ -15,6 +15,7 @@ from lori_manager.engine import mask as masks
 from lori_manager.engine.layers import LoriLinear
 from lori_manager.engine.projection import ProjectionSpec
 from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.errors import InvalidInput
 from lori_manager.models import check_rank, resolve_targets
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -47,8 +48,14 @@ def continued_block(weights: AdapterWeights, config: Config) -> Block:
 
     An adapter of several blocks (an exact merge) becomes one whose A holds all
     rows of theirs and is stored as it is.
+    Raises:
+        InvalidInput: the scaling is 0.
     """
     if len(weights.blocks) == 1:
+        if weights.blocks[0].scaling == 0:
+            raise InvalidInput(
+                "this adapter's scaling is 0 (a merge with weight 0): no training can move it"
+            )
         return weights.blocks[0]
     updates = weights.updates()
     scaling = config.scaling
