@@ -58,6 +58,9 @@ class Config:
                 raise InvalidInput(f"`{key}` must be {expected}, got {got!r}")
 
         for f in dataclasses.fields(self):
+            given = getattr(self, f.name)
+            if isinstance(f.default, float) and type(given) is int:
+                object.__setattr__(self, f.name, float(given))
             _check_type(f.name, getattr(self, f.name), f.default)
         need(self.rank >= 1, "rank", "at least 1")
         need(self.alpha > 0, "alpha", "above 0")
@@ -118,10 +121,6 @@ class Config:
             ):
                 raise InvalidInput(f"`targets` must be a list of module names, got {targets!r}")
             values["targets"] = tuple(targets)
-        for key in ("alpha", "sparsity", "epochs", "learning_rate", "dense_learning_rate",
-                    "warmup", "weight_decay", "clip", "checkpoint_seconds"):  # fmt: skip
-            if isinstance(values.get(key), int) and not isinstance(values[key], bool):
-                values[key] = float(values[key])
         return cls(**values)
 
 

@@ -193,6 +193,13 @@ class BaseModel:
         """Full name -> (out_features, in_features) of every linear layer but the head."""
         return linear_shapes(self.model)
 
+    def probe(self) -> None:
+        """Run the model once on two tokens, for hooks to see it at work."""
+        import torch
+
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        self.model(input_ids=ids, use_cache=False)
+
     def token_logits(self, ids: Tensor, wanted: Tensor) -> Tensor:
         """Next-token logits at the wanted positions only.
 

@@ -9,6 +9,7 @@ from lori_manager.errors import InvalidInput
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,63}")
 _NUMBER = re.compile(r"[0-9]{1,18}")  # what SQLite's integers hold
+_DIGITS = re.compile(r"[0-9]+")
 RESERVED = frozenset({"base", "latest"})
 BASE = "base"
 LATEST = "latest"
@@ -49,7 +50,9 @@ class AdapterRef:
     @property
     def version(self) -> int | None:
         """The version number, or None for `latest` and aliases."""
-        return int(self.selector) if is_number(self.selector) else None
+        if not _DIGITS.fullmatch(self.selector):
+            return None
+        return int(self.selector) if is_number(self.selector) else 10**18  # no line has so many
 
     def __str__(self) -> str:
         return f"{self.line}@{self.selector}"

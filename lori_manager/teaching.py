@@ -89,7 +89,7 @@ def _calibrated_mask(
     from lori_manager.adapters.lori import trainable_layers, trained_B
     from lori_manager.engine import mask as masks
     from lori_manager.engine.codec import encode_mask
-    from lori_manager.engine.layers import attached
+    from lori_manager.engine.layers import attached, join_siblings
     from lori_manager.engine.weights import Block
     from lori_manager.tasks.batches import permutation
     from lori_manager.training import fit
@@ -104,6 +104,7 @@ def _calibrated_mask(
     base = ws.base_model(config)
     layers = trainable_layers(base.model, empty, None)
     with attached(base.model, layers):
+        join_siblings(layers, base.probe)
         result = fit(
             base,
             {name: layer.values for name, layer in layers.items()},
@@ -123,7 +124,7 @@ def _calibrated_mask(
             if exclude is None
             else "the parents' tasks took them all: train without --protect or at a larger rank"
         )
-        raise InvalidInput(f"no entry of B may train for {task.name!r}: {reason}")
+        raise InvalidInput(f"no entry of B is left for {task.name!r}: {reason}")
     spec = block.projection
     meta = {
         "kind": "mask",
@@ -297,7 +298,7 @@ def _train_stage(
     """Mask, train and store one adapter."""
     from lori_manager.adapters import lori
     from lori_manager.engine.codec import encode_adapter
-    from lori_manager.engine.layers import attached
+    from lori_manager.engine.layers import attached, join_siblings
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.training import fit, steps_for
 
@@ -312,6 +313,7 @@ def _train_stage(
     _, encoded = ws.rows(task, "train", config.max_length)
     layers = lori.trainable_layers(base.model, block, tensors)
     with attached(base.model, layers):
+        join_siblings(layers, base.probe)
         result = fit(
             base,
             {name: layer.values for name, layer in layers.items()},
@@ -382,7 +384,9 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
     try:
         if plan["sequence"] is not None:
             name = plan["sequence"]
-            line = _held(ws.store.root / "runs" / f"line-{name}.lock", f"sequence {name!r}")
+            locks = ws.store.root / "locks"
+            locks.mkdir(mode=0o700, exist_ok=True)
+            line = _held(locks / f"{name}.lock", f"sequence {name!r}")
         yield run.id, folder
         finished = True
     except LoriError:

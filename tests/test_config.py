@@ -29,7 +29,7 @@ def test_scaling_is_alpha_over_rank():
     ("key", "value"),
     [
         ("rank", 0), ("rank", -1), ("rank", 1.0), ("rank", True), ("rank", "32"), ("alpha", 0.0),
-        ("alpha", 64), ("sparsity", 1.0), ("sparsity", -0.1), ("scope", "row"), ("targets", ()),
+        ("alpha", "64"), ("sparsity", 1.0), ("sparsity", -0.1), ("scope", "row"), ("targets", ()),
         ("targets", ("q", "")), ("targets", ["q"]), ("projection", ""), ("seed", -1),
         ("seed", 2**63), ("batch", 0), ("steps", -1), ("epochs", 0.0), ("calibration_steps", 0),
         ("calibration_rows", 0), ("learning_rate", 0.0), ("dense_learning_rate", -1.0),
