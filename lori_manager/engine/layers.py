@@ -204,6 +204,8 @@ class Siblings:
 def join_siblings(layers: Mapping[str, LoriLinear], probe: Callable[[], object]) -> list[list[str]]:
     """Find layers that see the same input and let each such group compute together.
 
+    A layer that is called twice in a forward, or whose base is quantised, stays alone.
+
     Args:
         layers: attached layers by module name; those of a group are told of each other.
         probe: runs the model once on anything.
@@ -229,7 +231,13 @@ def join_siblings(layers: Mapping[str, LoriLinear], probe: Callable[[], object])
     finally:
         for one in hooks:
             one.remove()
-    groups = [names for _, names in seen if len(names) > 1 and len(set(names)) == len(names)]
+    groups = [
+        names
+        for x, names in seen
+        if len(names) > 1
+        and len(set(names)) == len(names)
+        and all(layers[name].plain(x) for name in names)
+    ]
     for names in groups:
         siblings = Siblings([layers[name] for name in names])
         for name in names:

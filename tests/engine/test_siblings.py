@@ -106,3 +106,16 @@ def test_the_gradient_of_a_group_is_that_of_finite_differences():
         return torch.func.functional_call(pair, given, (x,))
 
     assert torch.autograd.gradcheck(run, (x, *values))
+
+
+def test_a_group_with_a_base_of_another_dtype_stays_apart():
+    model, ids = tiny_llama(), torch.arange(6)[None]
+    with torch.no_grad():
+        layers = llama_layers(model)
+    odd = layers["model.layers.0.self_attn.k_proj"]
+    odd.plain = lambda x: False
+    odd.forward = lambda x: odd.base(x)
+    with attached(model, layers):
+        groups = join_siblings(layers, lambda: model(ids))
+    assert all("model.layers.0.self_attn.q_proj" not in group for group in groups)
+    assert len(groups) == 3
