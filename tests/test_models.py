@@ -26,14 +26,7 @@ from lori_manager.models import (
     weight_files,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads on matrices this small only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TENSORS = {

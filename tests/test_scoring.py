@@ -12,14 +12,7 @@ from lori_manager.tasks.encoding import Encoded
 from lori_manager.tasks.rows import Row
 from lori_manager.tasks.scorers import scorers
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads on matrices this small only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,7 @@ from lori_manager.engine.update import LowRankUpdate
 IN, OUT, RANK = 6, 5, 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def drawn(*shape, seed=0, dtype=torch.float64):

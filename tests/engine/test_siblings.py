@@ -7,13 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_manager.engine.layers import LoriLinear, attached, join_siblings
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_llama(dtype=torch.float64):

@@ -18,12 +18,7 @@ from lori_manager.merging.linear import merge_linear
 SHAPES = {"layers.0.q": (8, 6), "layers.0.up": (10, 6), "layers.1.q": (8, 6)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_B(rank, seed, modules=SHAPES, dtype=torch.float32):

@@ -17,13 +17,7 @@ from lori_manager.tasks.scorers import TokenStats, scorers
 END = 0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads on matrices this small only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
