@@ -18,13 +18,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 SHAPES = ((16, 512), (4, 2048))
 RANK = 32
 VARIANTS = (
-    "floor", "peft", "lori", "lori joined", "floor +liger", "peft +liger", "lori +liger",
-    "lori joined +liger", "lori-d joined +liger", "floor again +liger",
+    "floor", "peft", "peft fp32", "lori", "floor +liger", "peft +liger", "peft fp32 +liger",
+    "lori plain +liger", "lori +liger", "lori-d +liger", "floor again +liger",
 )  # fmt: skip
 # 2 products of 2 flops a weight and token (forward, gradient of the input); the head at
 # every position. 7.50e9 weights at 32 layers.
@@ -68,12 +69,19 @@ def prepare(model, variant: str) -> list:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_B" in name)
         for name, parameter in model.named_parameters():
-            if "lora_" in name:  # what PEFT does with `autocast_adapter_dtype=False`
+            if (
+                "lora_" in name and "fp32" not in variant
+            ):  # what PEFT does with `autocast_adapter_dtype=False`
                 parameter.data = parameter.data.bfloat16()
         return [p for p in model.parameters() if p.requires_grad]
-    from lori_manager.engine.layers import LoriLinear, join_siblings
+    from lori_manager.engine import kernels
+    from lori_manager.engine.gated import gates_together
+    from lori_manager.engine.layers import LoriLinear
+    from lori_manager.engine.siblings import join_siblings
+    from lori_manager.engine.trained import TrainedValues
     from lori_manager.models import linear_shapes
 
+    kernels.enable("plain" not in variant)
     generator = torch.Generator(device="cuda").manual_seed(1)
     layers = {}
     for name, (out, inner) in linear_shapes(model).items():
@@ -84,12 +92,13 @@ def prepare(model, variant: str) -> list:
         layers[name] = LoriLinear(model.get_submodule(name), A / inner**0.5, 2.0, mask)
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, layers[name])
-    if "joined" in variant:
-        ids = torch.zeros(1, 2, dtype=torch.long, device="cuda")
-        groups = join_siblings(layers, lambda: model(input_ids=ids))
-        if not groups:
-            raise SystemExit("no layers share an input: the variant measures nothing")
-    return [layer.values for layer in layers.values()]
+    ids = torch.zeros(1, 2, dtype=torch.long, device="cuda")
+    if not join_siblings(layers, lambda: model(input_ids=ids)):
+        raise SystemExit("no layers share an input: the variant measures nothing")
+    values = TrainedValues(list(layers.values())).parameter
+    model.fused = ExitStack()  # until the process ends
+    model.fused.enter_context(gates_together(model))
+    return [values]
 
 
 def measure(step: Callable[[], None], warmup: int = 3, repeats: int = 9) -> list[float]:
@@ -109,7 +118,25 @@ def measure(step: Callable[[], None], warmup: int = 3, repeats: int = 9) -> list
     return sorted(times)
 
 
-def work(variant: str, layers: int) -> None:
+def account(step: Callable[[], None], steps: int = 3, most: int = 40) -> None:
+    """Print where each millisecond of a step goes, kernel by kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+    found = sorted(seen.key_averages(), key=lambda e: -e.device_time_total)
+    whole = sum(e.device_time_total for e in found) / steps / 1e3
+    print(
+        f"{whole:.1f} ms of kernels a step\n| kernel | launches | ms | us each |\n|---|---|---|---|"
+    )
+    for e in found[:most]:
+        ms = e.device_time_total / steps / 1e3
+        name = e.key.replace("|", "/")[:110]
+        print(f"| {name} | {e.count / steps:.0f} | {ms:.2f} | {ms * 1e3 * steps / e.count:.0f} |")
+
+
+def work(variant: str, layers: int, kernels: bool) -> None:
     """Measure one variant at every shape; one JSON line each."""
     import torch
 
@@ -143,6 +170,8 @@ def work(variant: str, layers: int) -> None:
         except torch.OutOfMemoryError:
             found["median"] = None
         print(json.dumps(found), flush=True)
+        if kernels:
+            account(step)
 
 
 def main() -> None:
@@ -151,10 +180,11 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--log", type=Path)
     parser.add_argument("--rate", type=float, default=785.0, help="measured TFLOP/s of bf16")
+    parser.add_argument("--account", action="store_true", help="kernel by kernel too")
     parser.add_argument("--worker", nargs=2, metavar=("VARIANT", "LAYERS"))
     args = parser.parse_args()
     if args.worker:
-        return work(args.worker[0], int(args.worker[1]))
+        return work(args.worker[0], int(args.worker[1]), args.account)
     import torch
     import transformers
 
@@ -165,13 +195,16 @@ def main() -> None:
         rows = []
         for variant in args.variants.split(","):
             done = subprocess.run(
-                [sys.executable, __file__, "--worker", variant, str(layers)],
+                [sys.executable, __file__, "--worker", variant, str(layers)]
+                + ["--account"] * args.account,
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 print(f"{variant} failed: {last}", flush=True)
+            if args.account:
+                print(f"\n## {variant}, {layers} layers\n{done.stdout}", flush=True)
             rows += [json.loads(line) for line in lines]
             if args.log:
                 with args.log.open("a") as f:

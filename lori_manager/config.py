@@ -16,6 +16,7 @@ SCOPES = ("model", "layer", "projection", "matrix")
 PRECISIONS = ("auto", "fp32", "bf16")
 PROJECTIONS = ("task", "shared")
 SCHEDULES = ("constant", "linear", "cosine")
+SWITCHES = ("auto", "off")
 STORE_DTYPES = ("bf16", "fp32")
 
 
@@ -35,6 +36,7 @@ class Config:
     projection: str = "task"
     seed: int = 0
     batch: int = 16
+    micro_batch: int = 0
     steps: int = 0
     epochs: float = 2.0
     calibration_steps: int = 20
@@ -47,6 +49,10 @@ class Config:
     clip: float = 1.0
     max_length: int = 512
     precision: str = "auto"
+    packing: str = "auto"
+    graphs: str = "auto"
+    kernels: str = "auto"
+    checkpointing: str = "off"
     store_dtype: str = "bf16"
     score_batch: int = 64
     checkpoint_seconds: float = 15.0
@@ -71,6 +77,10 @@ class Config:
         need(0 <= self.seed < 2**63, "seed", "in [0, 2**63)")
         for key in ("batch", "calibration_steps", "calibration_rows", "score_batch"):
             need(getattr(self, key) >= 1, key, "at least 1")
+        need(self.micro_batch >= 0, "micro_batch", "0 (all of a step's rows) or more")
+        for key in ("packing", "graphs", "kernels"):
+            need(getattr(self, key) in SWITCHES, key, f"one of {', '.join(SWITCHES)}")
+        need(self.checkpointing in ("on", "off"), "checkpointing", "on or off")
         need(self.steps >= 0, "steps", "0 (then `epochs` counts) or more")
         need(self.epochs > 0, "epochs", "above 0")
         for key in ("learning_rate", "dense_learning_rate"):
@@ -196,6 +206,11 @@ COMMENTS = {
     "targets": '"all-linear" (every linear layer but the head) or names like ["q_proj", "v_proj"]',
     "projection": "a frozen random A per task (task) or one for all (shared)",
     "batch": "rows a step",
+    "micro_batch": "rows a forward; 0 is all of a step's, less takes less memory",
+    "packing": "auto: rows of a batch in one sequence where the model allows it, else padded",
+    "graphs": "auto: CUDA graphs for the steps of small models",
+    "kernels": "auto: fused GPU kernels where they are installed (extra `cuda`)",
+    "checkpointing": "on: less memory for one forward more",
     "steps": "optimizer steps; 0 means `epochs` passes over the rows",
     "calibration_steps": "dense steps on the calibration rows before the mask is cut",
     "calibration_rows": "how many training rows calibrate where no calibration file is given",

@@ -81,7 +81,7 @@ def add_task(
         encoded = encode_rows(ws.tokenizer, rows, max_length=config.max_length, context=context)
         if split == "eval":
             for row, e in zip(rows, encoded, strict=True):
-                method.sequences(ws.tokenizer, row, e)
+                method.check(ws.tokenizer, row, e)
         lengths[split] = lengths_summary(encoded)
     for split, rows in prepared.splits.items():
         told = lengths[split]

@@ -200,23 +200,15 @@ class BaseModel:
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         self.model(input_ids=ids, use_cache=False)
 
-    def token_logits(self, ids: Tensor, wanted: Tensor) -> Tensor:
-        """Next-token logits at the wanted positions only.
+    def head(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight (vocabulary, d), bias) of the vocabulary head behind the decoder.
 
-        Args:
-            ids: (rows, length) token ids, padded at the end. No attention mask:
-                the model is causal, so padding behind a token cannot reach it.
-            wanted: bool (rows, length), True where the next token's logits count.
-        Returns:
-            (number wanted, vocabulary), in row-major order of `wanted`, float32.
+        None where the model does more than that to its logits (caps or scales them).
         """
-        if self._split_head:
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = self.model.get_output_embeddings()(hidden[wanted])
-        else:
-            logits = self.model(input_ids=ids, use_cache=False).logits[wanted]
-        out: Tensor = logits.float()
-        return out
+        if not self._split_head:
+            return None
+        module = self.model.get_output_embeddings()
+        return module.weight, module.bias
 
     @cached_property
     def _split_head(self) -> bool:
@@ -226,13 +218,15 @@ class BaseModel:
         decides instead of a list of names.
         """
         import torch
+        from torch.nn import functional
 
         ids = torch.arange(4, device=self.device)[None] % self.model.config.vocab_size
         with torch.no_grad():
             expected = self.model(input_ids=ids, use_cache=False).logits
             try:
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                got = self.model.get_output_embeddings()(hidden)
+                head = self.model.get_output_embeddings()
+                got = functional.linear(hidden, head.weight, head.bias)
             except (AttributeError, TypeError, RuntimeError):
                 got = None
         same = got is not None and got.shape == expected.shape and torch.equal(got, expected)

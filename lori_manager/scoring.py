@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from lori_manager.errors import BadData
+from lori_manager.forward import Forward, place
+from lori_manager.generation import completions
 from lori_manager.models import BaseModel
-from lori_manager.tasks.batches import collate, length_batches
+from lori_manager.tasks.batches import length_batches
 from lori_manager.tasks.encoding import Encoded
 from lori_manager.tasks.rows import Row
 from lori_manager.tasks.scorers import Scorer, TokenStats
@@ -22,6 +23,7 @@ def token_stats(
     sequences: Sequence[Encoded],
     batch: int,
     on_batch: Callable[[int, int], None] | None = None,
+    packing: str = "auto",
 ) -> list[TokenStats]:
     """Hits and negative log-likelihoods of every sequence's completion tokens.
 
@@ -30,20 +32,16 @@ def token_stats(
         sequences: encoded rows; order is kept in the result.
         batch: sequences a forward.
         on_batch: called with (sequences done, sequences in all).
+        packing: see `Forward`.
     """
     out: list[TokenStats | None] = [None] * len(sequences)
-    pad = int(base.tokenizer.pad_token_id or 0)
     done = 0
-    with torch.inference_mode():
+    forward = Forward(base, packing=packing)
+    with torch.inference_mode(), forward.ready():
         for numbers in length_batches([len(s.ids) for s in sequences], batch):
-            chosen = [sequences[i] for i in numbers]
-            ids, wanted, targets = (
-                torch.from_numpy(a).to(base.device) for a in collate(chosen, pad)
-            )
-            logits = base.token_logits(ids, wanted)
-            nll = F.cross_entropy(logits, targets, reduction="none").cpu().numpy()
-            hits = (logits.argmax(-1) == targets).cpu().numpy()
-            ends = np.cumsum(wanted.sum(1).cpu().numpy())[:-1]
+            rows = forward.batch([sequences[i] for i in numbers])
+            hits, nll = (t.cpu().numpy() for t in forward.scores(place(rows, base.device)))
+            ends = np.cumsum(rows.counts)[:-1]
             for i, h, n in zip(numbers, np.split(hits, ends), np.split(nll, ends), strict=True):
                 out[i] = TokenStats(h, n)
             done += len(numbers)
@@ -80,17 +78,27 @@ def score_rows(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Outcomes in the rows' order, and weights where they are not all one.
 
+    Args:
+        base: the model as it now is, adapter layers included.
+        rows, encoded: a task's rows and their tokens.
+        scorer: what to run for them and how to read it.
+        batch: sequences a forward, or rows that generate together.
+        on_batch: called with (sequences or rows done, those in all).
     Returns:
         float32 (rows,) outcomes; float32 (rows,) weights or None.
     """
-    sequences: list[Encoded] = []
-    spans = []
-    for row, e in zip(rows, encoded, strict=True):
-        own = _within(scorer.sequences(base.tokenizer, row, e), base.context)
-        spans.append((len(sequences), len(sequences) + len(own)))
-        sequences.extend(own)
-    stats = token_stats(base, sequences, batch, on_batch)
-    pairs = np.array([scorer.outcome(stats[a:b]) for a, b in spans], np.float32)
-    pairs = pairs.reshape(len(spans), 2)
+    if scorer.reads == "text":
+        said = completions(base, encoded, scorer.new_tokens(encoded), batch, on_batch)
+        found = [scorer.outcome(*texts) for _, texts in zip(rows, said, strict=True)]
+    else:
+        sequences: list[Encoded] = []
+        spans = []
+        for row, e in zip(rows, encoded, strict=True):
+            own = _within(scorer.sequences(base.tokenizer, row, e), base.context)
+            spans.append((len(sequences), len(sequences) + len(own)))
+            sequences.extend(own)
+        stats = token_stats(base, sequences, batch, on_batch)
+        found = [scorer.outcome(stats[a:b]) for a, b in spans]
+    pairs = np.array(found, np.float32).reshape(len(rows), 2)
     weights = None if (pairs[:, 1] == 1).all() else pairs[:, 1]
     return pairs[:, 0], weights

@@ -86,10 +86,9 @@ def _calibrated_mask(
     """The mask of a task on a block's A, made and stored."""
     import torch
 
-    from lori_manager.adapters.lori import trainable_layers, trained_B
+    from lori_manager.adapters import lori
     from lori_manager.engine import mask as masks
     from lori_manager.engine.codec import encode_mask
-    from lori_manager.engine.layers import attached, join_siblings
     from lori_manager.engine.weights import Block
     from lori_manager.tasks.batches import permutation
     from lori_manager.training import fit
@@ -102,12 +101,11 @@ def _calibrated_mask(
     zero = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in block.B.items()}
     empty = Block(zero, block.scaling, block.projection, block.tensors)
     base = ws.base_model(config)
-    layers = trainable_layers(base.model, empty, None)
-    with attached(base.model, layers):
-        join_siblings(layers, base.probe)
+    layers = lori.trainable_layers(base.model, empty, None)
+    with lori.in_training(base, layers) as parameters:
         result = fit(
             base,
-            {name: layer.values for name, layer in layers.items()},
+            parameters,
             encoded,
             config,
             steps=config.calibration_steps,
@@ -116,7 +114,7 @@ def _calibrated_mask(
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
         )
-    mask = masks.calibrate_mask(trained_B(layers), config.sparsity, config.scope, exclude)
+    mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope, exclude)
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
         reason = (
@@ -298,7 +296,6 @@ def _train_stage(
     """Mask, train and store one adapter."""
     from lori_manager.adapters import lori
     from lori_manager.engine.codec import encode_adapter
-    from lori_manager.engine.layers import attached, join_siblings
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.training import fit, steps_for
 
@@ -312,11 +309,10 @@ def _train_stage(
     tensors = None if mask is None else ws.mask_tensors(mask)
     _, encoded = ws.rows(task, "train", config.max_length)
     layers = lori.trainable_layers(base.model, block, tensors)
-    with attached(base.model, layers):
-        join_siblings(layers, base.probe)
+    with lori.in_training(base, layers) as parameters:
         result = fit(
             base,
-            {name: layer.values for name, layer in layers.items()},
+            parameters,
             encoded,
             config,
             steps=steps_for(len(encoded), config),

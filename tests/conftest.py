@@ -51,6 +51,27 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A random model of few tokens and large weights: it says many things, and ends often (0)."""
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lori_manager.models import BaseModel
+
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1, initializer_range=0.6,
+                    eos_token_id=0, pad_token_id=0, bos_token_id=None)
+    ).eval()  # fmt: skip
+    base = BaseModel(model, tmp_path_factory.mktemp("talker"), "fp32")
+    base.tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0)
+    return base
+
+
+@pytest.fixture(scope="module")
 def one_thread():
     """Several threads on matrices this small only wait for one another."""
     import torch

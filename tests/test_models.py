@@ -1,18 +1,15 @@
-"""The base: its fingerprint, where it lies, its layers, and logits at the wanted places."""
+"""The base: its fingerprint, where it lies, its layers."""
 
-import copy
 import json
 import shutil
-from types import SimpleNamespace
 
+import architectures
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from lori_manager.errors import InvalidInput, NotFound, WrongBase
 from lori_manager.models import (
-    BaseModel,
     check_rank,
     fingerprint,
     linear_shapes,
@@ -267,105 +264,19 @@ def test_a_precision_that_is_named_is_kept():
     assert resolve_precision("auto") in ("fp32", "bf16")
 
 
-def gemma2():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    return Gemma2ForCausalLM(
-        Gemma2Config(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                     num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-                     final_logit_softcapping=0.5, attn_implementation="eager")
-    )  # fmt: skip
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    )
-
-
-def llama(**changes):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=1, **changes)
-    )  # fmt: skip
-
-
-def granite():
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    return GraniteForCausalLM(
-        GraniteConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                      num_attention_heads=2, num_key_value_heads=1, logits_scaling=8.0)
-    )  # fmt: skip
-
-
-def small_vocabulary():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=3, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                    num_attention_heads=2, num_key_value_heads=1)
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("make", [llama, gpt2, gemma2, granite, small_vocabulary])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_at_wanted_places_are_those_of_the_plain_forward(tmp_path, make, dtype):
-    torch.manual_seed(0)
-    model = make().eval().to(dtype)
-    size = model.config.vocab_size
-    base = BaseModel(model, tmp_path, "fp32")
-    ids = torch.randint(0, size, (3, 9))
-    wanted = torch.rand(3, 9) < 0.4
-    with torch.no_grad():
-        got, plain = base.token_logits(ids, wanted), model(ids).logits[wanted].float()
-        nothing = base.token_logits(ids, torch.zeros_like(wanted))
-    assert got.dtype == torch.float32
-    assert torch.allclose(got, plain, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
-    assert nothing.shape == (0, size)
-
-
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_the_head_runs_at_wanted_places_alone_where_it_is_all_there_is(tmp_path, make):
-    base = BaseModel(make().eval(), tmp_path, "fp32")
-    ids, wanted = torch.arange(12).view(2, 6), torch.zeros(2, 6, dtype=torch.bool)
-    wanted[1, 2:4] = True
-    seen = []
-    base.token_logits(ids, wanted)  # the probe comes first
-    base.model.get_output_embeddings().register_forward_hook(
-        lambda module, arguments, out: seen.append(tuple(arguments[0].shape))
-    )
-    base.token_logits(ids, wanted)
-    assert seen == [(2, 16)]
-
-
-def test_gradients_pass_through_the_logits(tmp_path):
-    for make in (llama, gemma2):
-        model = make().eval()
-        base = BaseModel(model, tmp_path, "fp32")
-        base.token_logits(
-            torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool)
-        ).sum().backward()
-        assert all(p.grad is not None for n, p in model.named_parameters() if "layers.0" in n)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_linear_shapes_leave_the_head_out(tied):
-    shapes = linear_shapes(llama(tie_word_embeddings=tied))
+    shapes = linear_shapes(architectures.llama(tie_word_embeddings=tied))
     assert len(shapes) == 14
-    assert shapes["model.layers.0.self_attn.k_proj"] == (8, 16)
-    assert shapes["model.layers.1.mlp.down_proj"] == (16, 24)
+    assert shapes["model.layers.0.self_attn.k_proj"] == (16, 32)
+    assert shapes["model.layers.1.mlp.down_proj"] == (32, 48)
     assert not any("head" in n or "embed" in n for n in shapes)
 
 
 def test_shapes_of_gpt2_are_out_by_in_though_its_weights_lie_the_other_way():
-    shapes = linear_shapes(gpt2())
-    assert shapes["transformer.h.0.attn.c_attn"] == (48, 16)
-    assert shapes["transformer.h.1.mlp.c_fc"] == (64, 16)
+    shapes = linear_shapes(architectures.gpt2())
+    assert shapes["transformer.h.0.attn.c_attn"] == (96, 32)
+    assert shapes["transformer.h.1.mlp.c_fc"] == (128, 32)
     assert len(shapes) == 8
 
 
@@ -374,7 +285,7 @@ def test_a_skeleton_has_the_modules_of_the_model_and_no_weights(tmp_path, tiny_b
     assert skeleton.linear_shapes == load_base(tiny_base, "fp32", "cpu").linear_shapes
     assert skeleton.transposed == frozenset()
     assert all(p.is_meta for p in skeleton.model.parameters())
-    gpt2().save_pretrained(tmp_path)
+    architectures.gpt2().save_pretrained(tmp_path)
     other = load_skeleton(tmp_path)
     assert other.transposed == set(other.linear_shapes)
 
@@ -425,23 +336,3 @@ def test_a_rank_may_be_as_large_as_the_smallest_side_and_no_larger():
         check_rank(SHAPES, 9)
     with pytest.raises(InvalidInput, match=r"what b \(4 x 20\) can have; use at most 4"):
         check_rank({"a": (20, 20), "b": (4, 20)}, 5)
-
-
-def test_a_model_without_a_known_head_uses_its_plain_forward(tmp_path):
-    class Odd(nn.Module):
-        """Logits of its own making, and no decoder to ask."""
-
-        config = SimpleNamespace(vocab_size=5)
-
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(5, 5)
-
-        def forward(self, input_ids, use_cache):
-            return SimpleNamespace(logits=self.embedding(input_ids))
-
-    odd = Odd()
-    base = BaseModel(odd, tmp_path, "fp32")
-    ids = torch.tensor([[1, 2, 4]])
-    got = base.token_logits(ids, torch.tensor([[True, False, True]]))
-    assert torch.equal(got, copy.deepcopy(odd.embedding.weight)[[1, 4]])

@@ -93,6 +93,8 @@ def test_no_rows_give_no_outcomes(base):
 class Nll:
     """Two sequences a row: itself, and itself without its first completion token."""
 
+    reads = "tokens"
+
     def sequences(self, tokenizer, row, encoded):
         return [encoded, Encoded(encoded.ids, encoded.prompt_length + 1)][: len(row.prompt)]
 

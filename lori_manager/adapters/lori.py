@@ -5,18 +5,22 @@ arXiv:2504.07448. LoRI-D trains all of B, LoRI-S the entries of a mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lori_manager.config import Config
 from lori_manager.engine import mask as masks
-from lori_manager.engine.layers import LoriLinear
+from lori_manager.engine.gated import gates_together
+from lori_manager.engine.layers import LoriLinear, attached
 from lori_manager.engine.projection import ProjectionSpec
+from lori_manager.engine.siblings import join_siblings
+from lori_manager.engine.trained import TrainedValues
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import InvalidInput
-from lori_manager.models import check_rank, resolve_targets
+from lori_manager.models import BaseModel, check_rank, resolve_targets
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -84,6 +88,28 @@ def trainable_layers(
         )
         for name, B in block.B.items()
     }
+
+
+@contextmanager
+def in_training(
+    base: BaseModel, layers: Mapping[str, LoriLinear]
+) -> Iterator[dict[str, nn.Parameter]]:
+    """The layers in the model's place for them, on the fastest path that there is.
+
+    Layers that see the same input compute together, gated feed-forwards too where the
+    device has the kernels, and all values are one parameter.
+
+    Args:
+        base: run once on two tokens, to see which layers see the same input.
+        layers: by module name.
+    Yields:
+        What to train, by name.
+    """
+    with attached(base.model, layers):
+        join_siblings(layers, base.probe)
+        values = TrainedValues(list(layers.values())).parameter
+        with gates_together(base.model):
+            yield {"values": values}
 
 
 def trained_B(layers: Mapping[str, LoriLinear]) -> dict[str, Tensor]:

@@ -6,15 +6,15 @@ for, so that taking them out again leaves the very same model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lori_manager.engine.products import plus_low_rank
+from lori_manager.engine.siblings import Factors, Group
 from lori_manager.engine.update import LowRankUpdate
 
 
@@ -30,48 +30,6 @@ def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
         inner, outer = layer.weight.shape  # type: ignore[misc]
         return int(outer), int(inner)
     return None
-
-
-class _FrozenPlusLowRank(torch.autograd.Function):
-    """y_i = x W_i' + b_i + (x A_i') B_i' for matrices that see the same x.
-
-    W, b and A are frozen: there are gradients for x and every B alone. All A_i are one
-    matrix, so that x is read once for all projections z and dx is added to once. Keeps
-    z for the backward and not x; every sum goes into its target by one fused call.
-    Shapes: x (n, in), A (sum of ranks, in); for each i weight (out_i, in), bias
-    (out_i,) or None, B (out_i, rank_i).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, count: int, *rest: Any) -> tuple[Tensor, ...]:
-        weights, biases, Bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        z = F.linear(x, A)
-        ys = []
-        parts = torch.split(z, [B.shape[1] for B in Bs], dim=1)
-        for weight, bias, B, part in zip(weights, biases, Bs, parts, strict=True):
-            y = F.linear(x, weight, bias)
-            y.addmm_(part, B.t())
-            ys.append(y)
-        ctx.save_for_backward(z, A, *weights, *Bs)
-        ctx.count = count
-        return tuple(ys)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        count = ctx.count
-        z, A, *rest = ctx.saved_tensors
-        weights, Bs = rest[:count], rest[count:]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dz = [dy.mm(B) for dy, B in zip(dys, Bs, strict=True)]
-            dx = dys[0].mm(weights[0])
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight)
-            dx.addmm_(dz[0] if count == 1 else torch.cat(dz, dim=1), A)
-        parts = torch.split(z, [B.shape[1] for B in Bs], dim=1)
-        dBs = [dy.t().mm(part) for dy, part in zip(dys, parts, strict=True)]
-        return (dx, None, None, *[None] * (2 * count), *dBs)
 
 
 class LoriLinear(nn.Module):
@@ -90,7 +48,7 @@ class LoriLinear(nn.Module):
     A: Tensor
     positions: Tensor | None
     rest: Tensor | None
-    siblings: Siblings | None = None
+    trained: Factors | None = None
 
     def __init__(
         self,
@@ -136,7 +94,8 @@ class LoriLinear(nn.Module):
             first = first.flatten()[positions]
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("rest", rest, persistent=False)
-        self.values = nn.Parameter(first.flatten().clone())
+        self.values: Tensor = nn.Parameter(first.flatten().clone())
+        self.group = Group([self])
 
     def B(self) -> Tensor:
         """The whole B, (out_features, rank) float32, with its gradient path to `values`."""
@@ -150,99 +109,18 @@ class LoriLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if not self.plain(x):
-            out: Tensor = self.base(x)
-            return out + F.linear(F.linear(x, self.A), (self.B() * self.scaling).to(x.dtype))
-        return self.siblings.outputs(x, self) if self.siblings else _together(x, [self], self.A)[0]
+        if self.plain(x):
+            return self.group.output(x, self)
+        y: Tensor = self.base(x)
+        (B,) = self.group.factors(y.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
+        flat = y.reshape(-1, y.shape[-1])
+        return plus_low_rank(flat, rows, self.A, B).view(y.shape)
 
     def plain(self, x: Tensor) -> bool:
         """Whether the base is a plain matrix of x's own dtype, not a quantised one."""
         weight = self.base.weight
         return isinstance(weight, Tensor) and weight.dtype == x.dtype == self.A.dtype
-
-
-def _together(x: Tensor, layers: Sequence[LoriLinear], A: Tensor) -> tuple[Tensor, ...]:
-    """Outputs of layers that see the same x; A holds their projections one below the other."""
-    matrices = [
-        layer.base.weight
-        if isinstance(layer.base, nn.Linear)
-        else cast(Tensor, layer.base.weight).t()
-        for layer in layers
-    ]
-    biases = [layer.base.bias for layer in layers]
-    Bs = [(layer.B() * layer.scaling).to(x.dtype) for layer in layers]
-    rows = x.reshape(-1, x.shape[-1])
-    ys = _FrozenPlusLowRank.apply(rows, A, len(layers), *matrices, *biases, *Bs)  # type: ignore[no-untyped-call]
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
-
-
-class Siblings:
-    """Layers that are called with the very same input, computed at the first of the calls.
-
-    The others' outputs wait for their calls; another input, or the end of them, lets
-    go of what waits.
-    """
-
-    def __init__(self, layers: Sequence[LoriLinear]) -> None:
-        self.layers = list(layers)
-        self.A = torch.cat([layer.A for layer in layers])
-        self._input: Tensor | None = None
-        self._waiting: dict[int, Tensor] = {}
-
-    def outputs(self, x: Tensor, layer: LoriLinear) -> Tensor:
-        """The layer's output for x."""
-        if self._input is not x or id(layer) not in self._waiting:
-            ys = _together(x, self.layers, self.A)
-            self._input = x
-            self._waiting = {id(one): y for one, y in zip(self.layers, ys, strict=True)}
-        out = self._waiting.pop(id(layer))
-        if not self._waiting:
-            self._input = None
-        return out
-
-
-def join_siblings(layers: Mapping[str, LoriLinear], probe: Callable[[], object]) -> list[list[str]]:
-    """Find layers that see the same input and let each such group compute together.
-
-    A layer that is called twice in a forward, or whose base is quantised, stays alone.
-
-    Args:
-        layers: attached layers by module name; those of a group are told of each other.
-        probe: runs the model once on anything.
-    Returns:
-        The groups of more than one, by module name, in the order of their calls.
-    """
-    seen: list[tuple[Tensor, list[str]]] = []
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for tensor, names in seen:
-                if tensor is inputs[0]:
-                    names.append(name)
-                    return
-            seen.append((inputs[0], [name]))
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            probe()
-    finally:
-        for one in hooks:
-            one.remove()
-    groups = [
-        names
-        for x, names in seen
-        if len(names) > 1
-        and len(set(names)) == len(names)
-        and all(layers[name].plain(x) for name in names)
-    ]
-    for names in groups:
-        siblings = Siblings([layers[name] for name in names])
-        for name in names:
-            layers[name].siblings = siblings
-    return groups
 
 
 class LowRankLinear(nn.Module):

@@ -1,22 +1,26 @@
-"""Scorers: what a row's outcome is, from one teacher-forced forward of the model.
+"""Scorers: what a row's outcome is, in one number.
 
-A scorer says which token sequences it needs of a row and turns what the model
-gave for them into one number. Raise `version` when a change alters any outcome:
-scores of different versions are never compared silently.
+There are two kinds, told apart by what they read. A `TokenScorer` says which token
+sequences it needs of a row and reads what one teacher-forced forward gives for them; a
+`TextScorer` reads the text that the model writes after the prompt. Raise `version` when
+a change alters any outcome: scores of different versions are never compared silently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from lori_manager.errors import BadData
+from lori_manager.metrics import text as texts
 from lori_manager.registry import Registry
 from lori_manager.tasks.encoding import Encoded, encode_choices
-from lori_manager.tasks.rows import Row
+from lori_manager.tasks.rows import Row, bad_row
+
+MOST_NEW_TOKENS = 512  # that a `TextScorer` lets a row have
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,17 @@ class TokenStats:
     nll: np.ndarray
 
 
-class Scorer(Protocol):
-    """One outcome per row; `binary` ones are 0 or 1."""
+class TokenScorer(Protocol):
+    """One outcome per row from token statistics; `binary` ones are 0 or 1."""
 
+    reads: Literal["tokens"]
     version: int
     binary: bool
     higher_is_better: bool
     unit: str
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Raise BadData for a row that cannot be scored."""
 
     def sequences(self, tokenizer: Any, row: Row, encoded: Encoded) -> list[Encoded]:
         """The sequences to run for a row, the right one first."""
@@ -47,6 +55,50 @@ class Scorer(Protocol):
         """(outcome, weight) from what the model gave for them, in the same order."""
 
 
+@dataclass(frozen=True)
+class TextScorer:
+    """One outcome per row from generated text; `binary` ones are 0 or 1.
+
+    The text is decoded greedily after the prompt, and the completion is the one
+    reference: other fields of the row, such as a list of references, are not read.
+
+    Attributes:
+        compare: (text, completion) -> outcome, 1 for the completion itself.
+        margin: how many tokens beyond the task's longest completion a row may have.
+    """
+
+    compare: Callable[[str, str], float]
+    binary: bool
+    unit: str
+    margin: int = 16
+    version: int = 1
+    higher_is_better: bool = True
+    reads: ClassVar[Literal["text"]] = "text"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Raise BadData for a row that no text is right for."""
+        if self.compare(row.completion, row.completion) != 1:
+            raise bad_row(
+                row.where or "a row",
+                f"the completion holds nothing that `{self.compare.__name__}` could compare",
+                "mend or remove the row, or use `--scorer text_match`",
+            )
+
+    def new_tokens(self, encoded: Sequence[Encoded]) -> int:
+        """How many tokens a row may have, end of text included.
+
+        `margin` more than the longest completion of these rows, at most
+        MOST_NEW_TOKENS: the same whenever the same rows are scored.
+        """
+        longest = max((len(e.ids) - e.prompt_length for e in encoded), default=1)
+        return min(longest + self.margin, MOST_NEW_TOKENS)
+
+    def outcome(self, text: str, completion: str) -> tuple[float, float]:
+        """(outcome, weight) of a text; the weight is always 1."""
+        return self.compare(text, completion), 1.0
+
+
+Scorer = TokenScorer | TextScorer
 scorers: Registry[Scorer] = Registry("scorer")
 
 
@@ -67,10 +119,14 @@ class ExactMatch:
     true tokens before it.
     """
 
+    reads = "tokens"
     version = 1
     binary = True
     higher_is_better = True
     unit = "share"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Any row will do."""
 
     def sequences(self, tokenizer: Any, row: Row, encoded: Encoded) -> list[Encoded]:
         """The row itself."""
@@ -90,10 +146,15 @@ class ChoiceAccuracy:
     where one choice's tokens begin another's. Ties go to the wrong choice.
     """
 
+    reads = "tokens"
     version = 1
     binary = True
     higher_is_better = True
     unit = "share"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Raise BadData for a row without choices, or with two of the same tokens."""
+        self.sequences(tokenizer, row, encoded)
 
     def sequences(self, tokenizer: Any, row: Row, encoded: Encoded) -> list[Encoded]:
         """One sequence a choice, the right one first."""
@@ -125,10 +186,14 @@ class Perplexity:
     perplexity of the whole set.
     """
 
+    reads = "tokens"
     version = 1
     binary = False
     higher_is_better = False
     unit = "nats per token"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Any row will do."""
 
     def sequences(self, tokenizer: Any, row: Row, encoded: Encoded) -> list[Encoded]:
         """The row itself."""
@@ -137,3 +202,30 @@ class Perplexity:
     def outcome(self, stats: Sequence[TokenStats]) -> tuple[float, float]:
         """Mean over tokens, and how many they are."""
         return float(stats[0].nll.mean()), float(len(stats[0].nll))
+
+
+def _add_text(source: str, scorer: TextScorer) -> None:
+    scorers.register(scorer.compare.__name__, source=source)(scorer)
+
+
+_add_text(
+    "F-measure of ROUGE-L, Lin 2004, on what is generated",
+    TextScorer(texts.rouge_l, binary=False, unit="F-measure"),
+)
+_add_text(
+    "F-measure of shared words, SQuAD, arXiv:1606.05250, on what is generated",
+    TextScorer(texts.token_f1, binary=False, unit="F-measure"),
+)
+_add_text(
+    "last number generated, GSM8K, arXiv:2110.14168",
+    # Where completions are bare numbers, a model that reasons first needs room for it.
+    TextScorer(texts.number_match, binary=True, unit="share", margin=128),
+)
+_add_text(
+    "the completion stands in what is generated",
+    TextScorer(texts.contains, binary=True, unit="share"),
+)
+_add_text(
+    "what is generated is the completion, case and white space aside",
+    TextScorer(texts.text_match, binary=True, unit="share"),
+)

@@ -11,6 +11,8 @@ from lori_manager.tasks.rows import Row
 from lori_manager.tasks.scorers import TokenStats, scorers
 
 ROW = Row("ab", " yes", ("yes", "no", "perhaps"), {"answer": "yes"})
+COMPLETIONS = (" yes, 12", "The answer is $1,234.50.", "a\n 7 b 7", "7")
+TEXTS = ("", " ", "yes", "no 12", "\N{SNOWMAN} 7", "The answer: 1234.5", "7 7 7", *COMPLETIONS)
 
 
 class Letters:
@@ -28,8 +30,22 @@ TOKENIZER = Letters()
 ENCODED = Encoded([97, 98, *map(ord, " yes"), 0], 2)
 
 
+def reading(kind):
+    return [entry for entry in scorers if entry.item.reads == kind]
+
+
 @pytest.fixture(params=list(scorers), ids=lambda entry: entry.name)
 def entry(request):
+    return request.param
+
+
+@pytest.fixture(params=reading("tokens"), ids=lambda entry: entry.name)
+def token_entry(request):
+    return request.param
+
+
+@pytest.fixture(params=reading("text"), ids=lambda entry: entry.name)
+def text_entry(request):
     return request.param
 
 
@@ -50,10 +66,19 @@ def test_a_scorer_says_what_it_is_and_where_it_comes_from(entry):
     assert isinstance(scorer.binary, bool)
     assert isinstance(scorer.higher_is_better, bool)
     assert scorer.unit
+    assert scorer.reads in ("tokens", "text")
 
 
-def test_every_sequence_continues_the_rows_prompt_and_the_right_one_is_first(entry):
-    sequences = entry.item.sequences(TOKENIZER, ROW, ENCODED)
+def test_a_row_that_can_be_scored_passes_and_is_not_changed(entry):
+    row = Row("ab", " 1 yes", ("1 yes", "no"))
+    encoded = Encoded([97, 98, *map(ord, " 1 yes"), 0], 2)
+    before = copy.deepcopy((row, list(encoded.ids)))
+    entry.item.check(TOKENIZER, row, encoded)
+    assert (row, list(encoded.ids)) == before
+
+
+def test_every_sequence_continues_the_rows_prompt_and_the_right_one_is_first(token_entry):
+    sequences = token_entry.item.sequences(TOKENIZER, ROW, ENCODED)
     assert sequences
     assert len({tuple(s.ids) for s in sequences}) == len(sequences)
     for sequence in sequences:
@@ -64,36 +89,69 @@ def test_every_sequence_continues_the_rows_prompt_and_the_right_one_is_first(ent
     assert right == list(ENCODED.ids[2 : 2 + len(right)])
 
 
-def test_an_outcome_is_a_finite_number_with_a_positive_weight(entry):
-    count = len(entry.item.sequences(TOKENIZER, ROW, ENCODED))
+def test_an_outcome_is_a_finite_number_with_a_positive_weight(token_entry):
+    count = len(token_entry.item.sequences(TOKENIZER, ROW, ENCODED))
     for seed in range(20):
-        outcome, weight = entry.item.outcome(stats(count, seed))
+        outcome, weight = token_entry.item.outcome(stats(count, seed))
         assert isinstance(outcome, float)
         assert math.isfinite(outcome)
         assert weight > 0
-        if entry.item.binary:
+        if token_entry.item.binary:
             assert outcome in (0.0, 1.0)
             assert weight == 1.0
 
 
-def test_certainty_of_the_right_answer_is_the_best_outcome(entry):
-    count = len(entry.item.sequences(TOKENIZER, ROW, ENCODED))
+def test_certainty_of_the_right_answer_is_the_best_outcome(token_entry):
+    count = len(token_entry.item.sequences(TOKENIZER, ROW, ENCODED))
     sure = TokenStats(np.ones(3, bool), np.zeros(3, np.float32))
     unsure = TokenStats(np.zeros(3, bool), np.full(3, 9.0, np.float32))
-    best = entry.item.outcome([sure] + [unsure] * (count - 1))[0]
-    worst = entry.item.outcome([unsure] + [sure] * (count - 1))[0]
+    best = token_entry.item.outcome([sure] + [unsure] * (count - 1))[0]
+    worst = token_entry.item.outcome([unsure] + [sure] * (count - 1))[0]
     assert best != worst
-    assert (best > worst) == entry.item.higher_is_better
+    assert (best > worst) == token_entry.item.higher_is_better
 
 
-def test_what_a_scorer_is_given_is_not_changed(entry):
+def test_what_a_scorer_is_given_is_not_changed(token_entry):
     row, encoded = copy.deepcopy((ROW, ENCODED))
-    sequences = entry.item.sequences(TOKENIZER, row, encoded)
+    sequences = token_entry.item.sequences(TOKENIZER, row, encoded)
     given = stats(len(sequences))
     before = copy.deepcopy(given)
-    entry.item.outcome(given)
+    token_entry.item.outcome(given)
     assert row == ROW
     assert (list(encoded.ids), encoded.prompt_length) == (list(ENCODED.ids), 2)
     for a, b in zip(given, before, strict=True):
         assert np.array_equal(a.hits, b.hits)
         assert np.array_equal(a.nll, b.nll)
+
+
+def test_a_texts_outcome_is_a_number_from_0_to_1_of_weight_1(text_entry):
+    for completion in COMPLETIONS:
+        for text in TEXTS:
+            outcome, weight = text_entry.item.outcome(text, completion)
+            assert isinstance(outcome, float)
+            assert 0.0 <= outcome <= 1.0
+            assert weight == 1.0
+            if text_entry.item.binary:
+                assert outcome in (0.0, 1.0)
+
+
+def test_the_completion_itself_is_the_best_text_and_nothing_at_all_the_worst(text_entry):
+    for completion in COMPLETIONS:
+        best = text_entry.item.outcome(completion, completion)[0]
+        around = text_entry.item.outcome(f" {completion}\n", completion)[0]
+        worst = text_entry.item.outcome("", completion)[0]
+        assert best == around == 1.0
+        assert worst == 0.0
+        assert text_entry.item.higher_is_better
+
+
+def test_a_text_scorer_leaves_room_for_the_longest_completion(text_entry):
+    rows = [ENCODED, Encoded([97, *range(98, 118), 0], 1)]
+    assert text_entry.item.new_tokens(rows) >= 21
+    assert text_entry.item.new_tokens(rows[:1]) < text_entry.item.new_tokens(rows)
+
+
+def test_a_text_scorer_says_how_it_compares_and_is_named_after_it(text_entry):
+    compare = text_entry.item.compare
+    assert compare.__name__ == text_entry.name
+    assert (compare.__doc__ or "").strip()

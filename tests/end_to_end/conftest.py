@@ -1,7 +1,21 @@
-"""A workspace to interrupt things in, and what it was before."""
+"""A workspace to interrupt things in, and the real base."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 from small_workspaces import copied, make_workspace
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="session")
+def base_folder():
+    """The demo's own base, out of its cache or fetched as the demo does."""
+    spec = importlib.util.spec_from_file_location("fetch_base", EXAMPLES / "fetch_base.py")
+    fetch_base = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fetch_base)
+    return fetch_base.base_folder()
 
 
 @pytest.fixture(scope="session")

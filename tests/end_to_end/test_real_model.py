@@ -1,6 +1,5 @@
 """The whole road on SmolLM2-135M-Instruct, with few rows and few steps."""
 
-import importlib.util
 import math
 from itertools import islice
 from pathlib import Path
@@ -22,15 +21,6 @@ calibration_steps = 2
 batch = 4
 seed = 7
 """
-
-
-@pytest.fixture(scope="session")
-def base_folder():
-    """The demo's own base, out of its cache or fetched as the demo does."""
-    spec = importlib.util.spec_from_file_location("fetch_base", EXAMPLES / "fetch_base.py")
-    fetch_base = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fetch_base)
-    return fetch_base.base_folder()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lori_manager.engine.layers import LoriLinear, attached, join_siblings
+from lori_manager.engine.layers import LoriLinear, attached
+from lori_manager.engine.siblings import join_siblings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lori_manager.tasks.batches import (
+    IGNORED,
     MEGABATCH,
+    Sizes,
     collate,
     length_batches,
+    pack,
     permutation,
     training_order,
 )
@@ -93,55 +95,89 @@ def test_batches_for_scoring_hold_every_row_once_longest_first():
     assert length_batches([], 4) == []
 
 
+ROWS = [Encoded([1, 2, 3, 4], 2), Encoded(np.array([5, 6], np.int32), 1), Encoded([7, 8, 9], 2)]
+
+
 def test_a_batch_is_padded_and_marked_as_worked_out_by_hand():
-    rows = [Encoded([1, 2, 3, 4], 2), Encoded(np.array([5, 6], np.int32), 1), Encoded([7, 8, 9], 2)]
-    ids, wanted, targets = collate(rows, pad=0)
-    assert ids.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0], [7, 8, 9, 0]]
-    assert wanted.tolist() == [
-        [False, True, True, False],
-        [True, False, False, False],
-        [False, True, False, False],
-    ]
-    assert targets.tolist() == [3, 4, 6, 9]
-    assert (ids.dtype, wanted.dtype, targets.dtype) == (np.int64, np.bool_, np.int64)
+    batch = collate(ROWS, pad=0)
+    assert batch.ids.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0], [7, 8, 9, 0]]
+    assert batch.wanted.tolist() == [1, 2, 4, 9]
+    assert batch.targets.tolist() == [3, 4, 6, 9]
+    assert batch.counts.tolist() == [2, 1, 1]
+    assert batch.bounds is None
+    assert {a.dtype for a in (batch.ids, batch.wanted, batch.targets)} == {np.dtype(np.int64)}
 
 
-def test_without_a_prompt_the_first_token_is_context_and_no_target():
-    _, wanted, targets = collate([Encoded([1, 2, 3], 0)], pad=0)
-    assert wanted.tolist() == [[True, True, False]]
-    assert targets.tolist() == [2, 3]
+def test_a_packed_batch_is_as_worked_out_by_hand():
+    batch = pack(ROWS)
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch.wanted.tolist() == [1, 2, 4, 7]
+    assert batch.targets.tolist() == [3, 4, 6, 9]
+    bounds = batch.bounds
+    assert bounds.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
+    assert bounds.slots.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+    assert bounds.starts.tolist() == [0, 4, 6, 9, 9]
+    assert (bounds.rows, bounds.longest) == (3, 4)
 
 
-def test_a_pad_token_inside_a_row_is_learnt_and_padding_is_not():
-    _, wanted, targets = collate([Encoded([1, 2, 0], 1), Encoded([1, 3, 3, 3, 0], 1)], pad=0)
-    assert targets.tolist() == [2, 0, 3, 3, 3, 0]
-    assert wanted.sum(1).tolist() == [2, 4]
+def test_a_batch_filled_up_keeps_its_rows_and_adds_what_counts_nothing():
+    batch = pack(ROWS, pad=0, sizes=Sizes(tokens=12, wanted=6, rows=5, longest=6))
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0]]
+    assert batch.wanted.tolist() == [1, 2, 4, 7, 0, 0]
+    assert batch.targets.tolist() == [3, 4, 6, 9, IGNORED, IGNORED]
+    assert batch.bounds.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1, 2]
+    assert batch.bounds.slots.tolist() == [0, 1, 2, 3, 6, 7, 12, 13, 14, 30, 30, 30]
+    assert batch.bounds.starts.tolist() == [0, 4, 6, 9, 9, 9, 12]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [Sizes(8, 9, 9, 9), Sizes(12, 3, 9, 9), Sizes(12, 9, 2, 9), Sizes(12, 9, 9, 3),
+     Sizes(20, 9, 9, 10)],
+)  # fmt: skip
+def test_rows_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(ValueError, match="do not fit"):
+        pack(ROWS, sizes=sizes)
+
+
+@pytest.mark.parametrize("form", [collate, pack])
+def test_without_a_prompt_the_first_token_is_context_and_no_target(form):
+    batch = form([Encoded([1, 2, 3], 0)])
+    assert batch.wanted.tolist() == [0, 1]
+    assert batch.targets.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("form", [collate, pack])
+def test_a_pad_token_inside_a_row_is_learnt_and_padding_is_not(form):
+    batch = form([Encoded([1, 2, 0], 1), Encoded([1, 3, 3, 3, 0], 1)], pad=0)
+    assert batch.targets.tolist() == [2, 0, 3, 3, 3, 0]
+    assert batch.counts.tolist() == [2, 4]
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(2, 12), st.integers(0, 11)), min_size=1, max_size=6))
 def test_targets_are_the_tokens_behind_the_marked_places(sizes):
     rows = [Encoded(list(range(1, n + 1)), min(p, n - 1)) for n, p in sizes]
-    ids, wanted, targets = collate(rows, pad=0)
-    assert np.roll(ids, -1, axis=1)[wanted].tolist() == targets.tolist()
-    assert not wanted[:, -1].any()
-    assert len(targets) == sum(len(r.ids) - max(r.prompt_length, 1) for r in rows)
+    for batch in (collate(rows), pack(rows)):
+        assert batch.ids.ravel()[batch.wanted + 1].tolist() == batch.targets.tolist()
+        assert len(batch.targets) == sum(len(r.ids) - max(r.prompt_length, 1) for r in rows)
+        assert batch.counts.sum() == len(batch.targets)
 
 
-def test_padding_does_not_change_logits(tiny_base):
-    from lori_manager.models import load_base
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    base = load_base(tiny_base, "fp32", "cpu")
-    g = torch.Generator().manual_seed(0)
-    rows = [
-        Encoded(torch.randint(0, 256, (n,), generator=g).tolist(), 2) for n in (3, 30, 9, 17, 4)
-    ]
-    for pad in (0, 256):
-        ids, wanted, _ = (torch.from_numpy(a) for a in collate(rows, pad))
-        together = base.token_logits(ids, wanted).split(wanted.sum(1).tolist())
-        for row, logits in zip(rows, together, strict=True):
-            alone = base.model(torch.tensor([row.ids])).logits[0, 1:-1]
-            assert torch.allclose(logits, alone, rtol=1e-4, atol=1e-6)
-    torch.set_num_threads(threads)
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(2, 12), min_size=1, max_size=6), st.integers(0, 9), st.integers(0, 2))
+def test_slots_put_every_token_of_a_packed_batch_where_padding_puts_it(lengths, gap, more):
+    rows = [Encoded(list(range(1, n + 1)), 1) for n in lengths]
+    whole, longest = sum(lengths), max(*lengths, gap)
+    sizes = Sizes(whole + gap, whole, len(rows) + more, longest)
+    batch = pack(rows, pad=99, sizes=sizes)
+    padded = np.zeros(sizes.rows * longest + 1, np.int64)
+    padded[batch.bounds.slots] = batch.ids[0]
+    grid = padded[:-1].reshape(sizes.rows, longest)
+    for row, encoded in zip(grid, rows, strict=False):
+        assert row[: len(encoded.ids)].tolist() == list(encoded.ids)
+    assert grid.sum() == sum(sum(r.ids) for r in rows)
+    starts = batch.bounds.starts
+    assert (np.diff(starts) >= 0).all()
+    assert starts[-1] == whole + gap
+    assert len(starts) == sizes.rows + 2

@@ -1,14 +1,11 @@
 """Scorers against what they stand for: generation, brute force, transformers' own loss."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_manager.errors import BadData
-from lori_manager.models import BaseModel, load_base
+from lori_manager.models import load_base
 from lori_manager.scoring import score_rows
 from lori_manager.tasks.encoding import Encoded, encode_rows
 from lori_manager.tasks.rows import Row
@@ -18,20 +15,6 @@ END = 0
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory):
-    """A random model of few tokens and large weights: it says many things, and ends often."""
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=1, initializer_range=0.6,
-                    eos_token_id=END, pad_token_id=END, bos_token_id=None)
-    ).eval()  # fmt: skip
-    base = BaseModel(model, tmp_path_factory.mktemp("talker"), "fp32")
-    base.tokenizer = SimpleNamespace(pad_token_id=END, eos_token_id=END)
-    return base
 
 
 def generated(base, prompt, tokens):

@@ -1,0 +1,133 @@
+"""The products of a LoRI layer with their gradients: what is frozen costs no memory.
+
+Both functions keep z = A x for the backward and not x, and add with one fused call
+into what is there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lori_manager.engine import kernels
+
+
+def frozen_plus_low_rank(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    Bs: Sequence[Tensor],
+    widths: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """y = x W' + b + the low-rank parts, for one matrix or several side by side.
+
+    W (out, in) and A (rank, in) may hold several layers that see the same x, one below
+    the other: B i then adds (x A_i') B_i' to its own columns of y. W, b and A are
+    frozen: there are gradients for x and every B alone.
+    Shapes: x (n, in), b (out,) or None, B_i (out_i, rank_i) with the out_i summing to
+    out and the rank_i to rank, or a single block-diagonal B (out, rank).
+    Returns:
+        y (n, out) cut into columns of these widths.
+    """
+    out: tuple[Tensor, ...] = _FrozenPlusLowRank.apply(x, W, b, A, widths, *Bs)  # type: ignore[no-untyped-call]
+    return out
+
+
+def plus_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """y + (x A') B', in the place of y: for a base layer that is not a plain matrix.
+
+    Shapes: y (n, out), x (n, in), A (rank, in), B (out, rank). A is frozen.
+    """
+    out: Tensor = _PlusLowRank.apply(y, x, A, B)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _FrozenPlusLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        widths: Sequence[int],
+        *Bs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        z = F.linear(x, A)
+        y = kernels.linear_plus(x, W, b, z, Bs[0]) if len(Bs) == 1 else None
+        if y is None:
+            y = F.linear(x, W, b)
+            _add_low_rank(y, z, Bs)
+        ctx.save_for_backward(z, A, W, *Bs)
+        return torch.split(y, list(widths), dim=1) if len(widths) > 1 else (y,)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        z, A, W, *Bs = ctx.saved_tensors
+        if len(dys) > 1 and len(Bs) == 1 and kernels.takes(z, W):
+            parts = torch.split(Bs[0], [dy.shape[1] for dy in dys])
+            dz = dys[0].mm(parts[0])
+            for dy, B in zip(dys[1:], parts[1:], strict=True):
+                dz.addmm_(dy, B)
+            dBs = [torch.cat([dy.t().mm(z) for dy in dys])]
+        else:
+            dys = dys if len(dys) == 1 else (torch.cat(dys, dim=1),)
+            dz, dBs = _dz(dys[0], z, Bs), _dBs(dys[0], z, Bs)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = kernels.gradient_plus(dys, W, dz, A)
+            if dx is None:
+                dx = dys[0].mm(W)
+                dx.addmm_(dz, A)
+        return (dx, None, None, None, None, *dBs)
+
+
+class _PlusLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        z = F.linear(x, A)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(z, A, B)
+        return y.addmm_(z, B.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, A, B = ctx.saved_tensors
+        dx = dy.mm(B).mm(A) if ctx.needs_input_grad[1] else None
+        return dy, dx, None, dy.t().mm(z)
+
+
+def _parts(Bs: Sequence[Tensor]) -> list[tuple[slice, slice]]:
+    """For each B its columns of y and of z."""
+    out, row, column = [], 0, 0
+    for B in Bs:
+        rows, rank = B.shape
+        out.append((slice(row, row + rows), slice(column, column + rank)))
+        row, column = row + rows, column + rank
+    return out
+
+
+def _add_low_rank(y: Tensor, z: Tensor, Bs: Sequence[Tensor]) -> None:
+    for B, (mine, own) in zip(Bs, _parts(Bs), strict=True):
+        y[:, mine].addmm_(z[:, own], B.t())
+
+
+def _dz(dy: Tensor, z: Tensor, Bs: Sequence[Tensor]) -> Tensor:
+    if len(Bs) == 1:
+        return dy.mm(Bs[0])
+    dz = torch.empty_like(z)
+    for B, (mine, own) in zip(Bs, _parts(Bs), strict=True):
+        torch.mm(dy[:, mine], B, out=dz[:, own])
+    return dz
+
+
+def _dBs(dy: Tensor, z: Tensor, Bs: Sequence[Tensor]) -> list[Tensor]:
+    return [dy[:, mine].t().mm(z[:, own]) for mine, own in _parts(Bs)]

@@ -1,0 +1,163 @@
+"""Rows through a model, on the fastest path that gives the same result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lori_manager.engine.head import head_loss, head_scores, logits_scores, widened
+from lori_manager.models import BaseModel
+from lori_manager.packing import Bounds, Unsupported, attention_packed
+from lori_manager.tasks.batches import IGNORED, Batch, Sizes, collate, pack
+from lori_manager.tasks.encoding import Encoded
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A batch's tensors where the model is; `bounds` and `positions` of packed ones alone."""
+
+    ids: Tensor
+    wanted: Tensor
+    targets: Tensor
+    positions: Tensor | None = None
+    bounds: Bounds | None = None
+
+
+def flatten(batch: Batch) -> Tensor:
+    """All of a batch's numbers in one int64 tensor on the CPU."""
+    arrays = [batch.ids, batch.wanted, batch.targets]
+    if batch.bounds is not None:
+        arrays += [batch.bounds.positions, batch.bounds.slots, batch.bounds.starts]
+    return torch.from_numpy(np.concatenate([a.ravel() for a in arrays]))
+
+
+def place(batch: Batch, device: torch.device) -> DeviceBatch:
+    """The batch's tensors on the device, by one copy."""
+    flat = flatten(batch)
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    return as_batch(flat.to(device, non_blocking=True), batch)
+
+
+def as_batch(flat: Tensor, like: Batch) -> DeviceBatch:
+    """The parts of a flat int64 tensor that holds a batch of the sizes of `like`."""
+    n = len(like.wanted)
+    tokens = like.ids.size
+    if like.bounds is None:
+        ids, wanted, targets = torch.split(flat, [tokens, n, n])
+        return DeviceBatch(ids.view(like.ids.shape), wanted, targets)
+    ids, wanted, targets, positions, slots, starts = torch.split(
+        flat, [tokens, n, n, tokens, tokens, len(like.bounds.starts)]
+    )
+    bounds = Bounds(starts.int(), slots, like.bounds.rows, like.bounds.longest)
+    return DeviceBatch(ids[None], wanted, targets, positions[None], bounds)
+
+
+class Forward:
+    """Runs rows through a model as it now is, adapter layers included.
+
+    Use `ready()` around a series of calls.
+    """
+
+    def __init__(self, base: BaseModel, *, packing: str = "auto") -> None:
+        """Decide how.
+
+        Args:
+            base: the model.
+            packing: "auto" packs rows into one sequence where the model gives the same
+                logits that way; "off" pads them.
+        """
+        self.base = base
+        self._head = base.head()
+        self.packed = packing == "auto" and can_pack(base)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The model's attention takes packed rows inside, where they are packed."""
+        with attention_packed(self.base.model) if self.packed else nullcontext():
+            yield
+
+    def batch(self, rows: Sequence[Encoded], sizes: Sizes | None = None) -> Batch:
+        """The rows in the form that this runs."""
+        return pack(rows, sizes=sizes) if self.packed else collate(rows)
+
+    def loss(self, batch: DeviceBatch) -> Tensor:
+        """Sum of the cross-entropy over completion tokens, a scalar in nats, with gradient."""
+        if self._head is None:
+            logits = widened(self._logits(batch))
+            return nn.functional.cross_entropy(
+                logits, batch.targets, reduction="sum", ignore_index=IGNORED
+            )
+        return head_loss(self._hidden(batch), *self._head, batch.targets)
+
+    def scores(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+        """(hits, nll) of every wanted place, without gradients; see `head_scores`."""
+        if self._head is None:
+            return logits_scores(self._logits(batch), batch.targets)
+        return head_scores(self._hidden(batch), *self._head, batch.targets)
+
+    def _hidden(self, batch: DeviceBatch) -> Tensor:
+        out: Tensor = self.base.model.base_model(**_inputs(batch)).last_hidden_state
+        return out.reshape(-1, out.shape[-1]).index_select(0, batch.wanted)
+
+    def _logits(self, batch: DeviceBatch) -> Tensor:
+        logits: Tensor = self.base.model(**_inputs(batch)).logits
+        return logits.reshape(-1, logits.shape[-1]).index_select(0, batch.wanted)
+
+
+def _inputs(batch: DeviceBatch) -> Mapping[str, object]:
+    if batch.bounds is None:  # causal: what pads a row at its end cannot reach it
+        return {"input_ids": batch.ids, "use_cache": False}
+    return {
+        "input_ids": batch.ids,
+        "position_ids": batch.positions,
+        "use_cache": False,
+        "bounds": batch.bounds,
+    }
+
+
+def can_pack(base: BaseModel) -> bool:
+    """Whether the model gives rows the same logits packed as alone; asked once a model."""
+    found = getattr(base.model, "_lori_packs", None)
+    if found is None:
+        found = _try_packing(base)
+        base.model._lori_packs = found
+    return bool(found)
+
+
+def _try_packing(base: BaseModel) -> bool:
+    """Packed logits against those of each row alone, and with other neighbours."""
+    draw = np.random.default_rng(0)
+    words = [draw.integers(0, 1 << 30, n) for n in (5, 3, 7, 5, 5)]
+
+    def logits(batch: Batch) -> Tensor:
+        inputs = _inputs(place(batch, base.device))
+        return widened(base.model(**inputs).logits[0])
+
+    try:
+        vocabulary = base.model.config.get_text_config().vocab_size
+        *rows, other = [Encoded(w % vocabulary, 1) for w in words]
+        with torch.no_grad():
+            alone = torch.cat([logits(collate([row])) for row in rows])
+            with attention_packed(base.model):
+                packed, changed = logits(pack(rows)), logits(pack([other, *rows[1:]]))
+    except (Unsupported, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        logger.info("rows are padded, not packed: %s", first)
+        return False
+    spread = float(alone.std())
+    rounding = (0.02 if base.precision == "bf16" else 1e-4) * spread
+    off = float((packed - alone).abs().mean())
+    leak = float((packed[5:] - changed[5:]).abs().mean())  # of the rows that stayed
+    if not (off <= rounding and leak <= rounding / 20):
+        logger.info("rows are padded, not packed: packing moves logits by %.2g", max(off, leak))
+        return False
+    return True
