@@ -81,13 +81,13 @@ def run_one(spec: dict) -> dict:
         mask = None
         if method == "lori-s":
             layers = lori.trainable_layers(base.model, block, None)
-            with attached(base.model, layers):
-                fit(base, {n: m.values for n, m in layers.items()}, encoded, config,
+            with lori.in_training(base, layers) as parameters:
+                fit(base, parameters, encoded, config,
                     steps=config.calibration_steps, peak=config.dense_learning_rate)  # fmt: skip
             mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope)
         layers = lori.trainable_layers(base.model, block, mask)
-        with attached(base.model, layers):
-            result = fit(base, {n: m.values for n, m in layers.items()}, encoded, config,
+        with lori.in_training(base, layers) as parameters:
+            result = fit(base, parameters, encoded, config,
                          steps=config.steps, peak=spec["rate"])  # fmt: skip
         block = lori.trained_block(block, lori.trained_B(layers), mask, "bf16")
         layers = low_rank_layers(base.model, AdapterWeights((block,)).updates())

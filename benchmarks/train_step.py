@@ -7,7 +7,8 @@ and 4 x 2048), the loss at every position, AdamW step included, no gradient
 checkpointing. Each variant runs in a process of its own; times are medians of CUDA
 events after warm-up. `floor` is the frozen base alone, forward and backward to the
 embeddings; it runs twice so that the noise is seen. `+liger` replaces norm, rotary,
-SwiGLU and loss by liger-kernel's. PEFT's LoRA has its A frozen, as LoRI's is.
+SwiGLU and loss by liger-kernel's. PEFT's LoRA has its A frozen, as LoRI's is, and adapters in
+bf16; `peft fp32` has them in float32, PEFT's default. `lori plain` is without our own kernels.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ def prepare(model, variant: str) -> list:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_B" in name)
         for name, parameter in model.named_parameters():
-            if (
-                "lora_" in name and "fp32" not in variant
-            ):  # what PEFT does with `autocast_adapter_dtype=False`
-                parameter.data = parameter.data.bfloat16()
+            if "lora_" in name:  # `get_peft_model` makes them float32 unless told otherwise
+                wide = torch.float32 if "fp32" in variant else torch.bfloat16
+                parameter.data = parameter.data.to(wide)
         return [p for p in model.parameters() if p.requires_grad]
     from lori_manager.engine import kernels
+    from lori_manager.engine.fp8 import quantize_base
     from lori_manager.engine.gated import gates_together
     from lori_manager.engine.layers import LoriLinear
     from lori_manager.engine.siblings import join_siblings
@@ -82,6 +83,8 @@ def prepare(model, variant: str) -> list:
     from lori_manager.models import linear_shapes
 
     kernels.enable("plain" not in variant)
+    if "fp8" in variant:
+        quantize_base(model, linear_shapes(model))
     generator = torch.Generator(device="cuda").manual_seed(1)
     layers = {}
     for name, (out, inner) in linear_shapes(model).items():
@@ -97,7 +100,8 @@ def prepare(model, variant: str) -> list:
         raise SystemExit("no layers share an input: the variant measures nothing")
     values = TrainedValues(list(layers.values())).parameter
     model.fused = ExitStack()  # until the process ends
-    model.fused.enter_context(gates_together(model))
+    if model.fused.enter_context(gates_together(model)) == 0 and "plain" not in variant:
+        raise SystemExit("no gated feed-forward was found: the variant measures nothing new")
     return [values]
 
 

@@ -13,10 +13,12 @@ from typing import Any
 from lori_manager.errors import InvalidInput
 
 SCOPES = ("model", "layer", "projection", "matrix")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp8")
+BASE_BITS = (16, 4)
 PROJECTIONS = ("task", "shared")
 SCHEDULES = ("constant", "linear", "cosine")
 SWITCHES = ("auto", "off")
+CHECKPOINTING = ("off", "on")
 STORE_DTYPES = ("bf16", "fp32")
 
 
@@ -49,6 +51,7 @@ class Config:
     clip: float = 1.0
     max_length: int = 512
     precision: str = "auto"
+    base_bits: int = 16
     packing: str = "auto"
     graphs: str = "auto"
     kernels: str = "auto"
@@ -80,7 +83,7 @@ class Config:
         need(self.micro_batch >= 0, "micro_batch", "0 (all of a step's rows) or more")
         for key in ("packing", "graphs", "kernels"):
             need(getattr(self, key) in SWITCHES, key, f"one of {', '.join(SWITCHES)}")
-        need(self.checkpointing in ("on", "off"), "checkpointing", "on or off")
+        need(self.checkpointing in CHECKPOINTING, "checkpointing", "on or off")
         need(self.steps >= 0, "steps", "0 (then `epochs` counts) or more")
         need(self.epochs > 0, "epochs", "above 0")
         for key in ("learning_rate", "dense_learning_rate"):
@@ -91,6 +94,8 @@ class Config:
         need(self.clip >= 0, "clip", "0 (off) or more")
         need(self.max_length >= 2, "max_length", "at least 2")
         need(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        need(self.base_bits in BASE_BITS, "base_bits", f"one of {', '.join(map(str, BASE_BITS))}")
+        need(self.precision != "fp8" or self.base_bits == 16, "base_bits", "16 with precision fp8")
         need(self.store_dtype in STORE_DTYPES, "store_dtype", f"one of {', '.join(STORE_DTYPES)}")
         need(self.checkpoint_seconds >= 0, "checkpoint_seconds", "0 (every step) or more")
         for f in dataclasses.fields(self):
@@ -219,7 +224,8 @@ COMMENTS = {
     "warmup": "share of the steps",
     "clip": "largest norm of the gradient, 0 is off",
     "max_length": "tokens a row; longer prompts lose their beginning",
-    "precision": "auto is bf16 on a GPU and fp32 elsewhere",
+    "precision": "auto: bf16 on a GPU, fp32 elsewhere; fp8: bf16 with the base's layers in e4m3",
+    "base_bits": "4: the base's linear layers in nf4 (QLoRA; extra `cuda`); 16: unpacked",
     "store_dtype": "of the stored values; what is scored is what is stored",
 }
 

@@ -80,10 +80,14 @@ class Context:
         return models.load_tokenizer(self.base_folder)
 
     def base_model(self, config: Config) -> models.BaseModel:
-        """The loaded base; kept for later calls with the same precision."""
-        precision = models.resolve_precision(config.precision)
-        if self._model is None or self._model.precision != precision:
-            self._model = models.load_base(self.base_folder, precision)
+        """The loaded base; kept for later calls with the same precision and bits."""
+        from lori_manager.acceleration import accelerate
+
+        wanted = models.resolve_precision(config.precision), config.base_bits
+        if self._model is None or (self._model.precision, self._model.base_bits) != wanted:
+            self._model = None  # before the next is loaded: memory may hold one alone
+            self._model = models.load_base(self.base_folder, wanted[0], base_bits=wanted[1])
+            accelerate(self._model, config.kernels)
         return self._model
 
     def rows(
@@ -198,12 +202,16 @@ class Context:
                 raise Conflict(f"line {name!r} is a sequence: choose another name")
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what decides a result, kept with every adapter."""
+def library_versions(base_bits: int = 16) -> dict[str, str]:
+    """Versions of what decides a result, kept with every adapter.
+
+    Args:
+        base_bits: of the base that it was trained on; 4 adds the library that packed it.
+    """
     import importlib.metadata
 
     out = {}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *(("bitsandbytes",) if base_bits == 4 else ())):
         try:
             out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -52,7 +52,7 @@ def score_missing(ws: Context, subject: str, tasks: Sequence[Task], config: Conf
     """Scores of one subject on tasks, run only where they are not known yet."""
     from lori_manager.tasks.scorers import scorers
 
-    precision = models.resolve_precision(config.precision)
+    precision = models.score_precision(config)
     adapter = None if subject == BASE else ws.adapter(subject)
     digest = adapter.digest if adapter else ws.store.base().fingerprint
     found: dict[str, Score] = {}
@@ -94,7 +94,13 @@ def _run(
             yield (
                 task,
                 *score_rows(
-                    base, rows, encoded, scorers.get(task.scorer), config.score_batch, progress
+                    base,
+                    rows,
+                    encoded,
+                    scorers.get(task.scorer),
+                    config.score_batch,
+                    progress,
+                    config.packing,
                 ),
             )
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lori_manager.engine.fp8 import inputs_unrounded
 from lori_manager.engine.head import head_loss, head_scores, logits_scores, widened
 from lori_manager.models import BaseModel
 from lori_manager.packing import Bounds, Unsupported, attention_packed
@@ -98,6 +99,11 @@ class Forward:
             )
         return head_loss(self._hidden(batch), *self._head, batch.targets)
 
+    def run(self, batch: DeviceBatch) -> None:
+        """The decoder alone, for what hooks see in it."""
+        model = self.base.model
+        getattr(model, "base_model", model)(**_inputs(batch))
+
     def scores(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
         """(hits, nll) of every wanted place, without gradients; see `head_scores`."""
         if self._head is None:
@@ -145,7 +151,7 @@ def _try_packing(base: BaseModel) -> bool:
     try:
         vocabulary = base.model.config.get_text_config().vocab_size
         *rows, other = [Encoded(w % vocabulary, 1) for w in words]
-        with torch.no_grad():
+        with torch.no_grad(), inputs_unrounded():
             alone = torch.cat([logits(collate([row])) for row in rows])
             with attention_packed(base.model):
                 packed, changed = logits(pack(rows)), logits(pack([other, *rows[1:]]))
@@ -154,7 +160,7 @@ def _try_packing(base: BaseModel) -> bool:
         logger.info("rows are padded, not packed: %s", first)
         return False
     spread = float(alone.std())
-    rounding = (0.02 if base.precision == "bf16" else 1e-4) * spread
+    rounding = (0.02 if base.precision in ("bf16", "fp8") else 1e-4) * spread
     off = float((packed - alone).abs().mean())
     leak = float((packed[5:] - changed[5:]).abs().mean())  # of the rows that stayed
     if not (off <= rounding and leak <= rounding / 20):

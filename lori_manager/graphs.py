@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -58,6 +60,19 @@ def plan_sizes(batches: Sequence[Sequence[Encoded]], weights: int) -> list[Sizes
     return [fitting[s] if s in pays else None for s in out]
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What the collector frees may call the driver, and a capture does not survive that."""
+    gc.collect()
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
 class Graphed:
     """A function of a batch, captured once for each size and then replayed.
 
@@ -92,7 +107,10 @@ class Graphed:
             return out
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with (
+                _no_collection(),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            ):
                 out = self._run(as_batch(flat, batch))
         except RuntimeError as e:
             logger.info(

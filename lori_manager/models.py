@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from lori_manager.config import Config
+
 logger = logging.getLogger(__name__)
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
@@ -165,12 +167,15 @@ class BaseModel:
     Attributes:
         model: the transformers causal LM, in eval mode, nothing requiring gradients.
         folder: where it was loaded from.
-        precision: "fp32" or "bf16", of the weights.
+        precision: "fp32" or "bf16", of the weights; "fp8": bf16, linear layers but the head
+            in e4m3.
+        base_bits: 4 where all linear layers but the head hold nf4, else 16.
     """
 
     model: Any
     folder: Path
     precision: str
+    base_bits: int = 16
 
     @property
     def device(self) -> torch.device:
@@ -269,6 +274,12 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if bf16 else "fp32"
 
 
+def score_precision(config: Config) -> str:
+    """What tells scores of the same weights apart: "fp32", "bf16", on a 4-bit base "bf16-nf4"."""
+    precision = resolve_precision(config.precision)
+    return precision if config.base_bits == 16 else f"{precision}-nf4"
+
+
 @dataclass(frozen=True)
 class Skeleton:
     """A base's modules without its weights.
@@ -308,30 +319,80 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
-def load_base(folder: Path, precision: str = "auto", device: str | None = None) -> BaseModel:
+def load_base(
+    folder: Path, precision: str = "auto", device: str | None = None, base_bits: int = 16
+) -> BaseModel:
     """Load the base frozen, on the best device there is.
 
     Args:
         folder: a local model folder.
-        precision: "auto" (bf16 on an accelerator that has it, else fp32), "fp32", "bf16".
+        precision: "auto" (bf16 on an accelerator that has it, else fp32), "fp32", "bf16",
+            "fp8" (bf16, then every linear layer but the head is quantised to e4m3).
         device: "cpu", "cuda", "mps"; None chooses by itself.
+        base_bits: 4 packs every linear layer but the head as nf4, see `_nf4`.
+    Raises:
+        NotFound: no causal language model there.
+        InvalidInput: 4 bits without bitsandbytes, fp8 on a device that has no such products.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from lori_manager.engine import fp8
+
     device = device or best_device()
     precision = resolve_precision(precision)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    bf16 = torch.bfloat16
+    dtype = {"fp32": torch.float32, "bf16": bf16, "fp8": bf16}[precision]
+    if precision == "fp8":
+        fp8.check_device(device)
+    packed = _nf4(dtype, device) if base_bits == 4 else {}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **packed
         )
     except (OSError, ValueError) as e:
         first = str(e).strip().splitlines()[0]
         raise NotFound(f"{folder} is not a causal language model lori can load: {first}") from e
     model.requires_grad_(False)
     model.eval()
-    return BaseModel(model.to(device), folder, precision)
+    for module in model.modules():
+        # A CPU that multiplies bf16 would repack the weights in place at the first forward
+        # without gradients, and through repacked ones no gradient passes.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model = model.to(device)
+    if precision == "fp8":
+        fp8.quantize_base(model, linear_shapes(model))
+    return BaseModel(model, folder, precision, base_bits)
+
+
+def _nf4(compute: torch.dtype, device: str) -> dict[str, Any]:
+    """How `from_pretrained` packs linear layers, all but the head, on their way in.
+
+    Blocks of 64 weights in 4-bit NormalFloat, the blocks' scales in 8 bits again (double
+    quantisation): 4.13 bits a weight. Each product unpacks its matrix to `compute`.
+
+    Args:
+        compute: dtype of the products and of all that is not packed.
+        device: where every tensor goes before it is packed.
+    Raises:
+        InvalidInput: no bitsandbytes, or one that transformers does not take.
+    Source: QLoRA, arXiv:2305.14314, section 3.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.utils.import_utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise InvalidInput(
+            "`base_bits` 4 needs bitsandbytes: run `pip install 'lori-manager[cuda]'`, or give 16"
+        )
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def resolve_targets(shapes: Mapping[str, tuple[int, int]], targets: Sequence[str]) -> list[str]:

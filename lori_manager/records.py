@@ -163,7 +163,7 @@ class NewScore:
     task_revision: int
     scorer: str
     scorer_version: int
-    precision: str  # "fp32", "bf16", ...; "" for outcomes measured elsewhere
+    precision: str  # "fp32", "bf16", "bf16-nf4", ...; "" for outcomes measured elsewhere
     value: float
     error: float  # standard error of `value`
     rows: int

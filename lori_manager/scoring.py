@@ -75,6 +75,7 @@ def score_rows(
     scorer: Scorer,
     batch: int,
     on_batch: Callable[[int, int], None] | None = None,
+    packing: str = "auto",
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Outcomes in the rows' order, and weights where they are not all one.
 
@@ -84,6 +85,7 @@ def score_rows(
         scorer: what to run for them and how to read it.
         batch: sequences a forward, or rows that generate together.
         on_batch: called with (sequences or rows done, those in all).
+        packing: see `Forward`; generated text is always padded.
     Returns:
         float32 (rows,) outcomes; float32 (rows,) weights or None.
     """
@@ -97,7 +99,7 @@ def score_rows(
             own = _within(scorer.sequences(base.tokenizer, row, e), base.context)
             spans.append((len(sequences), len(sequences) + len(own)))
             sequences.extend(own)
-        stats = token_stats(base, sequences, batch, on_batch)
+        stats = token_stats(base, sequences, batch, on_batch, packing)
         found = [scorer.outcome(stats[a:b]) for a, b in spans]
     pairs = np.array(found, np.float32).reshape(len(rows), 2)
     weights = None if (pairs[:, 1] == 1).all() else pairs[:, 1]

@@ -342,7 +342,7 @@ def _train_stage(
             run=run,
             stage=stage,
             config=config.to_json() | {"rank": rank, "options": options.to_json()},
-            versions=library_versions(),
+            versions=library_versions(config.base_bits),
             facts={
                 "rows": len(encoded),
                 "steps": len(result.losses),

@@ -35,7 +35,7 @@ def test_scaling_is_alpha_over_rank():
         ("calibration_rows", 0), ("learning_rate", 0.0), ("dense_learning_rate", -1.0),
         ("schedule", "step"), ("warmup", 1.0), ("weight_decay", -0.1), ("clip", -1.0),
         ("max_length", 1), ("precision", "fp16"), ("store_dtype", "int8"), ("score_batch", 0),
-        ("checkpoint_seconds", -1.0),
+        ("checkpoint_seconds", -1.0), ("base_bits", 8), ("base_bits", "4"), ("base_bits", 4.0),
     ],
 )  # fmt: skip
 def test_an_unusable_value_is_refused_by_name_with_what_was_expected(key, value):
@@ -89,7 +89,9 @@ def test_targets_that_are_no_names_are_refused(targets):
 
 
 def test_an_unknown_setting_is_refused_with_those_there_are():
-    with pytest.raises(InvalidInput, match=r"unknown setting 'ranks'; there are: alpha, batch, "):
+    with pytest.raises(
+        InvalidInput, match=r"unknown setting 'ranks'; there are: alpha, base_bits, batch, "
+    ):
         Config.from_json({"ranks": 3})
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lori_manager.config import Config
 from lori_manager.errors import InvalidInput, NotFound, WrongBase
 from lori_manager.models import (
     check_rank,
@@ -20,6 +21,7 @@ from lori_manager.models import (
     read_config,
     resolve_precision,
     resolve_targets,
+    score_precision,
     weight_files,
 )
 
@@ -257,6 +259,22 @@ def test_a_loaded_base_is_frozen_and_in_the_precision_asked_for(tiny_base):
         assert (base.precision, base.context, base.device.type) == (precision, 128, "cpu")
         assert base.tokenizer is base.tokenizer
         assert base.tokenizer.eos_token_id == 256
+
+
+def test_four_bits_without_bitsandbytes_are_one_line_that_says_how_to_get_it(
+    tiny_base, monkeypatch
+):
+    monkeypatch.setattr("transformers.utils.import_utils.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(InvalidInput, match=r"pip install 'lori-manager\[cuda\]'") as e:
+        load_base(tiny_base, "fp32", "cpu", 4)
+    assert "\n" not in str(e.value)
+    assert load_base(tiny_base, "fp32", "cpu").base_bits == 16
+
+
+def test_scores_are_kept_by_precision_and_bits():
+    assert score_precision(Config(precision="bf16")) == "bf16"
+    assert score_precision(Config(precision="bf16", base_bits=4)) == "bf16-nf4"
+    assert score_precision(Config(base_bits=4)) == f"{resolve_precision('auto')}-nf4"
 
 
 def test_a_precision_that_is_named_is_kept():

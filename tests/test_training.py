@@ -10,15 +10,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lori_manager.adapters.lori import fresh_block, trainable_layers, trained_B, trained_block
+from lori_manager.adapters.lori import (
+    fresh_block,
+    in_training,
+    trainable_layers,
+    trained_B,
+    trained_block,
+)
 from lori_manager.config import Config
 from lori_manager.engine.layers import LoriLinear, attached
 from lori_manager.engine.mask import calibrate_mask
 from lori_manager.errors import InvalidInput
+from lori_manager.forward import Forward, place
 from lori_manager.models import BaseModel, load_base
 from lori_manager.tasks.batches import training_order
 from lori_manager.tasks.encoding import Encoded
-from lori_manager.training import fit, learning_rate, steps_for
+from lori_manager.training import checkpointed, fit, learning_rate, steps_for
 
 CONFIG = Config(rank=4, alpha=8.0, batch=4, precision="fp32", checkpoint_seconds=0.0)
 STEPS = 8
@@ -451,3 +458,58 @@ def test_padding_does_not_count_in_the_loss(base):
         targets = torch.tensor(row.ids[row.prompt_length :])
         nll.append(F.cross_entropy(logits[row.prompt_length - 1 : -1], targets, reduction="none"))
     assert result.losses[0] == pytest.approx(float(torch.cat(nll).mean()), rel=1e-5)
+
+
+def run_once(base, config, steps=6, **changes):
+    """(losses, trained B by module) of a dense run through `in_training`."""
+    config = config.replace(**changes)
+    block = fresh_block(base.linear_shapes, config, "x")
+    layers = trainable_layers(base.model, block, random_mask(block))
+    with in_training(base, layers) as parameters:
+        result = fit(base, parameters, ROWS, config, steps=steps, peak=1e-2)
+    return result.losses, trained_B(layers)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch": 1}, {"micro_batch": 3}, {"packing": "off"}])
+def test_rows_in_parts_or_padded_train_as_the_whole_batch_does(base, changes):
+    """Rows have completions of different lengths: a mean of means would not do."""
+    whole, parts = run_once(base, CONFIG), run_once(base, CONFIG, **changes)
+    assert len({len(r.ids) - r.prompt_length for r in ROWS}) > 1
+    assert parts[0] == pytest.approx(whole[0], rel=2e-6)
+    for name, B in whole[1].items():
+        assert (parts[1][name] - B).abs().max() <= 1e-4 * B.abs().max(), name
+
+
+def test_checkpointing_gives_the_same_bits_and_keeps_less(base):
+    plain, again = run_once(base, CONFIG), run_once(base, CONFIG, checkpointing="on")
+    assert again[0] == plain[0]
+    assert_same_bits(plain[1], again[1])
+    assert not base.model.training
+    assert not any(module.training for module in base.model.modules())
+
+    def kept(on):
+        block = fresh_block(base.linear_shapes, CONFIG, "x")
+        layers = trainable_layers(base.model, block, None)
+        size = 0
+
+        def pack(tensor):
+            nonlocal size
+            size += tensor.numel() if tensor.grad_fn is not None else 0
+            return tensor
+
+        with in_training(base, layers), checkpointed(base.model, on):
+            forward = Forward(base)
+            with forward.ready(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                forward.loss(place(forward.batch(ROWS), base.device))
+        return size
+
+    assert kept(True) < 0.2 * kept(False)
+
+
+def test_a_model_that_cannot_checkpoint_is_refused(base):
+    class Odd(torch.nn.Module):
+        """No transformers model."""
+
+    refused = pytest.raises(InvalidInput, match=r"Odd has no gradient checkpointing: leave")
+    with refused, checkpointed(Odd(), True):
+        raise AssertionError("not reached")

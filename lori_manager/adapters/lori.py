@@ -107,9 +107,19 @@ def in_training(
     """
     with attached(base.model, layers):
         join_siblings(layers, base.probe)
-        values = TrainedValues(list(layers.values())).parameter
-        with gates_together(base.model):
-            yield {"values": values}
+        values = TrainedValues(list(layers.values()))
+        dtype = next(iter(layers.values())).A.dtype
+        decoder = getattr(base.model, "base_model", base.model)
+
+        def make(*_: object) -> None:
+            values.make(dtype)
+
+        hook = decoder.register_forward_pre_hook(make)
+        try:
+            with gates_together(base.model):
+                yield {"values": values.parameter}
+        finally:
+            hook.remove()
 
 
 def trained_B(layers: Mapping[str, LoriLinear]) -> dict[str, Tensor]:

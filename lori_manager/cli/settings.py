@@ -21,17 +21,21 @@ TRAINING = tuple(f.name for f in dataclasses.fields(Config) if f.name != "max_le
 CALIBRATION = (
     "calibration_steps", "calibration_rows", "sparsity", "scope", "rank", "alpha", "targets",
     "projection", "seed", "batch", "dense_learning_rate", "schedule", "warmup", "weight_decay",
-    "clip", "precision",
+    "clip", "precision", "base_bits", "micro_batch", "packing", "graphs", "kernels",
+    "checkpointing",
 )  # fmt: skip
-SCORING = ("precision", "score_batch")
+SCORING = ("precision", "base_bits", "score_batch", "packing", "kernels")
 
 _SHORT = {"learning_rate": "--lr", "dense_learning_rate": "--dense-lr"}
 _CHOICES = {
     "scope": config.SCOPES,
     "precision": config.PRECISIONS,
+    "base_bits": tuple(str(bits) for bits in config.BASE_BITS),
     "projection": config.PROJECTIONS,
     "schedule": config.SCHEDULES,
     "store_dtype": config.STORE_DTYPES,
+    **dict.fromkeys(("packing", "graphs", "kernels"), config.SWITCHES),
+    "checkpointing": config.CHECKPOINTING,
 }
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 _ROWS, _WIDTH = 2048, 1024  # below this many rows or columns cuBLAS and two products win
 _enabled = True
@@ -80,6 +82,52 @@ def gradient_plus(dys: Sequence[Tensor], W: Tensor, dz: Tensor, A: Tensor) -> Te
     from lori_manager.engine import triton_products
 
     return triton_products.gradient_plus(dys, W, dz, A)
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *given: Tensor) -> Tensor:
+        from lori_manager.engine import triton_products as products
+
+        W, A, B, W_down, A_down, B_down = given
+        z = F.linear(x, A)
+        both = products.linear_plus(x, W, None, z, B)
+        h = products.swiglu(both)
+        z_down = F.linear(h, A_down)
+        ctx.save_for_backward(z, both, z_down, *given)
+        return products.linear_plus(h, W_down, None, z_down, B_down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from lori_manager.engine import triton_products as products
+
+        z, both, z_down, W, A, B, W_down, A_down, B_down = ctx.saved_tensors
+        dz_down = dy.mm(B_down)
+        dB_down = dy.t().mm(z_down)
+        dboth = products.gated_gradient(dy, W_down, dz_down, A_down, both)
+        dz = dboth.mm(B)
+        dB = dboth.t().mm(z)
+        dx = products.gradient_plus([dboth], W, dz, A) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dB, None, None, dB_down
+
+
+def gated_mlp(
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, W_down: Tensor, A_down: Tensor, B_down: Tensor
+) -> Tensor | None:
+    """A gated feed-forward with LoRI on all three layers, or None.
+
+    [g u] = x W' + (x A') B', h = silu(g) * u, y = h W_down' + (h A_down') B_down'. What is
+    kept for the backward are [g u] and both z; neither x nor h.
+    Shapes: x (n, in), W (2 f, in), A (ranks, in), B (2 f, ranks), W_down (out, f),
+    A_down (rank, f), B_down (out, rank); gives y (n, out); bf16. Gradients for x, B and
+    B_down.
+    """
+    fitting = _fits(x, A, B, A_down, B_down) and W_down.shape[1] % 256 == 0
+    if not (takes(x, W) and takes(x, W_down) and fitting):
+        return None
+    out: Tensor = _GatedMLP.apply(x, W, A, B, W_down, A_down, B_down)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _SwiGLU(torch.autograd.Function):

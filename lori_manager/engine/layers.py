@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lori_manager.engine.fp8 import Fp8Linear
 from lori_manager.engine.products import plus_low_rank
 from lori_manager.engine.siblings import Factors, Group
 from lori_manager.engine.update import LowRankUpdate
@@ -21,15 +22,24 @@ from lori_manager.engine.update import LowRankUpdate
 def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
     """(out_features, in_features) of a linear layer, None for anything else.
 
-    Knows torch's Linear and transformers' Conv1D (GPT-2), whose weight is
-    (in_features, out_features).
+    Knows torch's Linear, packed ones such as bitsandbytes' Linear4bit with it, `Fp8Linear` and
+    transformers' Conv1D (GPT-2), whose weight is (in_features, out_features).
     """
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | Fp8Linear):
         return layer.out_features, layer.in_features
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
         inner, outer = layer.weight.shape  # type: ignore[misc]
         return int(outer), int(inner)
     return None
+
+
+def product_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of a linear layer's products, which a packed weight is unpacked to.
+
+    Layers with packed weights say it as `compute_dtype`, as bitsandbytes' Linear4bit does.
+    """
+    packed = getattr(layer, "compute_dtype", None)
+    return packed if packed is not None else next(layer.parameters()).dtype
 
 
 class LoriLinear(nn.Module):
@@ -80,7 +90,7 @@ class LoriLinear(nn.Module):
             if tensor is not None and tuple(tensor.shape) != self.shape:
                 raise ValueError(f"{name} {tuple(tensor.shape)} does not fit B {self.shape}")
         like = next(base.parameters())
-        self.register_buffer("A", A.to(like.device, like.dtype), persistent=False)
+        self.register_buffer("A", A.to(like.device, product_dtype(base)), persistent=False)
         first = (
             torch.zeros(self.shape, dtype=torch.float32, device=like.device)
             if start is None
@@ -111,15 +121,18 @@ class LoriLinear(nn.Module):
         """(..., in_features) -> (..., out_features)."""
         if self.plain(x):
             return self.group.output(x, self)
-        y: Tensor = self.base(x)
+        # Rows, so that y is no view: a view out of a custom function takes nothing in place.
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = self.base(rows)
         (B,) = self.group.factors(y.dtype)
-        rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
-        flat = y.reshape(-1, y.shape[-1])
-        return plus_low_rank(flat, rows, self.A, B).view(y.shape)
+        y = plus_low_rank(y, rows.to(y.dtype), self.A, B)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def plain(self, x: Tensor) -> bool:
-        """Whether the base is a plain matrix of x's own dtype, not a quantised one."""
-        weight = self.base.weight
+        """Whether the group computes it: a plain matrix of x's own dtype, or one in e4m3."""
+        if isinstance(self.base, Fp8Linear):
+            return x.dtype == self.A.dtype
+        weight = getattr(self.base, "weight", None)
         return isinstance(weight, Tensor) and weight.dtype == x.dtype == self.A.dtype
 
 
@@ -138,9 +151,9 @@ class LowRankLinear(nn.Module):
         if shape != update.shape:
             raise ValueError(f"an update of shape {update.shape} does not fit a layer of {shape}")
         self.base = base
-        like = next(base.parameters())
-        self.register_buffer("A", update.A.to(like.device, like.dtype), persistent=False)
-        B = (update.B * update.scaling).to(like.device, like.dtype)
+        device, dtype = next(base.parameters()).device, product_dtype(base)
+        self.register_buffer("A", update.A.to(device, dtype), persistent=False)
+        B = (update.B * update.scaling).to(device, dtype)
         self.register_buffer("B", B, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -40,32 +41,46 @@ def calibrate_mask(
         raise ValueError("`B` is empty: expected at least one module")
     masks: dict[str, Tensor] = {}
     for names in group_modules(B, scope).values():
-        magnitude = torch.cat([B[n].detach().abs().float().flatten() for n in names])
-        if not bool(torch.isfinite(magnitude).all()):
+        magnitude = torch.cat([B[n].detach().float().flatten() for n in names]).abs_()
+        if magnitude.numel() and not math.isfinite(magnitude.max()):  # NaN is the largest
             raise ValueError("`B` holds values that are not finite; the calibration diverged")
         keep = round((1 - sparsity) * magnitude.numel())
+        keys = magnitude.view(torch.int32)  # floats of 0 or more are ordered as their bits are
         if exclude is not None:
-            barred = torch.cat([exclude[n].to(magnitude.device).flatten() for n in names])
-            magnitude = magnitude.masked_fill(barred, -1.0)
-            keep = min(keep, int((~barred).sum()))
-        flat = _largest(magnitude, keep)
+            barred = torch.cat([exclude[n].to(keys.device).flatten() for n in names])
+            keys.add_(1).masked_fill_(barred, 0)
+            keep = min(keep, int(keys.count_nonzero()))
+        flat = _largest(keys, keep)
         for name, part in zip(names, torch.split(flat, [B[n].numel() for n in names]), strict=True):
             masks[name] = part.view(B[name].shape)
     return masks
 
 
-def _largest(magnitude: Tensor, keep: int) -> Tensor:
-    """Bool mask of the `keep` largest of a 1-D tensor, earlier positions first on ties."""
+def _largest(keys: Tensor, keep: int) -> Tensor:
+    """Bool mask of the `keep` largest of a 1-D tensor, earlier positions first on ties.
+
+    Two histograms find the least key to keep, of the upper 16 bits and of the lower ones
+    where the upper are those found: a fraction of a selection's time, on a GPU too.
+
+    Args:
+        keys: int32, 0 or more. Not modified.
+        keep: from 0 to their number.
+    """
     if keep == 0:
-        return torch.zeros_like(magnitude, dtype=torch.bool)
-    if keep == magnitude.numel():
-        return torch.ones_like(magnitude, dtype=torch.bool)
-    # Selecting the smaller side's boundary costs less memory than sorting everything.
-    threshold = magnitude.kthvalue(magnitude.numel() - keep + 1).values
-    mask = magnitude > threshold
-    ties = (magnitude == threshold).nonzero().flatten()
-    mask[ties[: keep - int(mask.sum())]] = True
+        return torch.zeros_like(keys, dtype=torch.bool)
+    upper, keep_there = _kth_largest(keys >> 16, keep)
+    lower, keep_equal = _kth_largest(keys[keys >> 16 == upper] & 0xFFFF, keep_there)
+    least = upper << 16 | lower
+    mask = keys > least
+    mask[(keys == least).nonzero().flatten()[:keep_equal]] = True
     return mask
+
+
+def _kth_largest(halves: Tensor, k: int) -> tuple[int, int]:
+    """The k-th largest of integers in [0, 2^16), and how many equal to it are of the k largest."""
+    at_least = torch.bincount(halves, minlength=1 << 16).flip(0).cumsum(0)  # 0xFFFF first
+    above = int((at_least < k).sum())
+    return 0xFFFF - above, k - (int(at_least[above - 1]) if above else 0)
 
 
 def group_modules(names: Iterable[str], scope: str) -> dict[str, list[str]]:

@@ -60,11 +60,12 @@ class _FrozenPlusLowRank(torch.autograd.Function):
         *Bs: Tensor,
     ) -> tuple[Tensor, ...]:
         z = F.linear(x, A)
-        y = kernels.linear_plus(x, W, b, z, Bs[0]) if len(Bs) == 1 else None
-        if y is None:
-            y = F.linear(x, W, b)
-            _add_low_rank(y, z, Bs)
         ctx.save_for_backward(z, A, W, *Bs)
+        ys = _in_parts(x, W, b, z, Bs[0], widths) if len(Bs) == 1 else None
+        if ys is not None:
+            return ys
+        y = F.linear(x, W, b)
+        _add_low_rank(y, z, Bs)
         return torch.split(y, list(widths), dim=1) if len(widths) > 1 else (y,)
 
     @staticmethod
@@ -113,6 +114,23 @@ def _parts(Bs: Sequence[Tensor]) -> list[tuple[slice, slice]]:
         out.append((slice(row, row + rows), slice(column, column + rank)))
         row, column = row + rows, column + rank
     return out
+
+
+def _in_parts(
+    x: Tensor, W: Tensor, b: Tensor | None, z: Tensor, B: Tensor, widths: Sequence[int]
+) -> tuple[Tensor, ...] | None:
+    """y by one fused product a part, or None: it costs no more, and every y lies in one piece."""
+    parts = torch.split(W, list(widths))
+    if not all(kernels.takes(x, part) for part in parts):
+        return None
+    biases = [None] * len(parts) if b is None else torch.split(b, list(widths))
+    ys = []
+    for part, bias, rows in zip(parts, biases, torch.split(B, list(widths)), strict=True):
+        y = kernels.linear_plus(x, part, bias, z, rows)
+        if y is None:
+            return None
+        ys.append(y)
+    return tuple(ys)
 
 
 def _add_low_rank(y: Tensor, z: Tensor, Bs: Sequence[Tensor]) -> None:

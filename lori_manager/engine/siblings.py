@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lori_manager.engine.fp8 import Fp8Linear, Matrix, fp8_plus_low_rank, fp8_side_by_side
 from lori_manager.engine.products import frozen_plus_low_rank
 
 
@@ -47,7 +48,7 @@ class Group:
 
     def __init__(self, layers: Sequence[Member]) -> None:
         self.layers = list(layers)
-        self._laid: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._laid: tuple[Any, Tensor | None, Tensor] | None = None
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
 
@@ -69,10 +70,11 @@ class Group:
         return self._compute(x)[0]
 
     def _compute(self, x: Tensor, *widths: int) -> tuple[Tensor, ...]:
-        weight, bias, A = self._laid or self._lay()
+        weight, bias, A = self.laid()
         rows = x.reshape(-1, x.shape[-1])
         Bs = self.factors(x.dtype)
-        ys = frozen_plus_low_rank(rows, weight, bias, A, Bs, widths or (weight.shape[0],))
+        multiply: Any = fp8_plus_low_rank if isinstance(weight, Matrix) else frozen_plus_low_rank
+        ys = multiply(rows, weight, bias, A, Bs, widths or (weight.shape[0],))
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     def factors(self, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -82,9 +84,15 @@ class Group:
             return first.trained.factors(self, dtype)
         return [(layer.B() * layer.scaling).to(dtype) for layer in self.layers]
 
-    def _lay(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """W, b and A of all layers, each as one matrix."""
+    def laid(self) -> tuple[Any, Tensor | None, Tensor]:
+        """W (out, in), or a `Matrix` in e4m3, b (out,) or None and A (rank, in), of all layers."""
+        if self._laid is not None:
+            return self._laid
         bases = [layer.base for layer in self.layers]
+        if isinstance(bases[0], Fp8Linear):
+            A = torch.cat([layer.A for layer in self.layers])
+            self._laid = (*fp8_side_by_side(cast("list[Fp8Linear]", bases)), A)
+            return self._laid
         if len(bases) == 1:
             weight = cast(Tensor, bases[0].weight)
             if not isinstance(bases[0], nn.Linear):
@@ -167,7 +175,9 @@ def join_siblings(layers: Mapping[str, Any], probe: Callable[[], object]) -> lis
         for x, names in seen
         if len(names) > 1
         and len(set(names)) == len(names)
-        and all(type(layers[n].base) is nn.Linear and layers[n].plain(x) for n in names)
+        and type(layers[names[0]].base) in (nn.Linear, Fp8Linear)
+        and len({type(layers[n].base) for n in names}) == 1
+        and all(layers[n].plain(x) for n in names)
     ]
     for names in groups:
         group = Group([layers[name] for name in names])

@@ -79,10 +79,20 @@ class TrainedValues:
 
     def factors(self, group: Group, dtype: torch.dtype) -> list[Tensor]:
         """The group's scaled B's, (out_features, rank) each, or one block-diagonal matrix."""
-        key = (self.parameter._version, torch.is_grad_enabled(), dtype)
+        return self.make(dtype)[self._where[id(group)]]
+
+    def make(self, dtype: torch.dtype) -> list[Tensor]:
+        """All B's, made anew if anything changed.
+
+        To be called before a forward with gradient checkpointing: what is made inside a
+        checkpoint would not be made again when that is repeated.
+        """
+        # What a graph's capture makes holds numbers only when the graph is replayed.
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        key = (self.parameter._version, torch.is_grad_enabled(), dtype, capturing)
         if self._made is None or self._made[0] != key:
             self._made = (key, self._make(dtype))
-        return self._made[1][self._where[id(group)]]
+        return self._made[1]
 
     def forget(self) -> None:
         """Make the B's anew at the next use: after a backward their graph is gone."""

@@ -139,6 +139,7 @@ def test_masks_and_revisions_that_cannot_be_read_end_with_2(lori, ref):
         ("--epochs nan", "above 0"),
         ("--scope column", "matrix"),
         ("--precision fp7", "bf16"),
+        ("--base-bits 8", "16, 4"),
         ("--projection none", "shared"),
         ("--targets nothing", "q_proj"),
         ("--targets q_proj,nothing", "nothing"),

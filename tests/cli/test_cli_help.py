@@ -48,6 +48,13 @@ def test_help_of_train_has_an_option_for_every_setting_of_lori_toml(empty):
         assert f"--{key.replace('_', '-')}" in told
 
 
+@pytest.mark.parametrize("command", ["train", "calibrate", "score", "merge"])
+def test_whatever_loads_the_base_can_be_told_its_precision_and_bits(empty, command):
+    told = empty(command, "--help").stdout
+    assert "--precision" in told
+    assert "--base-bits" in told
+
+
 def test_help_names_every_exit_code(empty):
     told = " ".join(empty("--help").stdout.split())
     for error in LoriError.__subclasses__():

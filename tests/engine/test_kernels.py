@@ -89,6 +89,32 @@ def test_a_group_on_the_gpu_has_the_gradients_of_plain_autograd(n, widths):
     assert off(given[1].grad * inside, plain[1].grad * inside) < 6e-3
 
 
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("n", [2048, 2300])
+def test_a_whole_gated_feed_forward_has_the_gradients_of_plain_autograd(n):
+    inner, f, rank = 1024, 1280, 16
+    x, W, A = draw(n, inner), draw(2 * f, inner, scale=0.02), draw(2 * rank, inner, scale=0.02)
+    B = torch.block_diag(draw(f, rank).float(), draw(f, rank).float()).bfloat16()
+    W_down, A_down, B_down = draw(inner, f), draw(rank, f, scale=0.03), draw(inner, rank)
+    dy = draw(n, inner)
+    given = [t.detach().requires_grad_() for t in (x, B, B_down)]
+    y = kernels.gated_mlp(given[0], W, A, given[1], W_down, A_down, given[2])
+    assert y is not None
+    y.backward(dy)
+    plain = [t.detach().float().requires_grad_() for t in (x, B, B_down)]
+    both = plain[0] @ W.float().t() + plain[0] @ A.float().t() @ plain[1].t()
+    g, u = both.chunk(2, dim=1)
+    h = F.silu(g) * u
+    expected = h @ W_down.float().t() + h @ A_down.float().t() @ plain[2].t()
+    expected.backward(dy.float())
+    assert off(y, expected) < 6e-3
+    assert off(given[0].grad, plain[0].grad) < 1e-2
+    inside = B != 0
+    assert off(given[1].grad * inside, plain[1].grad * inside) < 1e-2
+    assert off(given[2].grad, plain[2].grad) < 1e-2
+
+
 def test_without_such_a_gpu_every_product_is_made_the_plain_way():
     x = torch.randn(4096, 1024, dtype=torch.bfloat16)
     assert not kernels.usable(x)

@@ -43,21 +43,46 @@ def test_ties_go_to_earlier_modules_by_name_and_earlier_positions():
     assert mask["b"].tolist() == [[True, False], [False, False]]
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(-3, 3), min_size=1, max_size=40),
-    st.floats(0, 1, exclude_max=True),
-    st.lists(st.booleans(), min_size=40, max_size=40),
-)
-def test_the_mask_is_what_a_stable_sort_by_magnitude_keeps(values, sparsity, barred):
-    B = {"m": torch.tensor(values, dtype=torch.float32).view(-1, 1)}
-    out = torch.tensor(barred[: len(values)]).view(-1, 1)
-    for exclude in (None, {"m": out}):
-        free = [i for i in range(len(values)) if exclude is None or not barred[i]]
-        keep = min(round((1 - sparsity) * len(values)), len(free))
-        best = sorted(free, key=lambda i: (-abs(values[i]), i))[:keep]
-        kept = calibrate_mask(B, sparsity, exclude=exclude)["m"].flatten().nonzero().flatten()
+def float32(bits):
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+
+# Finite float32 as bits: anything; few distinct ones, for ties and for neighbours that differ
+# in one of the two halves alone; both signs; with zeros, subnormals and the largest.
+EDGES = [0, 1, 2, 0x7FFFFF, 0x800000, 0x3F7FFFFF, 0x3F800000, 0x3F800001, 0x3F810000, 0x7F7FFFFF]
+MAGNITUDES = st.sampled_from(EDGES) | st.integers(0, 0x7F7FFFFF)
+ENTRIES = st.lists(st.tuples(MAGNITUDES, st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ENTRIES, st.floats(0, 1, exclude_max=True), st.integers(0, 60))
+def test_the_mask_is_what_a_stable_sort_by_magnitude_keeps(entries, sparsity, cut):
+    n = len(entries)
+    values = float32([m | (-(2**31) if negative else 0) for m, negative, _ in entries])
+    barred = torch.tensor([out for _, _, out in entries])
+    parts = [min(cut, n), n - min(cut, n)]
+
+    def modules(flat):  # "b" comes first in the sorted order, though not in the dict
+        return dict(zip("cb", (p.view(-1, 1) for p in flat.split(parts)[::-1]), strict=True))
+
+    for exclude in (None, modules(barred)):
+        free = [i for i in range(n) if exclude is None or not entries[i][2]]
+        keep = min(round((1 - sparsity) * n), len(free))
+        best = sorted(free, key=lambda i: (-entries[i][0], i))[:keep]
+        mask = calibrate_mask(modules(values), sparsity, exclude=exclude)
+        kept = torch.cat([mask["b"], mask["c"]]).flatten().nonzero().flatten()
         assert kept.tolist() == sorted(best)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_hundred_thousand_magnitudes_with_ties_are_cut_as_a_stable_sort_cuts_them(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    mask = calibrate_mask({"m": values.view(-1, 8).to(device)}, 0.9)["m"].flatten().cpu()
+    best = values.abs().sort(descending=True, stable=True).indices[:10_000]
+    assert values.abs().unique().numel() < 5_000
+    assert mask.nonzero().flatten().tolist() == sorted(best.tolist())
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0, -2.5])
@@ -142,11 +167,14 @@ def test_any_float_type_ranks_by_its_own_values(dtype):
         assert bool((wide[name][~m].abs() <= threshold).all())
 
 
-def test_B_is_not_changed_and_needs_no_gradient():
+@pytest.mark.parametrize("scope", SCOPES)
+def test_B_and_what_is_barred_are_not_changed_and_need_no_gradient(scope):
     B = {n: b.requires_grad_() for n, b in random_B().items()}
     before = {n: b.detach().clone() for n, b in B.items()}
-    mask = calibrate_mask(B, 0.5, exclude={n: b.detach() > 1 for n, b in B.items()})
+    exclude = {n: b.detach() > 1 for n, b in B.items()}
+    mask = calibrate_mask(B, 0.5, scope, exclude)
     assert all(torch.equal(B[n].detach(), before[n]) for n in B)
+    assert all(torch.equal(exclude[n], before[n] > 1) for n in B)
     assert not any(m.requires_grad for m in mask.values())
 
 

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_manager.engine.layers import LoriLinear, attached
 from lori_manager.engine.siblings import join_siblings
+from lori_manager.engine.trained import TrainedValues
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,3 +115,17 @@ def test_a_group_with_a_base_of_another_dtype_stays_apart():
         groups = join_siblings(layers, lambda: model(ids))
     assert all("model.layers.0.self_attn.q_proj" not in group for group in groups)
     assert len(groups) == 3
+
+
+def test_what_a_capture_made_is_not_used_outside_of_it(monkeypatch):
+    """A failed capture leaves tensors that were never computed."""
+    model = tiny_llama(torch.float32)
+    layers = list(llama_layers(model).values())
+    trained = TrainedValues(layers)
+    group = layers[0].group
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    (captured,) = trained.factors(group, torch.float32)
+    assert trained.factors(group, torch.float32)[0] is captured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert trained.factors(group, torch.float32)[0] is not captured

@@ -1,0 +1,61 @@
+"""Fused GPU kernels for a model's norms, rotary positions and gating, where they are installed."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from lori_manager.models import BaseModel
+
+if TYPE_CHECKING:
+    from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def accelerate(base: BaseModel, kernels: str = "auto") -> bool:
+    """Let a model on a GPU run liger-kernel's norm, rotary and SwiGLU kernels.
+
+    The loss is not replaced: it is computed at completion positions alone, see
+    `engine/head.py`. A model that was changed stays so.
+
+    Args:
+        base: changed in place, once.
+        kernels: "auto" or "off", which also switches off this package's own kernels.
+    Returns:
+        Whether the model runs liger's kernels; why not is told in one line of log.
+    """
+    from lori_manager.engine import kernels as own
+
+    own.enable(kernels == "auto")
+    model: Any = base.model
+    if kernels != "auto" or base.device.type != "cuda":
+        return False
+    if not hasattr(model, "_lori_fused"):
+        model._lori_fused = _apply(model)
+    return bool(model._lori_fused)
+
+
+def _apply(model: Any) -> bool:
+    kind = model.config.get_text_config().model_type
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError as e:
+        logger.info("no fused kernels (%s): `pip install 'lori-manager[cuda]'` brings them", e)
+        return False
+    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        logger.info("no fused kernels: liger-kernel has none for %s", kind)
+        return False
+    liger = logging.getLogger(monkey_patch.__name__)
+    level = liger.level
+    liger.setLevel(logging.WARNING)  # it lists its settings
+    try:
+        monkey_patch._apply_liger_kernel_to_instance(
+            model=model, cross_entropy=False, fused_linear_cross_entropy=False
+        )
+    except (TypeError, AttributeError, ValueError, RuntimeError) as e:
+        logger.info("no fused kernels: %s", (str(e).splitlines() or [type(e).__name__])[0])
+        return False
+    finally:
+        liger.setLevel(level)
+    return True
