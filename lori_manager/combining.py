@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
-from lori_manager.errors import InvalidInput
+from lori_manager.errors import InvalidInput, NotFound
 from lori_manager.evaluation import score_missing
 from lori_manager.records import Adapter, NewAdapter, Parent, Score
+
+if TYPE_CHECKING:
+    from lori_manager.registry import Entry
+    from lori_manager.tasks.encoding import Encoded
 
 
 @dataclass(frozen=True)
@@ -22,32 +28,62 @@ class Merged:
     scores: tuple[Score, ...]
 
 
+AUTO = "auto"
+ENOUGH = 16  # probe rows of each task, from which `auto` fits the merge to them
+
+
+def methods() -> list[Entry[Any]]:
+    """All merge methods: those on factors alone, and those that run the model."""
+    from lori_manager.layerwise import LAYERWISE
+    from lori_manager.merging.methods import load_all
+
+    return sorted([*load_all(), LAYERWISE], key=lambda entry: entry.name)
+
+
+def _method(name: str) -> Entry[Any]:
+    known = {entry.name: entry for entry in methods()}
+    if name not in known:
+        listed = ", ".join([AUTO, *known])
+        raise NotFound(f"no merge method is called {name!r}; there are: {listed}")
+    return known[name]
+
+
 def merge(
     ws: Context,
     refs: Sequence[str],
     *,
     names: Sequence[str] = (),
-    method: str = "concat",
+    method: str = AUTO,
     weights: Sequence[float] | None = None,
     into: str = "main",
+    options: Mapping[str, Any] | None = None,
+    probe_rows: int = 32,
     config: Config | None = None,
 ) -> Merged:
     """One adapter out of several, stored with its members and scored on their tasks.
 
     Args:
         refs: adapters. names: tasks, each standing for its own adapter.
-        method: a name in the registry of merge methods.
+        method: a name of `methods()`; "auto" is `layerwise` where every task has at least
+            `ENOUGH` probe rows, else `concat`.
         weights: one a member, in the order refs, names; default 1/T each.
         into: the line that the merge is added to.
+        options: of the method, see `MergeOptions`.
+        probe_rows: how many probe rows of each task methods read that need inputs; their
+            prompts alone.
         config: settings for scoring.
     Raises:
         NotFound, InvalidInput, Conflict.
     """
     from lori_manager.engine.codec import encode_adapter
-    from lori_manager.merging.methods import load_all
+    from lori_manager.merging.methods import MergeOptions
 
     config = config or ws.settings.config
-    merge = load_all().get(method)
+    told = MergeOptions(**dict(options or {}))
+    if probe_rows < 1:
+        raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
+    if method != AUTO:
+        _method(method)  # refused before anything is loaded
     members = [ws.adapter(ref) for ref in refs]
     for name in names:
         members.append(ws.task_adapter(name))
@@ -62,7 +98,30 @@ def merge(
             f"got {len(shares)} weights for {len(members)} members: give one finite number each"
         )
     ws.check_line(into)
-    merged = merge([ws.weights(m) for m in members], shares)
+    if method == AUTO:
+        method = _automatic(ws, members)
+        ws.on_message(f"auto means {method}")
+    chosen = _method(method)
+    needs = chosen.facts.get("needs")
+    weighed = [ws.weights(m) for m in members]
+    if needs is None:
+        merged = chosen.item(weighed, shares, told)
+    else:
+        from lori_manager.consolidation import input_grams, prompts_of
+
+        rows = [prompts_of(_probe_rows(ws, m, probe_rows)) for m in members]
+        base = ws.base_model(config)
+        if needs == "model":
+            merged = chosen.item(
+                base, weighed, shares, rows, eps=told.eps, max_rank=told.max_rank,
+                on_block=_progress(ws, f"merging by {method}"),
+            )  # fmt: skip
+        else:
+            grams = [
+                input_grams(base, one.updates(), own, config.score_batch)
+                for one, own in zip(weighed, rows, strict=True)
+            ]
+            merged = chosen.item(weighed, shares, replace(told, grams=grams))
     one_a = len(merged.blocks) == 1
     adapter = ws.store.add_adapter(
         NewAdapter(
@@ -76,7 +135,8 @@ def merge(
             rank=merged.rank,
             projection=merged.blocks[0].projection_digest if one_a else None,
             base=ws.store.base().fingerprint,
-            config={"method": method, "weights": shares},
+            config={"method": method, "weights": shares, "options": dict(options or {})}
+            | ({"probe_rows": probe_rows} if needs else {}),
             versions=library_versions(),
         ),
         encode_adapter(merged, {"base": ws.store.base().fingerprint}),
@@ -90,3 +150,47 @@ def merge(
         scores += score_missing(ws, member.ref, [ws.store.task(n) for n in own], config)
     scores += score_missing(ws, adapter.ref, [ws.store.task(n) for n in wanted], config)
     return Merged(adapter, tuple(members), tuple(shares), tuple(scores))
+
+
+def _automatic(ws: Context, members: Sequence[Adapter]) -> str:
+    """The method for these members."""
+    if len(members) < 2:
+        return "concat"
+    for member in members:
+        tasks = [ws.store.task(name) for name in ws.tasks_of(member)]
+        rows = sum(t.splits["probe"].rows for t in tasks if "probe" in t.splits)
+        if not tasks or rows < ENOUGH:
+            return "concat"
+    return "layerwise"
+
+
+def _probe_rows(ws: Context, member: Adapter, count: int) -> list[Encoded]:
+    """Up to `count` probe rows of each of the member's own tasks."""
+    rows: list[Encoded] = []
+    for name in ws.tasks_of(member):
+        task = ws.store.task(name)
+        if "probe" not in task.splits:
+            raise InvalidInput(
+                f"task {name!r} has no probe rows to take inputs from: add it again with "
+                "--probe or with more training rows, or use `--method concat`"
+            )
+        rows += ws.rows(task, "probe")[1][:count]
+    if not rows:
+        raise InvalidInput(
+            f"{member.ref} belongs to no task, so there are no inputs to merge it by: use "
+            "`--method concat`"
+        )
+    return rows
+
+
+def _progress(ws: Context, phase: str) -> Callable[[int, int], None]:
+    from lori_manager.training import Progress
+
+    start = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        spent = max(time.monotonic() - start, 1e-9)
+        left = spent / done * (total - done)
+        ws.on_progress(Progress(phase, done, total, float("nan"), done / spent, left))
+
+    return told

@@ -21,17 +21,18 @@ if TYPE_CHECKING:
 def _list_methods(wanted: bool) -> None:
     if not wanted:
         return
-    from lori_manager.merging.methods import load_all
+    from lori_manager.combining import methods
 
-    columns = ["method", "one adapter at weight 1", "order", "source"]
+    columns = ["method", "one adapter at weight 1", "order", "reads", "source"]
     rows = [
         [
             entry.name,
             "returns itself" if entry.facts.get("identity") else "changes",
             "matters" if entry.facts.get("ordered") else "does not matter",
+            "probe prompts" if entry.facts.get("needs") else "weights alone",
             entry.source,
         ]
-        for entry in load_all()
+        for entry in methods()
     ]
     output.table(columns, rows)
     raise typer.Exit
@@ -50,7 +51,10 @@ def merge(
         str | None,
         typer.Option(metavar="REF,REF", help="Adapters.", autocompletion=complete.refs),
     ] = None,
-    method: Annotated[str, typer.Option(help="See --list-methods.")] = "concat",
+    method: Annotated[
+        str,
+        typer.Option(help="See --list-methods; auto: layerwise where tasks have probe rows."),
+    ] = "auto",
     weights: Annotated[
         str | None,
         typer.Option(metavar="W,W", help="One a member, adapters first; 1/T each by default."),
@@ -58,6 +62,22 @@ def merge(
     into: Annotated[
         str, typer.Option(metavar="LINE", help="The merge's line.", autocompletion=complete.lines)
     ] = "main",
+    max_rank: Annotated[
+        int | None, typer.Option(help="Rank of the merge; as the method gives it if unset.")
+    ] = None,
+    probe_rows: Annotated[
+        int, typer.Option(help="Probe prompts of each task, for methods that read inputs.")
+    ] = 32,
+    space: Annotated[
+        str, typer.Option(help="core or full: where methods look at single entries.")
+    ] = "core",
+    density: Annotated[
+        float, typer.Option(help="Share of entries that pruning methods keep.")
+    ] = 0.5,
+    eps: Annotated[
+        float, typer.Option(help="Of a regression, against the mean second moment.")
+    ] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of methods that draw.")] = 0,
     list_methods: Annotated[
         bool,
         typer.Option(
@@ -82,6 +102,14 @@ def merge(
             method=method,
             weights=shares,
             into=into,
+            options={
+                "max_rank": max_rank,
+                "space": space,
+                "density": density,
+                "eps": eps,
+                "seed": seed,
+            },
+            probe_rows=probe_rows,
             config=config,
         )
         found = ws.audit(merged.adapter.ref)

@@ -9,11 +9,15 @@ import torch
 from lori_manager.engine import mask as masks
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import InvalidInput
-from lori_manager.merging.methods import merge_methods
+from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods
 
 
 @merge_methods.register("linear", source="arXiv:2212.04089", identity=True, ordered=False)
-def merge_linear(members: Sequence[AdapterWeights], weights: Sequence[float]) -> AdapterWeights:
+def merge_linear(
+    members: Sequence[AdapterWeights],
+    weights: Sequence[float],
+    options: MergeOptions = DEFAULTS,
+) -> AdapterWeights:
     """A and sum_t weights[t] * scaling_t / scaling * B_t: exact, because A is the same.
 
     The result's scaling is that of the first member, or 1 where that is 0.

@@ -4,19 +4,70 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lori_manager.engine.weights import AdapterWeights
+from torch import Tensor
+
+from lori_manager.engine.core import truncated
+from lori_manager.engine.update import LowRankUpdate
+from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.errors import InvalidInput
 from lori_manager.registry import Registry
+
+# For each member: module name -> E[x x'] (in_features, in_features) of its own task's inputs.
+Grams = Sequence[Mapping[str, Tensor]]
+
+
+SPACES = ("core", "full")
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What methods may be told; each says in its docstring which of it counts.
+
+    Attributes:
+        max_rank: rank of the result; None keeps what the method gives.
+        space: "core" or "full", where methods that look at single entries do so.
+        density: share of entries that pruning methods keep, in (0, 1].
+        seed: of methods that draw.
+        grams: second moments of the members' inputs, for methods that need them; each on
+            the inputs of its own task, with itself in the model.
+        eps: of a regression, against the mean diagonal of the summed moments.
+    """
+
+    max_rank: int | None = None
+    space: str = "core"
+    density: float = 0.5
+    seed: int = 0
+    grams: Grams | None = None
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("max_rank", self.max_rank is None or self.max_rank >= 1, "at least 1"),
+            ("space", self.space in SPACES, f"one of {', '.join(SPACES)}"),
+            ("density", 0 < self.density <= 1, "in (0, 1]"),
+            ("eps", 0 < self.eps < float("inf"), "above 0"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not ok:
+                raise InvalidInput(f"`{name}` must be {expected}, got {getattr(self, name)!r}")
+
+
+DEFAULTS = MergeOptions()
 
 
 class MergeMethod(Protocol):
     """Members and their weights -> one adapter. Members are not modified."""
 
     def __call__(
-        self, members: Sequence[AdapterWeights], weights: Sequence[float]
+        self,
+        members: Sequence[AdapterWeights],
+        weights: Sequence[float],
+        options: MergeOptions = DEFAULTS,
     ) -> AdapterWeights:
         """Merge; raises InvalidInput where the members do not admit this method."""
 
@@ -30,3 +81,38 @@ def load_all() -> Registry[MergeMethod]:
     for module in pkgutil.iter_modules([str(folder)]):
         importlib.import_module(f"lori_manager.merging.{module.name}")
     return merge_methods
+
+
+def module_by_module(
+    members: Sequence[AdapterWeights],
+    weights: Sequence[float],
+    merge: Callable[[str, list[LowRankUpdate], list[float], list[int]], LowRankUpdate],
+    max_rank: int | None = None,
+) -> AdapterWeights:
+    """One block out of what `merge` makes of each module's updates.
+
+    Args:
+        members, weights: as a method is given them.
+        merge: called with the module's name, the updates of the members that have it
+            (float32), their weights and their numbers; gives the module's update.
+        max_rank: what comes out is cut to the best update of that rank.
+    Raises:
+        ValueError: no members, or not one weight per member.
+        InvalidInput: a rank below 1.
+    """
+    if not members or len(members) != len(weights):
+        raise ValueError(f"got {len(members)} members and {len(weights)} weights")
+    if max_rank is not None and max_rank < 1:
+        raise InvalidInput(f"`max_rank` must be at least 1, got {max_rank}")
+    updates = [member.updates() for member in members]
+    A, B = {}, {}
+    for name in sorted({name for one in updates for name in one}):
+        having = [i for i, one in enumerate(updates) if name in one]
+        found = merge(
+            name, [updates[i][name] for i in having], [float(weights[i]) for i in having], having
+        )
+        if max_rank is not None:
+            found, _ = truncated(found, max_rank)
+        folded = found.folded()
+        A[name], B[name] = folded.A.contiguous(), folded.B.contiguous()
+    return AdapterWeights((Block(B, 1.0, tensors=A),))

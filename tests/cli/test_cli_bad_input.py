@@ -72,7 +72,8 @@ def test_an_unknown_scorer_ends_with_4_and_the_known_ones(lori):
 
 def test_an_unknown_merge_method_ends_with_4_and_the_known_ones(trained):
     told = trained.refuses("merge", "--tasks", "colour,shape", "--method", "magic", code=4)
-    assert "concat, linear" in told
+    assert "there are: auto, concat, " in told
+    assert "layerwise" in told
 
 
 @pytest.mark.parametrize(
@@ -232,6 +233,10 @@ def test_outcomes_that_cannot_be_used_end_with_5(lori, tmp_path, content, told):
         ("--adapters colour@1,colour@latest", "twice"),
         ("--adapters base", "base"),
         ("--tasks colour,shape --method linear", "--method concat"),
+        ("--tasks colour,shape --method regmean --weights -1,1", "must not be negative"),
+        ("--tasks colour,shape --method ties --density 0", "`density`"),
+        ("--tasks colour,shape --method ties --space dense", "one of core, full"),
+        ("--tasks colour,shape --method concat --max-rank 0", "`max_rank` must be at least 1"),
         ("--tasks colour,shape --into a/b", "a/b"),
     ],
 )

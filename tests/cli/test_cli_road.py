@@ -119,7 +119,33 @@ def test_a_merge_is_shown_beside_its_members(trained):
 
 def test_merge_methods_are_listed_outside_a_workspace(empty):
     told = empty("merge", "--list-methods").stdout
-    assert [line.split()[0] for line in told.splitlines()[1:]] == ["concat", "linear"]
+    names = [line.split()[0] for line in told.splitlines()[1:]]
+    assert names == sorted(names)
+    assert {"concat", "layerwise", "linear", "regmean", "svd"} <= set(names)
+    (layerwise,) = [line for line in told.splitlines() if line.startswith("layerwise")]
+    assert "probe prompts" in layerwise
+
+
+@pytest.mark.parametrize("method", ["layerwise", "regmean"])
+def test_a_merge_by_probe_prompts_keeps_masks_and_says_what_it_read(trained, method):
+    line = f"by-{method}"
+    result = trained.json(
+        "merge", "--tasks", "colour,shape", "--method", method, "--into", line,
+        "--probe-rows", "2",
+    )  # fmt: skip
+    adapter = result["merged"]["adapter"]
+    assert (adapter["method"], adapter["rank"]) == (method, 8)
+    assert adapter["config"]["probe_rows"] == 2
+    cut = trained.json(
+        "merge", "--tasks", "colour,shape", "--method", method, "--into", line, "--max-rank", "3"
+    )
+    assert cut["merged"]["adapter"]["rank"] == 3
+    assert cut["merged"]["adapter"]["config"]["options"]["max_rank"] == 3
+
+
+def test_auto_says_what_it_means(trained):
+    """Two probe rows a task are too few to fit anything to."""
+    assert "auto means concat" in trained("merge", "--tasks", "colour,shape").stderr
 
 
 def test_scores_are_measured_once(trained):
