@@ -110,7 +110,9 @@ def merge(
         from lori_manager.consolidation import input_grams, prompts_of
 
         rows = [prompts_of(_probe_rows(ws, m, probe_rows)) for m in members]
-        base = ws.base_model(config)
+        # Least squares wants the whole weights, whatever the merge is scored on.
+        precision = "auto" if config.precision == "fp8" else config.precision
+        base = ws.base_model(config.replace(base_bits=16, precision=precision))
         if needs == "model":
             merged = chosen.item(
                 base, weighed, shares, rows, eps=told.eps, max_rank=told.max_rank,

@@ -18,6 +18,7 @@ BASE_BITS = (16, 4)
 PROJECTIONS = ("task", "shared")
 SCHEDULES = ("constant", "linear", "cosine")
 SWITCHES = ("auto", "off")
+PACKING = ("auto", "on", "off")
 CHECKPOINTING = ("off", "on")
 STORE_DTYPES = ("bf16", "fp32")
 
@@ -81,8 +82,9 @@ class Config:
         for key in ("batch", "calibration_steps", "calibration_rows", "score_batch"):
             need(getattr(self, key) >= 1, key, "at least 1")
         need(self.micro_batch >= 0, "micro_batch", "0 (all of a step's rows) or more")
-        for key in ("packing", "graphs", "kernels"):
+        for key in ("graphs", "kernels"):
             need(getattr(self, key) in SWITCHES, key, f"one of {', '.join(SWITCHES)}")
+        need(self.packing in PACKING, "packing", f"one of {', '.join(PACKING)}")
         need(self.checkpointing in CHECKPOINTING, "checkpointing", "on or off")
         need(self.steps >= 0, "steps", "0 (then `epochs` counts) or more")
         need(self.epochs > 0, "epochs", "above 0")
@@ -212,7 +214,7 @@ COMMENTS = {
     "projection": "a frozen random A per task (task) or one for all (shared)",
     "batch": "rows a step",
     "micro_batch": "rows a forward; 0 is all of a step's, less takes less memory",
-    "packing": "auto: rows of a batch in one sequence where the model allows it, else padded",
+    "packing": "rows of a batch in one sequence where the model allows it; auto: on GPUs",
     "graphs": "auto: CUDA graphs for the steps of small models",
     "kernels": "auto: fused GPU kernels where they are installed (extra `cuda`)",
     "checkpointing": "on: less memory for one forward more",

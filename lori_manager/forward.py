@@ -73,12 +73,14 @@ class Forward:
 
         Args:
             base: the model.
-            packing: "auto" packs rows into one sequence where the model gives the same
-                logits that way; "off" pads them.
+            packing: "on" packs rows into one sequence where the model gives the same logits
+                that way; "off" pads them; "auto" packs on a GPU alone: on a CPU putting rows
+                apart again for the attention costs more than padding does (measured).
         """
         self.base = base
         self._head = base.head()
-        self.packed = packing == "auto" and can_pack(base)
+        wanted = packing == "on" or (packing == "auto" and base.device.type != "cpu")
+        self.packed = wanted and can_pack(base)
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -224,6 +224,11 @@ class _Stream:
             finally:
                 for one in hooks:
                     one.remove()
+        missing = [n for n in names if n not in seen]
+        if missing:
+            raise InvalidInput(
+                f"{missing[0]} is not called in every forward: use `--method concat`"
+            )
         return seen
 
     def input_of(
@@ -247,7 +252,7 @@ class _Stream:
             return self._flat(reached.x)
         finally:
             hook.remove()
-        raise InvalidInput(f"{name} is not called in every forward: use `--method regmean`")
+        raise InvalidInput(f"{name} is not called in every forward: use `--method concat`")
 
     def advance(
         self, number: int, block: nn.Module, model: nn.Module, merged: Mapping[str, nn.Module]

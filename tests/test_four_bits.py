@@ -214,7 +214,7 @@ def test_the_backward_keeps_z_and_neither_the_input_nor_an_unpacked_weight(tmp_p
 # A whole model
 
 
-@pytest.mark.parametrize("packing", ["auto", "off"])
+@pytest.mark.parametrize("packing", ["on", "off"])
 @pytest.mark.parametrize(("make", "changes"), MAKERS)
 def test_loss_and_gradients_are_those_of_the_unpacked_model_row_by_row(
     tmp_path, device, make, changes, packing
@@ -229,7 +229,7 @@ def test_loss_and_gradients_are_those_of_the_unpacked_model_row_by_row(
         layers[name] = LoriLinear(base.model.get_submodule(name), A, 0.5, mask, B)
         plain[name] = Plain(unpacked(reference.get_submodule(name)), A, 0.5 * B).to(device)
     forward = Forward(base, packing=packing)
-    assert forward.packed == (packing == "auto")
+    assert forward.packed == (packing == "on")
     with in_training(base, layers) as parameters:
         assert all(layer.group.layers == [layer] for layer in layers.values())
         (values,) = parameters.values()

@@ -22,10 +22,11 @@ from lori_manager.engine.layers import LoriLinear, attached
 from lori_manager.engine.mask import calibrate_mask
 from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward, place
+from lori_manager.gradients import checkpointed
 from lori_manager.models import BaseModel, load_base
 from lori_manager.tasks.batches import training_order
 from lori_manager.tasks.encoding import Encoded
-from lori_manager.training import checkpointed, fit, learning_rate, steps_for
+from lori_manager.training import fit, learning_rate, steps_for
 
 CONFIG = Config(rank=4, alpha=8.0, batch=4, precision="fp32", checkpoint_seconds=0.0)
 STEPS = 8
@@ -470,7 +471,7 @@ def run_once(base, config, steps=6, **changes):
     return result.losses, trained_B(layers)
 
 
-@pytest.mark.parametrize("changes", [{"micro_batch": 1}, {"micro_batch": 3}, {"packing": "off"}])
+@pytest.mark.parametrize("changes", [{"micro_batch": 1}, {"micro_batch": 3}, {"packing": "on"}])
 def test_rows_in_parts_or_padded_train_as_the_whole_batch_does(base, changes):
     """Rows have completions of different lengths: a mean of means would not do."""
     whole, parts = run_once(base, CONFIG), run_once(base, CONFIG, **changes)
@@ -498,7 +499,7 @@ def test_checkpointing_gives_the_same_bits_and_keeps_less(base):
             return tensor
 
         with in_training(base, layers), checkpointed(base.model, on):
-            forward = Forward(base)
+            forward = Forward(base, packing="on")
             with forward.ready(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 forward.loss(place(forward.batch(ROWS), base.device))
         return size

@@ -34,7 +34,8 @@ _CHOICES = {
     "projection": config.PROJECTIONS,
     "schedule": config.SCHEDULES,
     "store_dtype": config.STORE_DTYPES,
-    **dict.fromkeys(("packing", "graphs", "kernels"), config.SWITCHES),
+    **dict.fromkeys(("graphs", "kernels"), config.SWITCHES),
+    "packing": config.PACKING,
     "checkpointing": config.CHECKPOINTING,
 }
 
