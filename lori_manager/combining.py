@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import InvalidInput, NotFound
-from lori_manager.evaluation import score_missing
+from lori_manager.evaluation import counted_progress, score_missing
 from lori_manager.records import Adapter, NewAdapter, Parent, Score
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def merge(
         if needs == "model":
             merged = chosen.item(
                 base, weighed, shares, rows, eps=told.eps, max_rank=told.max_rank,
-                on_block=_progress(ws, f"merging by {method}"),
+                on_block=counted_progress(ws, f"merging by {method}"),
             )  # fmt: skip
         else:
             grams = [
@@ -183,16 +182,3 @@ def _probe_rows(ws: Context, member: Adapter, count: int) -> list[Encoded]:
             "`--method concat`"
         )
     return rows
-
-
-def _progress(ws: Context, phase: str) -> Callable[[int, int], None]:
-    from lori_manager.training import Progress
-
-    start = time.monotonic()
-
-    def told(done: int, total: int) -> None:
-        spent = max(time.monotonic() - start, 1e-9)
-        left = spent / done * (total - done)
-        ws.on_progress(Progress(phase, done, total, float("nan"), done / spent, left))
-
-    return told

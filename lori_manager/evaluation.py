@@ -90,7 +90,7 @@ def _run(
     with attached(base.model, layers):
         for task in tasks:
             rows, encoded = ws.rows(task, "eval")
-            progress = _scoring_progress(ws, f"scoring {subject} on {task.name}")
+            progress = counted_progress(ws, f"scoring {subject} on {task.name}")
             yield (
                 task,
                 *score_rows(
@@ -105,7 +105,8 @@ def _run(
             )
 
 
-def _scoring_progress(ws: Context, phase: str) -> Callable[[int, int], None]:
+def counted_progress(ws: Context, phase: str) -> Callable[[int, int], None]:
+    """What to call with (done, in all), to be told on through the workspace."""
     from lori_manager.training import Progress
 
     start = time.monotonic()
