@@ -85,7 +85,7 @@ def test_packing_is_judged_on_inputs_that_are_not_rounded(tiny_base, caplog, mon
     rotary = base.model.model.rotary_emb
     true = rotary.forward
     monkeypatch.setattr(rotary, "forward", lambda x, p: true(x, p * (1 + (p == 0).cumsum(-1))))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lori_manager"):
         assert not can_pack(base)
     assert caplog.records[-1].message.startswith("rows are padded, not packed")
 

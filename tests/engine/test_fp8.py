@@ -337,7 +337,7 @@ def test_linear_layers_that_fit_are_replaced_and_the_others_counted(caplog):
     model = Parts().requires_grad_(False)
     x = drawn(3, 32)
     before = {name: module(x) for name, module in model.named_children()}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lori_manager"):
         assert quantize_base(model, ["fits", "narrow", "conv"]) == 2
     kinds = [type(m) for m in model.children()]
     assert kinds == [Fp8Linear, nn.Linear, Fp8Linear, nn.Linear]

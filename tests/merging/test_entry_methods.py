@@ -480,7 +480,7 @@ def test_full_space_keeps_the_sum_of_the_ranks_nearly_as_well_as_can_be(caplog):
 
 
 def test_the_core_says_nothing_because_nothing_is_lost(caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lori_manager"):
         merge_ties([member(0), member(1)], [0.5, 0.5])
     assert not caplog.records
 
