@@ -45,6 +45,10 @@ class LowRankUpdate:
         """The same update with the scaling multiplied into B."""
         return LowRankUpdate(self.A, self.B * self.scaling, 1.0)
 
+    def zero(self) -> LowRankUpdate:
+        """The zero update of the same matrix, of rank 1."""
+        return LowRankUpdate(torch.zeros_like(self.A[:1]), torch.zeros_like(self.B[:, :1]))
+
     def padded(self, rank: int) -> LowRankUpdate:
         """The same update with zero rows of A and zero columns of B up to `rank`."""
         missing = rank - self.rank

@@ -26,6 +26,4 @@ def merge_concat(
     merged = concat_adapters(members, weights)
     if options.max_rank is None or merged.rank <= options.max_rank:
         return merged
-    return module_by_module(
-        [merged], [1.0], lambda _, updates, __, ___: updates[0], options.max_rank
-    )
+    return module_by_module([merged], [1.0], lambda _, updates, __: updates[0], options.max_rank)

@@ -87,36 +87,30 @@ def merge_entries(
     whole = float(sum(abs(w) for w in weights))
     errors: list[tuple[float, float, str]] = []
 
-    def merge(
-        module: str, updates: list[LowRankUpdate], shares: list[float], _: list[int]
-    ) -> LowRankUpdate:
-        counted = [(u, w) for u, w in zip(updates, shares, strict=True) if w]
-        if not counted:
-            return nothing(updates[0])
-        chosen, kept = [u for u, _ in counted], [w for _, w in counted]
-        keys = [draw_key(options.seed, module, u) for u in chosen]
-        frame = shared_frame(chosen) if options.space == "core" else None
+    def merge(module: str, updates: list[LowRankUpdate], shares: list[float]) -> LowRankUpdate:
+        keys = [draw_key(options.seed, module, u) for u in updates]
+        frame = shared_frame(updates) if options.space == "core" else None
         if frame is not None:
             matrices = [
                 Matrix((core.shape[0], core.shape[1]), _one_block(core), key)
                 for core, key in zip(frame.cores, keys, strict=True)
             ]
         else:
-            rows = rows_at_once(chosen[0].shape, len(chosen))
+            rows = rows_at_once(updates[0].shape, len(updates))
             matrices = [
                 Matrix(u.shape, dense_blocks(u, rows), key)
-                for u, key in zip(chosen, keys, strict=True)
+                for u, key in zip(updates, keys, strict=True)
             ]
         pruned = [prune(matrix, options.density) for matrix in matrices]
 
         def fused() -> Iterator[Tensor]:
             for parts in zip(*(blocks() for blocks in pruned), strict=True):
-                yield fuse(parts, kept, whole)
+                yield fuse(parts, shares, whole)
 
         if frame is not None:
             return single(frame.update(torch.cat(list(fused()))))
-        rank = options.max_rank or sum(u.rank for u in chosen)
-        found, lost, total = best_factors(fused, chosen[0].shape, rank, chosen[0].B.device)
+        rank = options.max_rank or sum(u.rank for u in updates)
+        found, lost, total = best_factors(fused, updates[0].shape, rank, updates[0].B.device)
         errors.append((lost, total, module))
         return found
 
@@ -164,11 +158,6 @@ def _axes(stacked: Tensor) -> Tensor:
 def single(update: LowRankUpdate) -> LowRankUpdate:
     """The update in float32."""
     return LowRankUpdate(update.A.float(), update.B.float(), update.scaling)
-
-
-def nothing(update: LowRankUpdate) -> LowRankUpdate:
-    """The zero update of the same matrix, of rank 1."""
-    return LowRankUpdate(torch.zeros_like(update.A[:1]), torch.zeros_like(update.B[:, :1]))
 
 
 def _one_block(core: Tensor) -> Blocks:

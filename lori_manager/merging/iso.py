@@ -63,9 +63,7 @@ def merge_isotropic(
 ) -> AdapterWeights:
     """Module by module, in the core."""
 
-    def merge(
-        _: str, updates: list[LowRankUpdate], shares: list[float], __: list[int]
-    ) -> LowRankUpdate:
+    def merge(_: str, updates: list[LowRankUpdate], shares: list[float]) -> LowRankUpdate:
         return joined_in_core(updates, shares, rule)
 
     return module_by_module(members, weights, merge, options.max_rank)

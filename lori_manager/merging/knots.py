@@ -10,10 +10,9 @@ from torch import Tensor
 from lori_manager.engine.core import core_form
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
-from lori_manager.errors import InvalidInput
-from lori_manager.merging.entries import Matrix, elected_mean, keep_largest, nothing
+from lori_manager.merging.entries import Matrix, elected_mean, keep_largest
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods, module_by_module
-from lori_manager.merging.spectrum import counted, taking_part
+from lori_manager.merging.spectrum import counted
 
 # The S V_t', each (k, in_features) float32, and the members' weights -> the merged one.
 Rule = Callable[[list[Tensor], list[float]], Tensor]
@@ -29,16 +28,13 @@ def in_joint_frame(
 
     Args:
         updates: of one matrix; at least one. Not modified.
-        weights: one per update; members of weight 0 are left out before `rule` is called.
+        weights: one per update, for `rule`.
     """
-    parts, shares = taking_part(updates, weights)
-    if not parts:
-        return nothing(updates[0])
-    form = core_form(parts, torch.float64)
+    form = core_form(updates, torch.float64)
     left, values, right = torch.linalg.svd(torch.cat(list(form.cores), 1), full_matrices=False)
     k = max(counted(values), 1)
-    scaled = (values[:k, None] * right[:k]).chunk(len(parts), 1)
-    merged = rule([(one @ form.V).float() for one in scaled], shares)
+    scaled = (values[:k, None] * right[:k]).chunk(len(updates), 1)
+    merged = rule([(one @ form.V).float() for one in scaled], list(weights))
     return LowRankUpdate(merged, (form.U @ left[:, :k]).float())
 
 
@@ -61,11 +57,7 @@ def merge_knots(
     at a time, and 1e-5 of the largest. The paper's text speaks of merging the V_t; its code,
     in the configurations it comes with, and this trim the S V_t. Members of weight 0 take
     no part in the frame.
-    Raises:
-        InvalidInput: a density outside (0, 1].
     """
-    if not 0 < options.density <= 1:
-        raise InvalidInput(f"`density` must be in (0, 1], got {options.density}")
     whole = float(sum(abs(w) for w in weights))
 
     def trimmed(one: Tensor) -> Tensor:
@@ -75,9 +67,7 @@ def merge_knots(
     def ties(parts: list[Tensor], shares: list[float]) -> Tensor:
         return elected_mean([trimmed(one) for one in parts], shares, whole)
 
-    def merge(
-        _: str, updates: list[LowRankUpdate], shares: list[float], __: list[int]
-    ) -> LowRankUpdate:
+    def merge(_: str, updates: list[LowRankUpdate], shares: list[float]) -> LowRankUpdate:
         return in_joint_frame(updates, shares, ties)
 
     return module_by_module(members, weights, merge, options.max_rank)

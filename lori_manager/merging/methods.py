@@ -86,31 +86,33 @@ def load_all() -> Registry[MergeMethod]:
 def module_by_module(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],
-    merge: Callable[[str, list[LowRankUpdate], list[float], list[int]], LowRankUpdate],
+    merge: Callable[[str, list[LowRankUpdate], list[float]], LowRankUpdate],
     max_rank: int | None = None,
 ) -> AdapterWeights:
     """One block out of what `merge` makes of each module's updates.
 
+    A member of weight 0 takes no part, as if it did not have the module; where none is
+    left, the module's update is zero.
+
     Args:
         members, weights: as a method is given them.
-        merge: called with the module's name, the updates of the members that have it
-            (float32), their weights and their numbers; gives the module's update.
+        merge: called with the module's name, the updates of the members that take part
+            (float32) and their weights; gives the module's update.
         max_rank: what comes out is cut to the best update of that rank.
     Raises:
         ValueError: no members, or not one weight per member.
-        InvalidInput: a rank below 1.
     """
     if not members or len(members) != len(weights):
         raise ValueError(f"got {len(members)} members and {len(weights)} weights")
-    if max_rank is not None and max_rank < 1:
-        raise InvalidInput(f"`max_rank` must be at least 1, got {max_rank}")
     updates = [member.updates() for member in members]
     A, B = {}, {}
     for name in sorted({name for one in updates for name in one}):
-        having = [i for i, one in enumerate(updates) if name in one]
-        found = merge(
-            name, [updates[i][name] for i in having], [float(weights[i]) for i in having], having
-        )
+        having = [(u[name], float(w)) for u, w in zip(updates, weights, strict=True) if name in u]
+        part = [(u, w) for u, w in having if w]
+        if part:
+            found = merge(name, [u for u, _ in part], [w for _, w in part])
+        else:
+            found = having[0][0].zero()
         if max_rank is not None:
             found, _ = truncated(found, max_rank)
         folded = found.folded()

@@ -72,7 +72,7 @@ def merge_regmean(
     return module_by_module(
         [merged],
         [1.0],
-        lambda name, updates, _, __: truncated_on_inputs(updates[0], roots[name].cpu(), rank),
+        lambda name, updates, _: truncated_on_inputs(updates[0], roots[name].cpu(), rank),
         rank,
     )
 

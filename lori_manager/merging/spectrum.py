@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lori_manager.engine.core import core_form
 from lori_manager.engine.update import LowRankUpdate
-from lori_manager.merging.entries import nothing, single
+from lori_manager.merging.entries import single
 
 # Singular values below this share of the largest are rounding of float32 factors.
 NEGLIGIBLE = 1e-5
@@ -46,14 +46,6 @@ def isometry(matrix: Tensor) -> Tensor:
     return nearest
 
 
-def taking_part(
-    updates: Sequence[LowRankUpdate], weights: Sequence[float]
-) -> tuple[list[LowRankUpdate], list[float]]:
-    """Those with a weight other than 0: the rest must not shape the common frame."""
-    kept = [i for i, w in enumerate(weights) if w != 0]
-    return [updates[i] for i in kept], [weights[i] for i in kept]
-
-
 def joined_in_core(
     updates: Sequence[LowRankUpdate], weights: Sequence[float], rule: CoreRule
 ) -> LowRankUpdate:
@@ -62,11 +54,8 @@ def joined_in_core(
     With orthonormal U and V the SVD of U M_t V is that of M_t, taken there.
     Args:
         updates: of one matrix; at least one. Not modified.
-        weights: one per update; members of weight 0 are left out before `rule` is called.
+        weights: one per update, for `rule`.
     """
-    parts, shares = taking_part(updates, weights)
-    if not parts:
-        return nothing(updates[0])
-    form = core_form(parts, torch.float64)
-    core, rank = rule(form.cores, form.cores.new_tensor(shares))
+    form = core_form(updates, torch.float64)
+    core, rank = rule(form.cores, form.cores.new_tensor(weights))
     return single(form.update(core, max(rank, 1)))

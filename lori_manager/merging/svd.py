@@ -26,9 +26,7 @@ def merge_svd(
     if len(members) == len(weights) == 1 and weights[0] == 1 and members[0].rank <= rank:
         return members[0]
 
-    def merge(
-        _: str, updates: list[LowRankUpdate], shares: list[float], __: list[int]
-    ) -> LowRankUpdate:
+    def merge(_: str, updates: list[LowRankUpdate], shares: list[float]) -> LowRankUpdate:
         return concat_updates(updates, shares)
 
     return module_by_module(members, weights, merge, rank)

@@ -37,9 +37,7 @@ def merge_tsv(
     if len(members) == len(weights) == 1 and weights[0] == 1 and fits:
         return members[0]
 
-    def merge(
-        _: str, updates: list[LowRankUpdate], shares: list[float], __: list[int]
-    ) -> LowRankUpdate:
+    def merge(_: str, updates: list[LowRankUpdate], shares: list[float]) -> LowRankUpdate:
         smaller = min(updates[0].shape)
 
         def join(cores: Tensor, scales: Tensor) -> tuple[Tensor, int]:

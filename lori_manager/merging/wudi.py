@@ -8,7 +8,7 @@ import torch
 
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
-from lori_manager.merging.entries import nothing, shared_frame, single
+from lori_manager.merging.entries import shared_frame, single
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods, module_by_module
 
 
@@ -42,22 +42,17 @@ def merge_wudi(
         return members[0]
     whole = float(sum(abs(w) for w in weights))
 
-    def merge(
-        _: str, updates: list[LowRankUpdate], shares: list[float], __: list[int]
-    ) -> LowRankUpdate:
-        counted = [(u, w) for u, w in zip(updates, shares, strict=True) if w]
-        if not counted:
-            return nothing(updates[0])
-        frame = shared_frame([u for u, _ in counted])
+    def merge(_: str, updates: list[LowRankUpdate], shares: list[float]) -> LowRankUpdate:
+        frame = shared_frame(updates)
         rows, targets = [], []  # D @ rows = targets, as nearly as can be
-        for core, (_u, w) in zip(frame.cores, counted, strict=True):
+        for core, w in zip(frame.cores, shares, strict=True):
             norm = torch.linalg.matrix_norm(core)
             if norm > 0:
                 row = core.t() * (abs(w) ** 0.5 / norm)
                 rows.append(row)
                 targets.append(core @ row if w > 0 else -(core @ row))
         if not rows:
-            return nothing(updates[0])
+            return updates[0].zero()
         left, values, right = torch.linalg.svd(torch.cat(rows, dim=1), full_matrices=False)
         count = int((values > 1e-10 * values[0]).sum())
         solved = torch.cat(targets, dim=1) @ right[:count].t() / values[:count]
