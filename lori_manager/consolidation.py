@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lori_manager.engine.layers import attached, low_rank_layers
+from lori_manager.engine.siblings import inputs_watched
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.forward import Forward, place
 from lori_manager.models import BaseModel
@@ -26,7 +26,6 @@ def input_grams(
     updates: Mapping[str, LowRankUpdate],
     rows: Sequence[Encoded],
     batch: int,
-    on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Second moments of the inputs of the modules that an adapter updates.
 
@@ -35,7 +34,6 @@ def input_grams(
         updates: module name -> update.
         rows: token ids of each row count, all of them; padding never does.
         batch: rows a forward.
-        on_batch: called with (rows done, rows in all).
     Returns:
         Module name -> E[x x'] (in_features, in_features), float32 on the model's device.
         Modules that see the same input share one tensor.
@@ -44,47 +42,27 @@ def input_grams(
     sums: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     real: Tensor | None = None
-    seen: list[tuple[Tensor, str]] = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            for tensor, first in seen:
-                if tensor is x:
-                    shared[name] = first
-                    return
-            seen.append((x, name))
-            flat = x.reshape(-1, x.shape[-1]).float()
-            if real is not None:
-                flat = flat[real]
-            if name in sums:
-                sums[name].addmm_(flat.t(), flat)
-            else:
-                sums[name] = flat.t() @ flat
+    def see(name: str, x: Tensor, first: str) -> None:
+        shared[name] = first
+        if name != first:
+            return
+        flat = x.reshape(-1, x.shape[-1]).float()
+        if real is not None:
+            flat = flat[real]
+        if name in sums:
+            sums[name].addmm_(flat.t(), flat)
+        else:
+            sums[name] = flat.t() @ flat
 
-        return hook
-
-    tokens = done = 0
     forward = Forward(base)
-    hooks: list[Any] = []
     with attached(base.model, layers), torch.no_grad(), forward.ready():
-        try:
-            hooks = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
-            for numbers in length_batches([len(r.ids) for r in rows], batch):
-                chosen = [rows[i] for i in numbers]
-                given = forward.batch(chosen)
-                if given.bounds is None:
-                    lengths = torch.tensor([len(r.ids) for r in chosen])
-                    places = torch.arange(given.ids.shape[1])
-                    real = (places < lengths[:, None]).flatten().to(base.device)
-                seen.clear()
+        for numbers in length_batches([len(r.ids) for r in rows], batch):
+            chosen = [rows[i] for i in numbers]
+            given = forward.batch(chosen)
+            real = forward.real(given, chosen)
+            with inputs_watched(layers, see):
                 forward.run(place(given, base.device))
-                tokens += sum(len(r.ids) for r in chosen)
-                done += len(chosen)
-                if on_batch:
-                    on_batch(done, len(rows))
-        finally:
-            for one in hooks:
-                one.remove()
+    tokens = sum(len(r.ids) for r in rows)
     found = {name: gram.div_(tokens) for name, gram in sums.items()}
-    return found | {name: found[first] for name, first in shared.items()}
+    return {name: found[first] for name, first in shared.items()}

@@ -92,6 +92,14 @@ class Forward:
         """The rows in the form that this runs."""
         return pack(rows, sizes=sizes) if self.packed else collate(rows)
 
+    def real(self, batch: Batch, rows: Sequence[Encoded]) -> Tensor | None:
+        """Which of the flattened ids are the rows' own, bool; None where all are."""
+        if batch.bounds is not None:
+            return None
+        lengths = torch.tensor([len(r.ids) for r in rows])
+        places = torch.arange(batch.ids.shape[1])
+        return (places < lengths[:, None]).flatten().to(self.base.device)
+
     def loss(self, batch: DeviceBatch) -> Tensor:
         """Sum of the cross-entropy over completion tokens, a scalar in nats, with gradient."""
         if self._head is None:
@@ -103,8 +111,7 @@ class Forward:
 
     def run(self, batch: DeviceBatch) -> None:
         """The decoder alone, for what hooks see in it."""
-        model = self.base.model
-        getattr(model, "base_model", model)(**_inputs(batch))
+        self.base.decoder(**_inputs(batch))
 
     def scores(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
         """(hits, nll) of every wanted place, without gradients; see `head_scores`."""
@@ -113,7 +120,7 @@ class Forward:
         return head_scores(self._hidden(batch), *self._head, batch.targets)
 
     def _hidden(self, batch: DeviceBatch) -> Tensor:
-        out: Tensor = self.base.model.base_model(**_inputs(batch)).last_hidden_state
+        out: Tensor = self.base.decoder(**_inputs(batch)).last_hidden_state
         return out.reshape(-1, out.shape[-1]).index_select(0, batch.wanted)
 
     def _logits(self, batch: DeviceBatch) -> Tensor:

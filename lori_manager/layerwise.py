@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lori_manager.engine.core import truncated_on_inputs
-from lori_manager.engine.layers import LowRankLinear, attached
-from lori_manager.engine.update import LowRankUpdate
+from lori_manager.engine.layers import LowRankLinear, attached, low_rank_layers
+from lori_manager.engine.siblings import inputs_watched
+from lori_manager.engine.update import LowRankUpdate, concat_updates
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward, place
@@ -84,12 +85,10 @@ def merge_layerwise(
     forward = Forward(base)
     aims: list[dict[str, Tensor]] = [{} for _ in parts]
     cut: dict[str, LowRankUpdate] = {}
+    smaller = False
     with torch.no_grad(), forward.ready():
         streams = [_Stream(base, forward, own, blocks) for own in rows]
-        own_layers = [
-            {n: LowRankLinear(base.model.get_submodule(n), u) for n, u in _sum(parts, t).items()}
-            for t in range(len(members))
-        ]
+        own_layers = [low_rank_layers(base.model, member.updates()) for member in members]
         for number, block in enumerate(blocks):
             inside = [n for n in names if n.startswith(f"{prefix}.{number}.")]
             own = [
@@ -106,6 +105,7 @@ def merge_layerwise(
                             aim[name] = A
                     update = _stacked(parts, aims, name)
                     if max_rank is not None:
+                        smaller = smaller or update.rank > max_rank
                         update = truncated_on_inputs(update, root.cpu(), max_rank)
                         cut[name] = update
                     merged[name] = LowRankLinear(base.model.get_submodule(name), update)
@@ -113,7 +113,7 @@ def merge_layerwise(
                 s.advance(number, block, base.model, merged)
             if on_block:
                 on_block(number + 1, len(blocks))
-    if any(update.rank < _stacked(parts, aims, name).rank for name, update in cut.items()):
+    if smaller:
         folded = {name: update.folded() for name, update in cut.items()}
         B = {name: u.B.contiguous() for name, u in folded.items()}
         return AdapterWeights(
@@ -145,17 +145,6 @@ def _blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleList]
     raise InvalidInput(f"{type(model).__name__} has no list of blocks: use `--method regmean`")
 
 
-def _sum(parts: Sequence[_Part], member: int) -> dict[str, LowRankUpdate]:
-    own = AdapterWeights(
-        tuple(
-            Block({n: u.B for n, u in p.updates.items()}, 1.0,
-                  tensors={n: u.A * u.scaling for n, u in p.updates.items()})
-            for p in parts if p.member == member
-        )
-    )  # fmt: skip
-    return own.updates()
-
-
 class _Stream:
     """One member's probe tokens on their way through the blocks, by its model and the merged."""
 
@@ -163,10 +152,7 @@ class _Stream:
         self, base: BaseModel, forward: Forward, rows: Sequence[Encoded], blocks: nn.ModuleList
     ) -> None:
         batch = forward.batch(list(rows))
-        self.real: Tensor | None = None
-        if batch.bounds is None:
-            lengths = torch.tensor([len(r.ids) for r in rows])[:, None]
-            self.real = (torch.arange(batch.ids.shape[1]) < lengths).flatten().to(base.device)
+        self.real = forward.real(batch, rows)
         self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: list[Tensor] = []
 
@@ -203,27 +189,16 @@ class _Stream:
     ) -> dict[str, Tensor]:
         """The block with the member's own adapter; inputs by module in the order of calls."""
         seen: dict[str, Tensor] = {}
-        raw: list[tuple[Tensor, Tensor]] = []
 
-        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                for tensor, flat in raw:
-                    if tensor is inputs[0]:
-                        seen[name] = flat  # the same tensor: the same stage
-                        return
-                raw.append((inputs[0], self._flat(inputs[0])))
-                seen[name] = raw[-1][1]
+        def see(name: str, x: Tensor, first: str) -> None:
+            # The same tensor for those that see the same input: the same stage.
+            seen[name] = self._flat(x) if name == first else seen[first]
 
-            return hook
-
-        own = {n: layers[n] for n in names if n in layers}
-        with attached(model, own):
-            hooks = [model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
-            try:
-                self.own = self._call(number, block, self.own)
-            finally:
-                for one in hooks:
-                    one.remove()
+        with (
+            attached(model, {n: layers[n] for n in names if n in layers}),
+            inputs_watched({n: model.get_submodule(n) for n in names}, see),
+        ):
+            self.own = self._call(number, block, self.own)
         missing = [n for n in names if n not in seen]
         if missing:
             raise InvalidInput(
@@ -317,7 +292,9 @@ def _stacked(
     parts: Sequence[_Part], aims: Sequence[Mapping[str, Tensor]], name: str
 ) -> LowRankUpdate:
     """The merged update of a module, so far as it is found."""
-    having = [(p, a) for p, a in zip(parts, aims, strict=True) if name in p.updates]
-    A = torch.cat([a[name].cpu() for _, a in having])
-    B = torch.cat([p.updates[name].B * p.updates[name].scaling for p, _ in having], dim=1)
-    return LowRankUpdate(A, B.float())
+    found = [
+        replace(p.updates[name], A=aim[name].cpu(), B=p.updates[name].B.float())
+        for p, aim in zip(parts, aims, strict=True)
+        if name in p.updates
+    ]
+    return concat_updates(found, [1.0] * len(found))

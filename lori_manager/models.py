@@ -198,6 +198,11 @@ class BaseModel:
         """Full name -> (out_features, in_features) of every linear layer but the head."""
         return linear_shapes(self.model)
 
+    @property
+    def decoder(self) -> Any:
+        """The model without its vocabulary head, or the model itself where it has no such part."""
+        return getattr(self.model, "base_model", self.model)
+
     def probe(self) -> None:
         """Run the model once on two tokens, for hooks to see it at work."""
         import torch

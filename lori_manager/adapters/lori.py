@@ -109,12 +109,11 @@ def in_training(
         join_siblings(layers, base.probe)
         values = TrainedValues(list(layers.values()))
         dtype = next(iter(layers.values())).A.dtype
-        decoder = getattr(base.model, "base_model", base.model)
 
         def make(*_: object) -> None:
             values.make(dtype)
 
-        hook = decoder.register_forward_pre_hook(make)
+        hook = base.decoder.register_forward_pre_hook(make)
         try:
             with gates_together(base.model):
                 yield {"values": values.parameter}

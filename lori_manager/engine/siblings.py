@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -137,6 +138,36 @@ def side_by_side(bases: Sequence[nn.Linear]) -> Tensor:
     return joined
 
 
+@contextmanager
+def inputs_watched(
+    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, str], None]
+) -> Iterator[None]:
+    """Call `see(name, x, first)` before every call of a module inside.
+
+    x is what the module was given, and `first` the name of the module that was the first
+    to be given that very tensor.
+    """
+    given: list[tuple[Tensor, str]] = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            first = next((one for tensor, one in given if tensor is x), None)
+            if first is None:
+                first = name
+                given.append((x, name))
+            see(name, x, first)
+
+        return hook
+
+    hooks: list[Any] = [m.register_forward_pre_hook(watch(n)) for n, m in modules.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
 def join_siblings(layers: Mapping[str, Any], probe: Callable[[], object]) -> list[list[str]]:
     """Find layers that see the same input and let each such group compute together.
 
@@ -149,30 +180,16 @@ def join_siblings(layers: Mapping[str, Any], probe: Callable[[], object]) -> lis
     Returns:
         The groups of more than one, by module name, in the order of their calls.
     """
-    seen: list[tuple[Tensor, list[str]]] = []
+    seen: dict[str, tuple[Tensor, list[str]]] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for tensor, names in seen:
-                if tensor is inputs[0]:
-                    names.append(name)
-                    return
-            seen.append((inputs[0], [name]))
+    def see(name: str, x: Tensor, first: str) -> None:
+        seen.setdefault(first, (x, []))[1].append(name)
 
-        return hook
-
-    hooks: list[Any] = [
-        layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            probe()
-    finally:
-        for one in hooks:
-            one.remove()
+    with inputs_watched(layers, see), torch.no_grad():
+        probe()
     groups = [
         names
-        for x, names in seen
+        for x, names in seen.values()
         if len(names) > 1
         and len(set(names)) == len(names)
         and type(layers[names[0]].base) in (nn.Linear, Fp8Linear)
