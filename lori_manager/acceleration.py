@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from lori_manager.errors import first_line
 from lori_manager.models import BaseModel
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _apply(model: Any) -> bool:
             model=model, cross_entropy=False, fused_linear_cross_entropy=False
         )
     except (TypeError, AttributeError, ValueError, RuntimeError) as e:
-        logger.info("no fused kernels: %s", (str(e).splitlines() or [type(e).__name__])[0])
+        logger.info("no fused kernels: %s", first_line(e))
         return False
     finally:
         liger.setLevel(level)

@@ -81,8 +81,7 @@ def merge(
     told = MergeOptions(**dict(options or {}))
     if probe_rows < 1:
         raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
-    if method != AUTO:
-        _method(method)  # refused before anything is loaded
+    chosen = None if method == AUTO else _method(method)  # refused before anything is loaded
     members = [ws.adapter(ref) for ref in refs]
     for name in names:
         members.append(ws.task_adapter(name))
@@ -97,10 +96,10 @@ def merge(
             f"got {len(shares)} weights for {len(members)} members: give one finite number each"
         )
     ws.check_line(into)
-    if method == AUTO:
-        method = _automatic(ws, members)
-        ws.on_message(f"auto means {method}")
-    chosen = _method(method)
+    if chosen is None:
+        chosen = _method(_automatic(ws, members))
+        ws.on_message(f"auto means {chosen.name}")
+    method = chosen.name
     needs = chosen.facts.get("needs")
     weighed = [ws.weights(m) for m in members]
     if needs is None:
@@ -158,9 +157,9 @@ def _automatic(ws: Context, members: Sequence[Adapter]) -> str:
     if len(members) < 2:
         return "concat"
     for member in members:
-        tasks = [ws.store.task(name) for name in ws.tasks_of(member)]
-        rows = sum(t.splits["probe"].rows for t in tasks if "probe" in t.splits)
-        if not tasks or rows < ENOUGH:
+        splits = [ws.store.task(name).splits for name in ws.tasks_of(member)]
+        enough = ["probe" in own and own["probe"].rows >= ENOUGH for own in splits]
+        if not (enough and all(enough)):
             return "concat"
     return "layerwise"
 

@@ -8,6 +8,12 @@ ValueError or TypeError instead. The codes are documented in the README.
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class LoriError(Exception):
     """Base of all domain failures."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lori_manager.engine.fp8 import inputs_unrounded
 from lori_manager.engine.head import head_loss, head_scores, logits_scores, widened
+from lori_manager.errors import first_line
 from lori_manager.models import BaseModel
 from lori_manager.packing import Bounds, Unsupported, attention_packed
 from lori_manager.tasks.batches import IGNORED, Batch, Sizes, collate, pack
@@ -165,8 +166,7 @@ def _try_packing(base: BaseModel) -> bool:
             with attention_packed(base.model):
                 packed, changed = logits(pack(rows)), logits(pack([other, *rows[1:]]))
     except (Unsupported, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        logger.info("rows are padded, not packed: %s", first)
+        logger.info("rows are padded, not packed: %s", first_line(e))
         return False
     spread = float(alone.std())
     rounding = (0.02 if base.precision in ("bf16", "fp8") else 1e-4) * spread

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lori_manager.errors import first_line
 from lori_manager.forward import DeviceBatch, as_batch, flatten
 from lori_manager.tasks.batches import Batch, Sizes
 from lori_manager.tasks.encoding import Encoded
@@ -113,9 +114,7 @@ class Graphed:
             ):
                 out = self._run(as_batch(flat, batch))
         except RuntimeError as e:
-            logger.info(
-                "no CUDA graphs: %s", (str(e).strip().splitlines() or ["capture failed"])[0]
-            )
+            logger.info("no CUDA graphs: %s", first_line(e))
             self.broken = True
             return self(batch, sizes)
         self._graphs[sizes] = (graph, flat, out)

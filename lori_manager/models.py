@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lori_manager.errors import InvalidInput, NotFound, WrongBase
+from lori_manager.errors import InvalidInput, NotFound, WrongBase, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,8 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise NotFound(
-            f"base {source!r} is neither a folder nor available on the hub ({first}); "
+            f"base {source!r} is neither a folder nor available on the hub ({first_line(e)}); "
             "give a path, or check the name and the network"
         ) from e
     weight_files(path)
@@ -156,8 +155,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise NotFound(f"{folder} holds no usable tokenizer: {first}") from e
+        raise NotFound(f"{folder} holds no usable tokenizer: {first_line(e)}") from e
 
 
 @dataclass
@@ -356,8 +354,9 @@ def load_base(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **packed
         )
     except (OSError, ValueError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise NotFound(f"{folder} is not a causal language model lori can load: {first}") from e
+        raise NotFound(
+            f"{folder} is not a causal language model lori can load: {first_line(e)}"
+        ) from e
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():
