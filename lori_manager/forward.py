@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from lori_manager.engine.fp8 import inputs_unrounded
-from lori_manager.engine.head import head_loss, head_scores, logits_scores, widened
+from lori_manager.engine.head import (
+    SoftTargets,
+    head_loss,
+    head_scores,
+    logits_loss,
+    logits_scores,
+    widened,
+)
 from lori_manager.errors import first_line
 from lori_manager.models import BaseModel
 from lori_manager.packing import Bounds, Unsupported, attention_packed
-from lori_manager.tasks.batches import IGNORED, Batch, Sizes, collate, pack
+from lori_manager.tasks.batches import Batch, Sizes, collate, pack
 from lori_manager.tasks.encoding import Encoded
 
 logger = logging.getLogger(__name__)
@@ -69,7 +76,9 @@ class Forward:
     Use `ready()` around a series of calls.
     """
 
-    def __init__(self, base: BaseModel, *, packing: str = "auto") -> None:
+    def __init__(
+        self, base: BaseModel, *, packing: str = "auto", soft: SoftTargets | None = None
+    ) -> None:
         """Decide how.
 
         Args:
@@ -77,7 +86,10 @@ class Forward:
             packing: "on" packs rows into one sequence where the model gives the same logits
                 that way; "off" pads them; "auto" packs on a GPU alone: on a CPU putting rows
                 apart again for the attention costs more than padding does (measured).
+            soft: the table that the rows' `taught` name places of; then the loss is the
+                cross-entropy against it.
         """
+        self._soft = soft
         self.base = base
         self._head = base.head()
         wanted = packing == "on" or (packing == "auto" and base.device.type != "cpu")
@@ -104,11 +116,8 @@ class Forward:
     def loss(self, batch: DeviceBatch) -> Tensor:
         """Sum of the cross-entropy over completion tokens, a scalar in nats, with gradient."""
         if self._head is None:
-            logits = widened(self._logits(batch))
-            return nn.functional.cross_entropy(
-                logits, batch.targets, reduction="sum", ignore_index=IGNORED
-            )
-        return head_loss(self._hidden(batch), *self._head, batch.targets)
+            return logits_loss(self._logits(batch), batch.targets, self._soft)
+        return head_loss(self._hidden(batch), *self._head, batch.targets, self._soft)
 
     def run(self, batch: DeviceBatch) -> None:
         """The decoder alone, for what hooks see in it."""
@@ -119,6 +128,19 @@ class Forward:
         if self._head is None:
             return logits_scores(self._logits(batch), batch.targets)
         return head_scores(self._hidden(batch), *self._head, batch.targets)
+
+    def likeliest(self, batch: DeviceBatch, count: int) -> tuple[Tensor, Tensor]:
+        """Without gradients: the likeliest next tokens at every wanted place.
+
+        Returns:
+            ids (n, count) int64 and their probabilities (n, count) float32, of all tokens.
+        """
+        if self._head is None:
+            logits = widened(self._logits(batch))
+        else:
+            logits = widened(nn.functional.linear(self._hidden(batch), *self._head))
+        found = logits.topk(min(count, logits.shape[1]), dim=1)
+        return found.indices, (found.values - logits.logsumexp(1, keepdim=True)).exp().float()
 
     def _hidden(self, batch: DeviceBatch) -> Tensor:
         out: Tensor = self.base.decoder(**_inputs(batch)).last_hidden_state

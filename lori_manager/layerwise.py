@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lori_manager.engine.core import truncated_on_inputs
-from lori_manager.engine.layers import LowRankLinear, attached, low_rank_layers
-from lori_manager.engine.siblings import inputs_watched
+from lori_manager.engine.layers import LowRankLinear, low_rank_layers
 from lori_manager.engine.update import LowRankUpdate, concat_updates
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import Forward, place
+from lori_manager.forward import Forward
 from lori_manager.models import BaseModel
 from lori_manager.registry import Entry
+from lori_manager.streams import Stream, decoder_blocks
 from lori_manager.tasks.encoding import Encoded
 
 
@@ -29,13 +29,6 @@ class _Part:
     updates: Mapping[str, LowRankUpdate]
 
 
-class _Reached(Exception):
-    """The layer that was waited for is about to be called with this input."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-
 def merge_layerwise(
     base: BaseModel,
     members: Sequence[AdapterWeights],
@@ -44,6 +37,9 @@ def merge_layerwise(
     *,
     eps: float = 1e-3,
     max_rank: int | None = None,
+    answers: float = 0.0,
+    free: bool = False,
+    general: Sequence[Encoded] = (),
     on_block: Callable[[int, int], None] | None = None,
 ) -> AdapterWeights:
     """Every B kept, every A aimed anew, from the first decoder block to the last.
@@ -66,6 +62,13 @@ def merge_layerwise(
         max_rank: each module's update is cut to the one of that rank that errs least on the
             merged model's inputs, before the next module is fitted, which makes good what
             that loses. The result is one dense block then.
+        answers: share of a task's weight that lies on the places whose next token is the
+            row's completion (the last token of a prompt alone); 0 counts all tokens alike.
+        free: fit the update over all directions instead of the span of the members' B, and
+            keep of it the best of rank `max_rank`, by default the sum of the members'. No B
+            and no mask is kept then, and the result is one dense block.
+        general: rows of no task, on which the merged model shall do what the base does;
+            together they count as much as the mean member.
         on_block: called with (blocks done, blocks in all).
     Raises:
         InvalidInput: a model without a list of decoder blocks, negative weights.
@@ -77,18 +80,26 @@ def merge_layerwise(
         raise InvalidInput("`weights` of a regression must not all be 0")
     members, rows = [members[i] for i in counting], [rows[i] for i in counting]
     weights = [weights[i] for i in counting]
-    if len(members) == 1 and weights[0] == 1 and max_rank is None:
+    if len(members) == 1 and weights[0] == 1 and max_rank is None and not general:
         return members[0]
+    if not 0 <= answers < 1:
+        raise InvalidInput(f"`answers` must be a share in [0, 1), got {answers}")
+    rows = [*rows, *([general] if general else [])]
+    weights = [*weights, *([sum(weights) / len(weights)] if general else [])]
     parts = [_Part(i, b.updates()) for i, m in enumerate(members) for b in m.blocks]
     names = sorted({name for part in parts for name in part.updates})
-    prefix, blocks = _blocks(base.model, names)
+    prefix, blocks = decoder_blocks(base.model, names)
     forward = Forward(base)
     aims: list[dict[str, Tensor]] = [{} for _ in parts]
     cut: dict[str, LowRankUpdate] = {}
     smaller = False
     with torch.no_grad(), forward.ready():
-        streams = [_Stream(base, forward, own, blocks) for own in rows]
+        streams = [Stream(base, forward, own, blocks) for own in rows]
         own_layers = [low_rank_layers(base.model, member.updates()) for member in members]
+        own_layers += [{}] * (len(streams) - len(members))
+        shares = [
+            w * s.token_weights(r, answers) for w, s, r in zip(weights, streams, rows, strict=True)
+        ]
         for number, block in enumerate(blocks):
             inside = [n for n in names if n.startswith(f"{prefix}.{number}.")]
             own = [
@@ -99,21 +110,24 @@ def merge_layerwise(
             for group in _stages(own):
                 mixed = [s.input_of(number, block, base.model, merged, group[0]) for s in streams]
                 for name in group:
-                    found, root = _solve(base.model, name, parts, weights, own, mixed, eps)
-                    for aim, A in zip(aims, found, strict=True):
-                        if A is not None:
-                            aim[name] = A
-                    update = _stacked(parts, aims, name)
-                    if max_rank is not None:
-                        smaller = smaller or update.rank > max_rank
-                        update = truncated_on_inputs(update, root.cpu(), max_rank)
-                        cut[name] = update
+                    fit = _Fit(base.model, name, parts, shares, own, mixed, eps)
+                    if free:
+                        update = fit.free(max_rank)
+                    else:
+                        for aim, A in zip(aims, fit.re_aimed(), strict=True):
+                            if A is not None:
+                                aim[name] = A
+                        update = _stacked(parts, aims, name)
+                        if max_rank is not None:
+                            smaller = smaller or update.rank > max_rank
+                            update = truncated_on_inputs(update, fit.root.cpu(), max_rank)
+                    cut[name] = update
                     merged[name] = LowRankLinear(base.model.get_submodule(name), update)
             for s in streams:
                 s.advance(number, block, base.model, merged)
             if on_block:
                 on_block(number + 1, len(blocks))
-    if smaller:
+    if smaller or free:
         folded = {name: update.folded() for name, update in cut.items()}
         B = {name: u.B.contiguous() for name, u in folded.items()}
         return AdapterWeights(
@@ -137,106 +151,6 @@ LAYERWISE: Entry[Callable[..., AdapterWeights]] = Entry(
 )
 
 
-def _blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks that hold all of the modules, and their name in the model."""
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and all(n.startswith(f"{prefix}.") for n in names):
-            return prefix, module
-    raise InvalidInput(f"{type(model).__name__} has no list of blocks: use `--method regmean`")
-
-
-class _Stream:
-    """One member's probe tokens on their way through the blocks, by its model and the merged."""
-
-    def __init__(
-        self, base: BaseModel, forward: Forward, rows: Sequence[Encoded], blocks: nn.ModuleList
-    ) -> None:
-        batch = forward.batch(list(rows))
-        self.real = forward.real(batch, rows)
-        self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        first: list[Tensor] = []
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            first.append(args[0] if args else kwargs.pop("hidden_states"))
-            self.given.append((args[1:], kwargs))
-
-        hooks = [b.register_forward_pre_hook(hook, with_kwargs=True) for b in blocks]
-        try:
-            forward.run(place(batch, base.device))
-        finally:
-            for one in hooks:
-                one.remove()
-        self.own = self.mixed = first[0]
-
-    def _call(self, number: int, block: nn.Module, x: Tensor) -> Tensor:
-        args, kwargs = self.given[number]
-        out: Any = block(x, *args, **kwargs)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
-
-    def _flat(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        return flat if self.real is None else flat[self.real]
-
-    def own_pass(
-        self,
-        number: int,
-        block: nn.Module,
-        model: nn.Module,
-        layers: Mapping[str, nn.Module],
-        names: Sequence[str],
-    ) -> dict[str, Tensor]:
-        """The block with the member's own adapter; inputs by module in the order of calls."""
-        seen: dict[str, Tensor] = {}
-
-        def see(name: str, x: Tensor, first: str) -> None:
-            # The same tensor for those that see the same input: the same stage.
-            seen[name] = self._flat(x) if name == first else seen[first]
-
-        with (
-            attached(model, {n: layers[n] for n in names if n in layers}),
-            inputs_watched({n: model.get_submodule(n) for n in names}, see),
-        ):
-            self.own = self._call(number, block, self.own)
-        missing = [n for n in names if n not in seen]
-        if missing:
-            raise InvalidInput(
-                f"{missing[0]} is not called in every forward: use `--method concat`"
-            )
-        return seen
-
-    def input_of(
-        self,
-        number: int,
-        block: nn.Module,
-        model: nn.Module,
-        merged: Mapping[str, nn.Module],
-        name: str,
-    ) -> Tensor:
-        """What the merged model gives the module, those before it in the block being merged."""
-
-        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _Reached(inputs[0])
-
-        hook = model.get_submodule(name).register_forward_pre_hook(stop)
-        try:
-            with attached(model, merged):
-                self._call(number, block, self.mixed)
-        except _Reached as reached:
-            return self._flat(reached.x)
-        finally:
-            hook.remove()
-        raise InvalidInput(f"{name} is not called in every forward: use `--method concat`")
-
-    def advance(
-        self, number: int, block: nn.Module, model: nn.Module, merged: Mapping[str, nn.Module]
-    ) -> None:
-        """The merged block, for the next one's input."""
-        with attached(model, merged):
-            self.mixed = self._call(number, block, self.mixed)
-
-
 def _stages(own: Sequence[Mapping[str, Tensor]]) -> list[list[str]]:
     """Modules in the order of their calls, those that see one input together."""
     stages: list[list[str]] = []
@@ -248,44 +162,71 @@ def _stages(own: Sequence[Mapping[str, Tensor]]) -> list[list[str]]:
     return stages
 
 
-def _solve(
-    model: nn.Module,
-    name: str,
-    parts: Sequence[_Part],
-    weights: Sequence[float],
-    own: Sequence[Mapping[str, Tensor]],
-    mixed: Sequence[Tensor],
-    eps: float,
-) -> tuple[list[Tensor | None], Tensor]:
-    """A' of each part, (rank, in_features), None where a part lacks the module; and the root
-    of the moments, see `truncated_on_inputs`."""
-    base: Any = model.get_submodule(name)
-    W = base.weight if isinstance(base, nn.Linear) else base.weight.t()
-    device = W.device
-    having = [p for p in parts if name in p.updates]
-    Bs = [(p.updates[name].B * p.updates[name].scaling).to(device, torch.float32) for p in having]
-    As = [p.updates[name].A.to(device, torch.float32) for p in having]
-    moments = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64, device=device)
-    target = torch.zeros(W.shape, dtype=torch.float64, device=device)
-    for t, (mine, other) in enumerate(zip(own, mixed, strict=True)):
-        x, z = mine[name].float(), other.float()
-        share = float(weights[t]) / len(x)
-        y = (x - z) @ W.float().t()
-        for p, B, A in zip(having, Bs, As, strict=True):
-            if p.member == t:
-                y += (x @ A.t()) @ B.t()
-        moments += (z.t() @ z).double() * share
-        target += (y.t() @ z).double() * share
-    e = eps * float(moments.diagonal().mean()) or 1.0
-    B = torch.cat(Bs, dim=1).double()
-    tasks = len({p.member for p in having})
-    target += (B @ torch.cat(As).double()) * (e / tasks)
-    moments.diagonal().add_(e)
-    factor = torch.linalg.cholesky(moments)
-    pull = torch.linalg.pinv(B, rtol=1e-6) @ target
-    found = torch.cholesky_solve(pull.t(), factor).t().float()
-    pieces = iter(torch.split(found, [len(A) for A in As]))
-    return [next(pieces) if name in p.updates else None for p in parts], factor
+class _Fit:
+    """One module's least squares: moments of the merged model's inputs, and what they owe."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        parts: Sequence[_Part],
+        shares: Sequence[Tensor],
+        own: Sequence[Mapping[str, Tensor]],
+        mixed: Sequence[Tensor],
+        eps: float,
+    ) -> None:
+        """Sum up.
+
+        Args:
+            shares: for each stream the weight of every token, (tokens,).
+            own, mixed: for each stream the module's inputs, (tokens, in_features).
+        """
+        base: Any = model.get_submodule(name)
+        W = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+        self._named = [name in p.updates for p in parts]
+        having = [p for p in parts if name in p.updates]
+        self._Bs = [
+            (p.updates[name].B * p.updates[name].scaling).to(W.device, torch.float32)
+            for p in having
+        ]
+        self._As = [p.updates[name].A.to(W.device, torch.float32) for p in having]
+        moments = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64, device=W.device)
+        target = torch.zeros(W.shape, dtype=torch.float64, device=W.device)
+        for t, (mine, other, share) in enumerate(zip(own, mixed, shares, strict=True)):
+            x, z = mine[name].float(), other.float()
+            y = (x - z) @ W.float().t()
+            for p, B, A in zip(having, self._Bs, self._As, strict=True):
+                if p.member == t:
+                    y += (x @ A.t()) @ B.t()
+            weighed = z * share[:, None]
+            moments += (z.t() @ weighed).double()
+            target += (y.t() @ weighed).double()
+        e = eps * float(moments.diagonal().mean()) or 1.0
+        self._B = torch.cat(self._Bs, dim=1).double()
+        tasks = len({p.member for p in having})
+        target += (self._B @ torch.cat(self._As).double()) * (e / tasks)
+        moments.diagonal().add_(e)
+        self._target = target
+        self.root = torch.linalg.cholesky(moments)
+
+    def re_aimed(self) -> list[Tensor | None]:
+        """A' of each part, (rank, in_features) float32, None where a part lacks the module."""
+        pull = torch.linalg.pinv(self._B, rtol=1e-6) @ self._target
+        found = torch.cholesky_solve(pull.t(), self.root).t().float()
+        pieces = iter(torch.split(found, [len(A) for A in self._As]))
+        return [next(pieces) if named else None for named in self._named]
+
+    def free(self, rank: int | None) -> LowRankUpdate:
+        """The update of that rank (None: the sum of the members') that errs least."""
+        rank = min(rank or self._B.shape[1], *self._target.shape)
+        whole = torch.cholesky_solve(self._target.t(), self.root).t()
+        on_inputs = whole @ self.root
+        if len(whole) <= whole.shape[1]:
+            left = torch.linalg.eigh(on_inputs @ on_inputs.t())[1][:, -rank:]
+        else:
+            right = torch.linalg.eigh(on_inputs.t() @ on_inputs)[1][:, -rank:]
+            left = torch.linalg.qr(on_inputs @ right)[0]
+        return LowRankUpdate((left.t() @ whole).float().cpu(), left.float().cpu())
 
 
 def _stacked(

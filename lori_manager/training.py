@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from lori_manager.config import Config
+from lori_manager.engine.head import SoftTargets
 from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.gradients import Gradients, Late, checkpointed, micro_batches
@@ -95,6 +96,7 @@ def fit(
     phase: str = "train",
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
+    soft: SoftTargets | None = None,
 ) -> TrainResult:
     """Train parameters of the model on the rows' completions.
 
@@ -110,6 +112,7 @@ def fit(
             is gone on from: on the CPU the result is bit for bit that of a run
             without interruption. The caller removes it once the result is safe.
         on_progress: called after every step.
+        soft: what the rows' `taught` refer to, where a teacher says what is right.
     Raises:
         InvalidInput: the loss or a value stopped being finite.
     """
@@ -150,7 +153,7 @@ def fit(
         micro_batches([rows[i] for i in order[step]], config.micro_batch)
         for step in range(state.step, steps)
     ]
-    forward = Forward(base, packing=config.packing)
+    forward = Forward(base, packing=config.packing, soft=soft)
     waiting: deque[Late] = deque()
     with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
         gradients = Gradients(forward, trained, batches, config.graphs)

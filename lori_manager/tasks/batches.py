@@ -71,7 +71,8 @@ class Batch:
         ids: int64 (rows, longest) padded at the end, or (1, tokens) packed.
         wanted: int64 (n,), places in the flattened `ids` whose *next* token belongs to
             a completion, row by row.
-        targets: int64 (n,), those next tokens; `IGNORED` where `wanted` only fills up.
+        targets: int64 (n,), those next tokens, or where a teacher's words for them stand;
+            `IGNORED` where `wanted` only fills up.
         counts: how many of `wanted` each row has.
         bounds: of a packed sequence, else None.
     """
@@ -121,7 +122,8 @@ def _answers(
     for row, offset in zip(rows, offsets, strict=True):
         first = max(row.prompt_length, 1)  # an empty prompt: the first token has no context
         wanted.append(np.arange(offset + first - 1, offset + len(row.ids) - 1))
-        targets.append(np.asarray(row.ids[first:], np.int64))
+        told = row.ids[first:] if row.taught is None else row.taught
+        targets.append(np.asarray(told, np.int64))
     counts = np.array([len(t) for t in targets])
     return np.concatenate(wanted), np.concatenate(targets), counts
 

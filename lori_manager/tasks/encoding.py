@@ -27,11 +27,14 @@ class Encoded:
         prompt_length: how many of `ids` are prompt, at least 1 from `encode_rows`; the
             loss and the score are taken over the rest.
         truncated: how many tokens the prompt lost at its beginning; 0 where it fits.
+        taught: where a teacher's words for each token of the completion stand in its
+            table, in place of the tokens themselves; see `SoftTargets`.
     """
 
     ids: Sequence[int] | NDArray[np.int32]
     prompt_length: int
     truncated: int = 0
+    taught: NDArray[np.int64] | None = None
 
 
 def encode_rows(

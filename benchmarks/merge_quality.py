@@ -1,0 +1,273 @@
+"""What merged adapters keep of what their members knew, on real tasks and a real model.
+
+    python benchmarks/merge_quality.py --base MODEL --data FOLDER --work FOLDER --log FILE
+        --plan search|train|joint|merge [--processes 4] [--seeds 3] [--tasks a,b,c]
+    python benchmarks/merge_quality.py --table LOG [LOG ...]
+
+Every result is one JSON line in the log with the outcome of every row; tables are assembled
+from as many logs as it took. `search` finds each kind's learning rate on probe rows, `train`
+trains one adapter a task, kind and seed with the rates of RATES, `joint` one on all tasks,
+`merge` merges by every method of METHODS; `--specs FILE` runs any other list of specs, a JSON
+object a line. FOLDER holds a folder a task with train.jsonl and eval.jsonl; the first 3000
+rows train, the last 256 are probe rows, and what is chosen is chosen on those; the first 500
+rows of eval.jsonl are scored. Processes share the GPUs in turn.
+
+Retention is the mean over tasks of (merged - chance) / (own - chance), at most 1 each; chance
+is the better of random guessing and the commonest answer, and a task whose own adapter is not
+10 points above it is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+from heading import heading
+
+TASKS = ("wikisql", "snips", "clinc150", "sentiment_uci", "sms_spam", "clinc_domain")
+KINDS = ("lora", "lori-s", "lori-d")
+GRID = {
+    "lora": (2e-4, 5e-4, 1e-3, 2e-3),
+    "lori-s": (2e-3, 5e-3, 1e-2, 2e-2),
+    "lori-d": (1e-3, 2e-3, 5e-3),
+}
+
+
+def best_rates(results: Iterable[dict]) -> dict[tuple[str, str], float]:
+    """(kind, task) -> the rate that `search` found best on probe rows, the lower of equals.
+
+    For the task "joint" it is the median of the tasks' own.
+    """
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for r in results:
+        if r.get("search") and "probe" in r:
+            found.setdefault((r["kind"], r["task"]), {})[r["rate"]] = r["probe"]["score"]
+    best = {of: min(by, key=lambda rate: (-by[rate], rate)) for of, by in found.items()}
+    for kind in KINDS:
+        mine = [rate for (one, _), rate in best.items() if one == kind]
+        if mine:
+            best[kind, "joint"] = statistics.median_low(mine)
+    return best
+
+
+def search(tasks: Sequence[str], seeds: int, rates: dict) -> Iterator[dict]:
+    for task, kind in itertools.product(tasks, KINDS):
+        for rate in GRID[kind]:
+            yield {"what": "train", "task": task, "kind": kind, "seed": 1000, "rate": rate,
+                   "search": True}  # fmt: skip
+
+
+def train(tasks: Sequence[str], seeds: int, rates: dict) -> Iterator[dict]:
+    yield {"what": "base", "tasks": list(tasks)}
+    for task, kind, seed in itertools.product(tasks, KINDS, range(seeds)):
+        yield {"what": "train", "task": task, "kind": kind, "seed": seed, "rate": rates[kind, task]}
+
+
+def joint(tasks: Sequence[str], seeds: int, rates: dict) -> Iterator[dict]:
+    for kind, seed, rank in itertools.product(KINDS, range(seeds), (32, 32 * len(tasks))):
+        yield {"what": "joint", "tasks": list(tasks), "kind": kind, "seed": seed, "rank": rank,
+               "rate": rates[kind, "joint"]}  # fmt: skip
+
+
+PLANS = {"search": search, "train": train, "joint": joint}
+
+
+# ---- running
+
+
+def run_all(specs: Iterable[dict], args: argparse.Namespace) -> list[dict]:
+    """Run every spec in one of the processes; rows are appended to the log as they come."""
+    import torch
+
+    cards = max(torch.cuda.device_count(), 1)
+    workers: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
+    started = []
+    for number in range(args.processes):
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", "--base", args.base, "--data", args.data,
+             "--work", args.work, "--template", args.template],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(number % cards)},
+        )  # fmt: skip
+        workers.put(process)
+        started.append(process)
+
+    def run(spec: dict) -> dict:
+        process = workers.get()
+        try:
+            process.stdin.write(json.dumps(spec) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                if line.startswith("{"):
+                    found = json.loads(line)
+                    with args.log.open("a") as f:
+                        f.write(line)
+                    print(brief(found), flush=True)
+                    return found
+            raise SystemExit(f"a process ended with {process.wait()} at {spec}")
+        finally:
+            workers.put(process)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        results = list(pool.map(run, specs))
+    for process in started:
+        process.stdin.close()
+    return results
+
+
+def brief(found: dict) -> str:
+    """One line of what was found."""
+    kept = {k: v for k, v in found.items() if k not in ("tasks", "scores", "what", "seconds")}
+    parts = [found["what"]]
+    for key, value in kept.items():
+        if isinstance(value, dict) and "score" in value:
+            value = f"{value['score']:.3f}"
+        parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    for task, got in found.get("scores", {}).items():
+        parts.append(f"{task} {got['score']:.3f}")
+    return ", ".join(parts) + f" ({found.get('seconds', 0):.1f} s)"
+
+
+def work(args: argparse.Namespace) -> None:
+    import traceback
+
+    from quality_worker import Worker
+
+    worker = Worker(Path(args.base), Path(args.data), Path(args.work), args.template)
+    for line in sys.stdin:
+        spec = json.loads(line)
+        try:
+            found = worker.run(spec)
+        except Exception as e:  # noqa: BLE001 - one spec's failure is told, the others run on
+            traceback.print_exc()
+            found = spec | {"failed": f"{type(e).__name__}: {e}"[:300]}
+        print(json.dumps(found), flush=True)
+
+
+# ---- tables
+
+
+def read(log: Path) -> list[dict]:
+    """The rows of a log; none where there is no such file yet."""
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return [json.loads(line) for line in lines if line]
+
+
+def chances(data: Path, tasks: Sequence[str]) -> dict[str, float]:
+    """The better of random guessing and the commonest answer, on the rows that are scored."""
+    out = {}
+    for task in tasks:
+        lines = (data / task / "eval.jsonl").read_text(encoding="utf-8").splitlines()[:500]
+        answers = Counter(json.loads(line)["completion"] for line in lines)
+        out[task] = max(max(answers.values()) / len(lines), 1 / len(answers))
+    return out
+
+
+def own_scores(results: Sequence[dict]) -> dict[tuple[str, str, int], float]:
+    """(kind, task, seed) -> what the task's own adapter scores."""
+    return {
+        (r["kind"], r["task"], r["seed"]): r["eval"]["score"]
+        for r in results
+        if r["what"] == "train" and "eval" in r
+    }
+
+
+def retentions(found: dict, own: dict, chance: dict[str, float], kind: str) -> dict[str, float]:
+    """Task -> normalised score of one result, tasks at chance left out; not capped."""
+    out = {}
+    for task, got in found["scores"].items():
+        mine = own[kind, task, found["seed"]]
+        if mine - chance[task] >= 0.1:
+            out[task] = (got["score"] - chance[task]) / (mine - chance[task])
+    return out
+
+
+def table(results: Sequence[dict], chance: dict[str, float]) -> None:
+    """Print what there is of own adapters, joint training and merges."""
+    own = own_scores(results)
+    tasks = sorted({task for _, task, _ in own}, key=lambda t: (t not in TASKS, t))
+    print("\n| own adapter | " + " | ".join(tasks) + " | s a task |")
+    print("|---|" + "---|" * (len(tasks) + 1))
+    print("| chance | " + " | ".join(f"{chance[t]:.3f}" for t in tasks) + " | |")
+    for kind in KINDS:
+        mine = [r for r in results if r["what"] == "train" and r["kind"] == kind and "eval" in r]
+        if mine:
+            cells = [statistics.fmean(r["eval"]["score"] for r in mine if r["task"] == t)
+                     for t in tasks]  # fmt: skip
+            seconds = statistics.median(r["seconds"] for r in mine)
+            print(f"| {kind} | " + " | ".join(f"{c:.3f}" for c in cells) + f" | {seconds:.1f} |")
+    groups: dict[tuple[str, str, str], list[dict]] = {}
+    for r in results:
+        if "scores" in r and "kind" in r and "failed" not in r:
+            shown = r.get("options", {})
+            label = f"{r.get('method', r['what'])} {json.dumps(shown) if shown else ''}".strip()
+            if r["what"] == "joint":
+                label = f"joint, rank {r['rank']}"
+            groups.setdefault((r["kind"], label, ",".join(r["tasks"])), []).append(r)
+    print(
+        "\n| kind | method | tasks | retention (seeds) | least task | perplexity | rank | MB | s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (kind, label, names), mine in sorted(groups.items()):
+        each = [retentions(r, own, chance, kind) for r in mine]
+        capped = [statistics.fmean(min(v, 1.0) for v in one.values()) for one in each]
+        least = [min(one, key=one.__getitem__) for one in each]
+        low = statistics.fmean(one[t] for one, t in zip(each, least, strict=True))
+        worst = Counter(least).most_common(1)[0][0]
+        seconds = statistics.median(r["seconds"] for r in mine)
+        perplexity = statistics.fmean(r.get("perplexity", float("nan")) for r in mine)
+        print(
+            f"| {kind} | {label} | {len(names.split(','))} | {statistics.fmean(capped):.3f} "
+            f"({' '.join(f'{c:.3f}' for c in capped)}) | {low:.2f} {worst} | {perplexity:.2f} "
+            f"| {mine[0].get('rank', '')} | {mine[0].get('bytes', 0) / 1e6:.1f} | {seconds:.1f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--base")
+    add("--data")
+    add("--work")
+    add("--log", type=Path)
+    add("--plan", choices=sorted(PLANS))
+    add("--specs", type=Path)
+    add("--tasks", default=",".join(TASKS))
+    add("--template", choices=("own", "neutral"), default="own")
+    add("--processes", type=int, default=1)
+    add("--seeds", type=int, default=3)
+    add("--table", type=Path, nargs="+")
+    add("--worker", action="store_true")
+    args = parser.parse_args()
+    if args.worker:
+        work(args)
+        return
+    tasks = args.tasks.split(",")
+    if args.table:
+        results = [r for log in args.table for r in read(log)]
+        named = {t for r in results for t in [r.get("task"), *r.get("scores", {})] if t}
+        table(results, chances(Path(args.data), sorted(named)))
+        return
+    if args.specs:
+        specs = [json.loads(line) for line in args.specs.read_text().splitlines() if line.strip()]
+    else:
+        specs = list(PLANS[args.plan](tasks, args.seeds, best_rates(read(args.log))))
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(heading(f"0 to {args.seeds - 1}", device=device, libraries=("torch", "transformers")))
+    run_all(specs, args)
+
+
+if __name__ == "__main__":
+    main()
