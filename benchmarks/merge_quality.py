@@ -89,7 +89,8 @@ def run_all(specs: Iterable[dict], args: argparse.Namespace) -> list[dict]:
     """Run every spec in one of the processes; rows are appended to the log as they come."""
     import torch
 
-    cards = max(torch.cuda.device_count(), 1)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count() or 1)]
     workers: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
     started = []
     for number in range(args.processes):
@@ -97,7 +98,7 @@ def run_all(specs: Iterable[dict], args: argparse.Namespace) -> list[dict]:
             [sys.executable, __file__, "--worker", "--base", args.base, "--data", args.data,
              "--work", args.work, "--template", args.template],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(number % cards)},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": cards[number % len(cards)]},
         )  # fmt: skip
         workers.put(process)
         started.append(process)

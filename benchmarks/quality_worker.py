@@ -327,8 +327,8 @@ class Worker:
                 layers = lori.trainable_layers(self.base.model, empty, None)
                 chosen = rows[: config.calibration_rows]
                 with lori.in_training(self.base, layers) as parameters:
-                    fit(self.base, parameters, chosen, config,
-                        steps=config.calibration_steps, peak=config.dense_learning_rate)  # fmt: skip
+                    steps, peak = config.calibration_steps, config.dense_learning_rate
+                    fit(self.base, parameters, chosen, config, steps=steps, peak=peak)
                 used = lori.used_entries(block) if spec.get("protect") and stages else None
                 mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity,
                                             config.scope, used)  # fmt: skip
