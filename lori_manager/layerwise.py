@@ -15,6 +15,7 @@ from lori_manager.engine.update import LowRankUpdate, concat_updates
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward
+from lori_manager.merging.least_squares import LeastSquares, Moments, Part
 from lori_manager.models import BaseModel
 from lori_manager.registry import Entry
 from lori_manager.streams import Stream, decoder_blocks
@@ -109,18 +110,25 @@ def merge_layerwise(
             merged: dict[str, nn.Module] = {}
             for group in _stages(own):
                 mixed = [s.input_of(number, block, base.model, merged, group[0]) for s in streams]
+                moments = Moments(mixed[0].shape[1], base.device)
+                for z, share in zip(mixed, shares, strict=True):
+                    moments.add(z.float(), share)
                 for name in group:
-                    fit = _Fit(base.model, name, parts, shares, own, mixed, eps)
+                    having = [i for i, p in enumerate(parts) if name in p.updates]
+                    mine = [Part(parts[i].member, parts[i].updates[name]) for i in having]
+                    fit = LeastSquares(_weight(base.model, name), mine, moments)
+                    for t, (x, z, share) in enumerate(zip(own, mixed, shares, strict=True)):
+                        fit.add(t, x[name].float(), z.float(), share)
                     if free:
-                        update = fit.free(max_rank)
+                        update = fit.free(eps, max_rank)
                     else:
-                        for aim, A in zip(aims, fit.re_aimed(), strict=True):
-                            if A is not None:
-                                aim[name] = A
+                        for i, A in zip(having, fit.re_aimed(eps), strict=True):
+                            aims[i][name] = A
                         update = _stacked(parts, aims, name)
                         if max_rank is not None:
                             smaller = smaller or update.rank > max_rank
-                            update = truncated_on_inputs(update, fit.root.cpu(), max_rank)
+                            root = moments.root(eps)[0].cpu()
+                            update = truncated_on_inputs(update, root, max_rank)
                     cut[name] = update
                     merged[name] = LowRankLinear(base.model.get_submodule(name), update)
             for s in streams:
@@ -162,71 +170,11 @@ def _stages(own: Sequence[Mapping[str, Tensor]]) -> list[list[str]]:
     return stages
 
 
-class _Fit:
-    """One module's least squares: moments of the merged model's inputs, and what they owe."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        parts: Sequence[_Part],
-        shares: Sequence[Tensor],
-        own: Sequence[Mapping[str, Tensor]],
-        mixed: Sequence[Tensor],
-        eps: float,
-    ) -> None:
-        """Sum up.
-
-        Args:
-            shares: for each stream the weight of every token, (tokens,).
-            own, mixed: for each stream the module's inputs, (tokens, in_features).
-        """
-        base: Any = model.get_submodule(name)
-        W = base.weight if isinstance(base, nn.Linear) else base.weight.t()
-        self._named = [name in p.updates for p in parts]
-        having = [p for p in parts if name in p.updates]
-        self._Bs = [
-            (p.updates[name].B * p.updates[name].scaling).to(W.device, torch.float32)
-            for p in having
-        ]
-        self._As = [p.updates[name].A.to(W.device, torch.float32) for p in having]
-        moments = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64, device=W.device)
-        target = torch.zeros(W.shape, dtype=torch.float64, device=W.device)
-        for t, (mine, other, share) in enumerate(zip(own, mixed, shares, strict=True)):
-            x, z = mine[name].float(), other.float()
-            y = (x - z) @ W.float().t()
-            for p, B, A in zip(having, self._Bs, self._As, strict=True):
-                if p.member == t:
-                    y += (x @ A.t()) @ B.t()
-            weighed = z * share[:, None]
-            moments += (z.t() @ weighed).double()
-            target += (y.t() @ weighed).double()
-        e = eps * float(moments.diagonal().mean()) or 1.0
-        self._B = torch.cat(self._Bs, dim=1).double()
-        tasks = len({p.member for p in having})
-        target += (self._B @ torch.cat(self._As).double()) * (e / tasks)
-        moments.diagonal().add_(e)
-        self._target = target
-        self.root = torch.linalg.cholesky(moments)
-
-    def re_aimed(self) -> list[Tensor | None]:
-        """A' of each part, (rank, in_features) float32, None where a part lacks the module."""
-        pull = torch.linalg.pinv(self._B, rtol=1e-6) @ self._target
-        found = torch.cholesky_solve(pull.t(), self.root).t().float()
-        pieces = iter(torch.split(found, [len(A) for A in self._As]))
-        return [next(pieces) if named else None for named in self._named]
-
-    def free(self, rank: int | None) -> LowRankUpdate:
-        """The update of that rank (None: the sum of the members') that errs least."""
-        rank = min(rank or self._B.shape[1], *self._target.shape)
-        whole = torch.cholesky_solve(self._target.t(), self.root).t()
-        on_inputs = whole @ self.root
-        if len(whole) <= whole.shape[1]:
-            left = torch.linalg.eigh(on_inputs @ on_inputs.t())[1][:, -rank:]
-        else:
-            right = torch.linalg.eigh(on_inputs.t() @ on_inputs)[1][:, -rank:]
-            left = torch.linalg.qr(on_inputs @ right)[0]
-        return LowRankUpdate((left.t() @ whole).float().cpu(), left.float().cpu())
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """The module's weight (out_features, in_features)."""
+    base: Any = model.get_submodule(name)
+    weight: Tensor = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+    return weight
 
 
 def _stacked(
