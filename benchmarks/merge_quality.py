@@ -214,7 +214,7 @@ def table(results: Sequence[dict], chance: dict[str, float]) -> None:
             label = f"{r.get('method', r['what'])} {json.dumps(shown) if shown else ''}".strip()
             if r["what"] == "joint":
                 label = f"joint, rank {r['rank']}"
-            groups.setdefault((r["kind"], label, ",".join(r["tasks"])), []).append(r)
+            groups.setdefault((r["kind"], label, ",".join(r.get("tasks") or r["order"])), []).append(r)
     print(
         "\n| kind | method | tasks | retention (seeds) | least task | perplexity | rank | MB | s |"
     )

@@ -59,7 +59,7 @@ class Worker:
 
     def __init__(self, base: Path, data: Path, work: Path, template: str) -> None:
         self.base = models.load_base(base, "auto")
-        self.data, self.work, self.template = data, work, template
+        self.data, self.work, self.template = data.resolve(), work, template
         work.mkdir(parents=True, exist_ok=True)
 
     # ---- data
