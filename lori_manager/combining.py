@@ -35,8 +35,9 @@ def methods() -> list[Entry[Any]]:
     """All merge methods: those on factors alone, and those that run the model."""
     from lori_manager.layerwise import LAYERWISE
     from lori_manager.merging.methods import load_all
+    from lori_manager.routing import ROUTED
 
-    return sorted([*load_all(), LAYERWISE], key=lambda entry: entry.name)
+    return sorted([*load_all(), LAYERWISE, ROUTED], key=lambda entry: entry.name)
 
 
 def _method(name: str) -> Entry[Any]:
@@ -95,6 +96,8 @@ def merge(
         raise InvalidInput(
             f"got {len(shares)} weights for {len(members)} members: give one finite number each"
         )
+    for member in members:
+        ws.check_single(member)
     ws.check_line(into)
     if chosen is None:
         chosen = _method(_automatic(ws, members))
@@ -111,7 +114,11 @@ def merge(
         # Least squares wants the whole weights, whatever the merge is scored on.
         precision = "auto" if config.precision == "fp8" else config.precision
         base = ws.base_model(config.replace(base_bits=16, precision=precision))
-        if needs == "model":
+        if needs == "router":
+            merged = chosen.item(
+                base, weighed, shares, rows, config.score_batch, max_rank=told.max_rank
+            )
+        elif needs == "model":
             merged = chosen.item(
                 base, weighed, shares, rows, eps=told.eps, max_rank=told.max_rank,
                 on_block=counted_progress(ws, f"merging by {method}"),
@@ -138,6 +145,7 @@ def merge(
             config={"method": method, "weights": shares, "options": dict(options or {})}
             | ({"probe_rows": probe_rows} if needs else {}),
             versions=library_versions(),
+            facts={} if merged.router is None else {"routing": merged.router.report()},
         ),
         encode_adapter(merged, {"base": ws.store.base().fingerprint}),
     )

@@ -40,7 +40,10 @@ def repair(
         steps, peak: of the training.
         labels: share of the completions' own tokens in what is learned; the rest is what
             the teachers say there.
+    Raises:
+        InvalidInput: the merge is routed.
     """
+    merged.check_single()
     parts = [
         teacher_words(base, member.updates(), own, config.score_batch, labels=labels)
         for member, own in zip(members, rows, strict=True)

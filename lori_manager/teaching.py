@@ -239,6 +239,7 @@ def train(
         ws.check_line(options.line)
     if options.start is not None:
         start = ws.adapter(options.start)
+        ws.check_single(start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if sequence is not None:
         ws.check_line(sequence, sequence=True)

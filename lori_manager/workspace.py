@@ -101,6 +101,7 @@ class Workspace(Context):
     add_outcomes = evaluation.add_outcomes
     merge = combining.merge
     export = transfer.export
+    routed = transfer.routed
     import_adapters = transfer.import_adapters
     verify = integrity.verify
 

@@ -62,10 +62,12 @@ def _check_target(directory: Path, overwrite: bool) -> bool:
 
 
 def _publish(staged: Path, directory: Path, last: str, existing: bool) -> None:
+    # Folders among them are whole already: each was published itself.
     files = sorted(staged.iterdir(), key=lambda file: (file.name == last, file.name))
     for file in files:
         # safetensors makes its files readable by their owner alone, which a server is not.
-        file.chmod((staged / last).stat().st_mode & 0o777)
+        if file.is_file():
+            file.chmod((staged / last).stat().st_mode & 0o777)
         _sync(file)
     if not existing:
         _sync(staged)

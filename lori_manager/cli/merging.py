@@ -16,6 +16,7 @@ from lori_manager.errors import InvalidInput
 if TYPE_CHECKING:
     from lori_manager.audit import Audit, Entry
     from lori_manager.combining import Merged
+    from lori_manager.records import Adapter
 
 
 def _list_methods(wanted: bool) -> None:
@@ -140,6 +141,8 @@ def _show(merged: Merged, found: Audit) -> None:
     typer.echo(
         f"\n{adapter.ref}: {adapter.method} at rank {adapter.rank}, {output.size(adapter.bytes)}"
     )
+    if "routing" in adapter.facts:
+        _show_routing(adapter)
     rows = []
     for task in found.tasks:
         entry = next((e for e in task.entries if e.subject == adapter.ref), None)
@@ -149,6 +152,18 @@ def _show(merged: Merged, found: Audit) -> None:
         own = next((e for e in task.entries if e.subject == against), None)
         rows.append([task.ref, *_comparison(entry, own)])
     output.table(["task", "own adapter", ">own", ">merge", ">difference", ""], rows)
+
+
+def _show_routing(adapter: Adapter) -> None:
+    routing = adapter.facts["routing"]
+    typer.echo(
+        f"router: {routing['accuracy']:.1%} of held-out probe prompts go to their own member, "
+        f"read at {routing['reads']}"
+    )
+    refs = [parent.ref for parent in adapter.parents]
+    counts = [[ref, *row] for ref, row in zip(refs, routing["held_out"], strict=True)]
+    output.table(["prompts of", *(f">to {ref}" for ref in refs)], counts)
+    typer.echo()
 
 
 def _comparison(entry: Entry, own: Entry | None) -> list[str | None]:
