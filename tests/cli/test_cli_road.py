@@ -121,9 +121,10 @@ def test_merge_methods_are_listed_outside_a_workspace(empty):
     told = empty("merge", "--list-methods").stdout
     names = [line.split()[0] for line in told.splitlines()[1:]]
     assert names == sorted(names)
-    assert {"concat", "layerwise", "linear", "regmean", "svd"} <= set(names)
-    (layerwise,) = [line for line in told.splitlines() if line.startswith("layerwise")]
-    assert "probe prompts" in layerwise
+    assert {"concat", "layerwise", "linear", "regmean", "routed", "svd"} <= set(names)
+    for name in ("layerwise", "routed"):
+        (line,) = [line for line in told.splitlines() if line.startswith(name)]
+        assert "probe prompts" in line
 
 
 @pytest.mark.parametrize("method", ["layerwise", "regmean"])
@@ -141,6 +142,26 @@ def test_a_merge_by_probe_prompts_keeps_masks_and_says_what_it_read(trained, met
     )
     assert cut["merged"]["adapter"]["rank"] == 3
     assert cut["merged"]["adapter"]["config"]["options"]["max_rank"] == 3
+
+
+def test_a_routed_merge_shows_where_prompts_go_and_is_refused_where_it_cannot_go_on(trained):
+    options = ("--tasks", "colour,shape", "--method", "routed", "--into", "all")
+    result = trained("merge", *options)
+    lines = result.stdout.splitlines()
+    assert lines[4].startswith("all@1: routed at rank 4, ")
+    assert lines[5].startswith("router: 100.0% of held-out probe prompts go to their own member")
+    assert [line.split()[0] for line in lines[7:9]] == ["colour@1", "shape@1"]
+    assert "all@1 on colour#1: rows go to colour 8" in result.stderr
+    assert trained.json("merge", *options)["merged"]["adapter"]["version"] == 2
+    trained("export", "all@1", "out")
+    for refused in (
+        ("merge", "--adapters", "all@1,colour@1"),
+        ("train", "colour", "--from", "all@1", "--line", "more"),
+        ("export", "all@1", "whole", "--format", "full"),
+        ("merge", *options, "--max-rank", "2"),
+        ("merge", *options, "--weights", "1,0"),
+    ):
+        trained.refuses(*refused, code=2)
 
 
 def test_auto_says_what_it_means(trained):
