@@ -132,6 +132,8 @@ def build_router(
     names = [f"{prefix}.{depth}" for depth in depths]
     ends = [len(own) for own in rows]
     found = features_of(base, [row for own in rows for row in own], names, batch)
+    if base.device.type == "mps":  # which has no float64
+        found = {name: features.cpu() for name, features in found.items()}
     fits = [fit_router(torch.split(found[name], ends), name, priors) for name in names]
     return max(fits, key=lambda fit: fit[1])[0]
 

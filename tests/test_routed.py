@@ -357,10 +357,16 @@ def test_a_routed_adapter_is_refused_where_one_update_is_wanted(ws, tmp_path):
         ws.routed("colour@1")
 
 
-def test_verify_finds_nothing_amiss_and_masks_of_a_merge_are_still_looked_for(ws):
+def test_verify_finds_the_a_of_a_mask_in_a_sum_and_passes_routed_adapters_by(ws):
+    def stop(progress):
+        if progress.phase.startswith("training"):
+            raise KeyboardInterrupt
+
     ws.merge(["colour@1", "shape@1"], method="concat", into="sum")
-    ws.calibrate("size")
-    ws.train(["size"], options=TrainOptions(start="sum@1", line="more"))
+    ws.merge(["colour@1", "shape@1"], method="routed", into="later")
+    ws.on_progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        ws.train(["size"], options=TrainOptions(start="sum@1", line="more"))
     assert list(ws.verify()) == []
 
 

@@ -92,7 +92,8 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge adapters into one, store and score it.
 
-    Its score on each member's task is shown beside the member's own.
+    Its score on each member's task is shown beside the member's own. With `--method
+    routed` every member is kept whole, and each prompt goes to one of them.
     """
     shares = _numbers(weights)
     with workspace(ctx) as ws:

@@ -144,7 +144,9 @@ def test_a_merge_by_probe_prompts_keeps_masks_and_says_what_it_read(trained, met
     assert cut["merged"]["adapter"]["config"]["options"]["max_rank"] == 3
 
 
-def test_a_routed_merge_shows_where_prompts_go_and_is_refused_where_it_cannot_go_on(trained):
+def test_a_routed_merge_shows_where_prompts_go_and_is_refused_where_it_cannot_go_on(
+    trained, tmp_path
+):
     options = ("--tasks", "colour,shape", "--method", "routed", "--into", "all")
     result = trained("merge", *options)
     lines = result.stdout.splitlines()
@@ -153,11 +155,11 @@ def test_a_routed_merge_shows_where_prompts_go_and_is_refused_where_it_cannot_go
     assert [line.split()[0] for line in lines[7:9]] == ["colour@1", "shape@1"]
     assert "all@1 on colour#1: rows go to colour 8" in result.stderr
     assert trained.json("merge", *options)["merged"]["adapter"]["version"] == 2
-    trained("export", "all@1", "out")
+    trained("export", "all@1", tmp_path / "out")
     for refused in (
         ("merge", "--adapters", "all@1,colour@1"),
         ("train", "colour", "--from", "all@1", "--line", "more"),
-        ("export", "all@1", "whole", "--format", "full"),
+        ("export", "all@1", tmp_path / "whole", "--format", "full"),
         ("merge", *options, "--max-rank", "2"),
         ("merge", *options, "--weights", "1,0"),
     ):
