@@ -18,6 +18,7 @@ import torch
 from lori_manager import models
 from lori_manager.adapters import lori
 from lori_manager.config import Config
+from lori_manager.consolidation import answered as answered_rows
 from lori_manager.consolidation import input_grams, prompts_of
 from lori_manager.distillation import own_words, taught_rows, teacher_words
 from lori_manager.engine import mask as masks
@@ -25,11 +26,12 @@ from lori_manager.engine.codec import decode_adapter, encode_adapter
 from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.forward import Forward, place
-from lori_manager.generation import end_ids, generate
-from lori_manager.layerwise import merge_layerwise
+from lori_manager.iteris import ITERIS
+from lori_manager.layerwise import LAYERWISE
 from lori_manager.merging.methods import MergeOptions, load_all
 from lori_manager.repair import repair
 from lori_manager.scoring import score_rows
+from lori_manager.soups import SOUPS
 from lori_manager.tasks.encoding import Encoded, encode_rows
 from lori_manager.tasks.rows import Row
 from lori_manager.tasks.scorers import scorers
@@ -106,12 +108,12 @@ class Worker:
     ) -> tuple[AdapterWeights, float]:
         """An adapter trained from the base, and the seconds that it took, calibration too."""
         begin = time.monotonic()
-        if kind == "lora":
+        if kind.startswith("lora"):
             found = self._lora(rows, config, rate)
         else:
             block = lori.fresh_block(self.base.linear_shapes, config, line)
             mask = None
-            if kind == "lori-s":
+            if kind.startswith("lori-s"):
                 chosen = rows[: config.calibration_rows]
                 layers = lori.trainable_layers(self.base.model, block, None)
                 with lori.in_training(self.base, layers) as parameters:
@@ -193,17 +195,12 @@ class Worker:
         if kept.is_file():
             said = json.loads(kept.read_text())
         else:
-            every = prompts_of(self.task(task)["probe"].encoded)
-            longest = max(len(e.ids) - e.prompt_length for e in self.task(task)["train"].encoded)
-            layers = low_rank_layers(self.base.model, self.adapter(kind, task, seed).updates())
-            with attached(self.base.model, layers):
-                said = generate(self.base, [p.ids for p in every], min(longest + 4, 64), 128)
+            every = self.task(task)["probe"].encoded
+            updates = self.adapter(kind, task, seed).updates()
+            rows = answered_rows(self.base, updates, every, 128)
+            said = [[int(i) for i in row.ids] for row in rows]
             kept.write_text(json.dumps(said))
-        end = min(end_ids(self.base))
-        return [
-            Encoded([*map(int, p.ids), *s, end], p.prompt_length)
-            for p, s in zip(prompts, said, strict=False)
-        ]
+        return [Encoded(ids, row.prompt_length) for ids, row in zip(said, prompts, strict=False)]
 
     def merge(self, spec: Mapping) -> AdapterWeights:
         """The members merged as `spec` says."""
@@ -214,20 +211,22 @@ class Worker:
         count, answered = options.pop("rows", 64), options.pop("answered", False)
         general = self.general(options.pop("general", 0))
 
-        def rows() -> list[list[Encoded]]:
-            return [self.probe(kind, task, seed, count, answered) for task in tasks]
-
-        if spec["method"] == "layerwise":
-            return merge_layerwise(self.base, members, shares, rows(), general=general, **options)
-        method = load_all().entry(spec["method"])
         told = MergeOptions(**options)
-        if method.facts.get("needs") == "grams":
+        known = {entry.name: entry for entry in (*load_all(), LAYERWISE, ITERIS, SOUPS)}
+        method = known[spec["method"]]
+        needs = method.facts.get("needs")
+        if needs is None:
+            return method.item(members, shares, told)
+        rows = [self.probe(kind, task, seed, count, answered) for task in tasks]
+        if needs == "labels":
+            rows = [self.task(task)["probe"].encoded[:count] for task in tasks]
+        if needs == "grams":
             grams = [
                 input_grams(self.base, member.updates(), own, 64)
-                for member, own in zip(members, rows(), strict=True)
+                for member, own in zip(members, rows, strict=True)
             ]
-            told = replace(told, grams=grams)
-        return method.item(members, shares, told)
+            return method.item(members, shares, replace(told, grams=grams))
+        return method.item(self.base, members, shares, rows, told, general=general)
 
     # ---- what a spec asks for
 
@@ -321,7 +320,7 @@ class Worker:
             else:
                 block = lori.continued_block(stages[-1], config)
             mask = None
-            if kind == "lori-s":
+            if kind.startswith("lori-s"):
                 zero = {n: torch.zeros_like(b, dtype=torch.float32) for n, b in block.B.items()}
                 empty = Block(zero, block.scaling, block.projection, block.tensors)
                 layers = lori.trainable_layers(self.base.model, empty, None)

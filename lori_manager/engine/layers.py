@@ -33,6 +33,15 @@ def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def linear_weight(layer: nn.Module) -> Tensor:
+    """The weight of a plain linear layer as (out_features, in_features), a view."""
+    weight = layer.weight
+    shape = linear_shape(layer)
+    if not isinstance(weight, Tensor) or shape is None:
+        raise ValueError(f"{type(layer).__name__} has no plain weight matrix")
+    return weight if tuple(weight.shape) == shape else weight.t()
+
+
 def product_dtype(layer: nn.Module) -> torch.dtype:
     """The dtype of a linear layer's products, which a packed weight is unpacked to.
 
