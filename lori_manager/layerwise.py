@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lori_manager.blockwise import Stream, decoder_blocks
 from lori_manager.consolidation import ModelMethod
 from lori_manager.engine.core import truncated_on_inputs
 from lori_manager.engine.layers import LowRankLinear, linear_weight, low_rank_layers
@@ -19,7 +20,6 @@ from lori_manager.merging.least_squares import LeastSquares, Moments, Part
 from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
 from lori_manager.registry import Entry
-from lori_manager.streams import Stream, decoder_blocks
 from lori_manager.tasks.encoding import Encoded
 
 

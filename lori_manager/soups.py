@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,11 @@ from lori_manager.training import fit
 
 
 class _Weighed(nn.Module):
-    """h = W x + sum_t c_t B_t A_t x, where c alone is trained; c is a view of one parameter."""
+    """h = W x + sum_t c_t B_t A_t x, where c alone is trained: entries of one parameter."""
 
-    def __init__(self, base: nn.Module, parts: Sequence[LowRankUpdate], c: Tensor) -> None:
+    def __init__(
+        self, base: nn.Module, parts: Sequence[LowRankUpdate], c: nn.Parameter, first: int
+    ) -> None:
         super().__init__()
         self.base = base
         like = next(base.parameters())
@@ -34,13 +37,13 @@ class _Weighed(nn.Module):
         self._A = torch.cat([p.A for p in parts]).to(like.device, dtype)
         self._B = torch.cat([p.B * p.scaling for p in parts], dim=1).to(like.device, dtype)
         owner = [i for i, p in enumerate(parts) for _ in range(p.rank)]
-        self._owner = torch.tensor(owner, device=like.device)
-        self._c = c
+        self._places = first + torch.tensor(owner, device=like.device)
+        self._c = [c]  # a list: the parameter belongs to no single layer
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         out: Tensor = self.base(x)
-        z = F.linear(x, self._A) * self._c[self._owner].to(x.dtype)
+        z = F.linear(x, self._A) * self._c[0][self._places].to(x.dtype)
         return out + F.linear(z, self._B)
 
 
@@ -78,12 +81,13 @@ def merge_soups(
     owners = {name: [t for t, one in enumerate(updates) if name in one] for name in names}
     begin = torch.tensor([float(weights[t]) for name in names for t in owners[name]])
     c = nn.Parameter(begin.to(base.device))
-    views = dict(zip(names, torch.split(c, [len(owners[name]) for name in names]), strict=True))
+    counts = [len(owners[name]) for name in names]
+    places = dict(zip(names, accumulate(counts, initial=0), strict=False))
     config = Config(batch=16, steps=options.steps, seed=options.seed, graphs="off", clip=0.0)
 
     def layer(name: str) -> _Weighed:
         parts = [updates[t][name] for t in owners[name]]
-        return _Weighed(base.model.get_submodule(name), parts, views[name])
+        return _Weighed(base.model.get_submodule(name), parts, c, places[name])
 
     with attached(base.model, {name: layer(name) for name in names}):
         fit(
@@ -98,7 +102,7 @@ def merge_soups(
             if on_progress is None
             else lambda told: on_progress(told.step, told.steps),
         )
-    found = [v.detach().cpu().tolist() for v in torch.split(c, [len(owners[n]) for n in names])]
+    found = [part.tolist() for part in torch.split(c.detach().cpu(), counts)]
     learned = dict(zip(names, found, strict=True))
     merged = merge_concat(
         [_times(m, t, owners, learned) for t, m in enumerate(members)], [1.0] * len(members)

@@ -21,7 +21,7 @@ ROWS = (
     ("context",),
     ("audit",),
     ("layerwise", "repair"),
-    ("training", "scoring", "consolidation", "distillation", "streams"),
+    ("training", "scoring", "consolidation", "distillation", "blockwise"),
     ("gradients", "generation"),
     ("graphs",),
     ("forward",),
