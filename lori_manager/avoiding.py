@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lori_manager.engine.weights import Block
     from lori_manager.tasks.encoding import Encoded
 
-PROMPTS = 64  # of each task: its inputs' directions settle with fewer
+PROMPTS = 64  # of each task
 MOST = 8.0  # times the rows of A are enlarged at most
 
 
@@ -44,11 +44,12 @@ def avoiding_block(
 
     Per module, the leading directions that hold `nullspace_energy` of each earlier task's
     inputs, as the model sees them with the adapter of that task, are projected out of A's
-    rows. What is left of the new task's own inputs is small then, and B would have to grow
-    and learn that much more: so A is enlarged. `nullspace_scale` says to what:
+    rows, and A is enlarged by one factor a module. `nullspace_scale` says to what:
 
-    inputs: E ||A x||^2 on the task's own prompts is that of the A before, as far as `MOST`;
-    rows: the rows of A are as large as before.
+    rows: the rows of A are as large as before, so that a learning rate carries over;
+    inputs: E ||A x||^2 on the task's own prompts is that of the A before, as far as `MOST`.
+        What A still answers to earlier tasks grows as well: the new task was learned no
+        better for it and an earlier one half forgotten (docs/experiments.md).
 
     Args:
         fresh: B = 0 on the seeded A. Not modified.

@@ -16,7 +16,7 @@ SCOPES = ("model", "layer", "projection", "matrix")
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 BASE_BITS = (16, 4)
 PROJECTIONS = ("task", "shared", "orthogonal", "nullspace")
-NULLSPACE_SCALES = ("inputs", "rows")
+NULLSPACE_SCALES = ("rows", "inputs")
 SCHEDULES = ("constant", "linear", "cosine")
 SWITCHES = ("auto", "off")
 PACKING = ("auto", "on", "off")
@@ -39,7 +39,7 @@ class Config:
     targets: tuple[str, ...] = ("all-linear",)
     projection: str = "task"
     nullspace_energy: float = 0.99
-    nullspace_scale: str = "inputs"
+    nullspace_scale: str = "rows"
     seed: int = 0
     batch: int = 16
     micro_batch: int = 0
@@ -220,8 +220,8 @@ COMMENTS = {
     "projection": "A is random, one a task (task) or one for all (shared); orthogonal: to the A of "
     "every other task; nullspace: off the inputs of the tasks taught before",
     "nullspace_energy": "of an earlier task's inputs, the share in the directions that A avoids",
-    "nullspace_scale": "A keeps the size of its answers to the task's own inputs (inputs) or of "
-    "its rows (rows)",
+    "nullspace_scale": "what a nullspace A keeps the size of: its rows, or its answers to the "
+    "task's own inputs (inputs)",
     "batch": "rows a step",
     "micro_batch": "rows a forward; 0 is all of a step's, less takes less memory",
     "packing": "rows of a batch in one sequence where the model allows it; auto: on GPUs",

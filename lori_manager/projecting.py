@@ -108,6 +108,12 @@ def start_of(
     fresh = lori.fresh_block(shapes, config, label)
     if config.projection == "orthogonal":
         row = _first_row(ws, label, config.rank)
+        narrowest = min(shapes[name][1] for name in fresh.B)
+        if row + config.rank > narrowest:
+            ws.on_message(
+                f"rows {row} to {row + config.rank - 1} of A are more than the {narrowest} inputs "
+                "of the narrowest modules: there A is not orthogonal to every A before it"
+            )
         facts = {"A": {"label": label, "rank": config.rank, "first_row": row}}
         return Start(lori.fresh_block(shapes, config, label, row), weights, facts)
     found = None if kept is None else _kept(kept)

@@ -222,6 +222,15 @@ def test_tasks_taught_beside_one_parent_have_rows_of_their_own(ws):
     assert [own_row(ws, f"on@{i}") for i in (1, 2, 3)] == [4, 8, 4]
 
 
+def test_it_is_told_when_there_is_no_room_left_to_be_orthogonal_in(ws):
+    told = []
+    ws.on_message = told.append
+    for task in ("colour", "shape", "size"):  # 3 x 16 rows, 32 inputs
+        assert not any("not orthogonal" in message for message in told)
+        ws.calibrate(task, with_a(ws, "orthogonal", rank=16))
+    assert sum(message.startswith("rows 32 to 47 of A are more") for message in told) == 1
+
+
 def test_merged_orthogonal_adapters_keep_apart(ws):
     ws.train(["colour", "shape"], with_a(ws, "orthogonal"))
     ws.merge([], names=["colour", "shape"], method="concat")
@@ -235,7 +244,7 @@ def test_merged_orthogonal_adapters_keep_apart(ws):
 
 def test_earlier_tasks_inputs_hardly_reach_the_new_a(ws):
     ws.train(["colour"], with_a(ws, "task"))
-    made = ws.train(["shape"], with_a(ws, "nullspace", nullspace_scale="rows"))[0].adapter
+    made = ws.train(["shape"], with_a(ws, "nullspace"))[0].adapter
     block = weights(ws, made.ref).blocks[0]
     seen = inputs_of(ws, "colour", "colour@1", block.B)
     plain = weights(ws, ws.train(["shape"], with_a(ws, "task"))[0].adapter.ref).blocks[0]
@@ -259,9 +268,9 @@ def test_earlier_tasks_inputs_hardly_reach_the_new_a(ws):
         assert response(A, seen[name]) <= largest * rest * (1 + 1e-6)
 
 
-def test_by_default_a_answers_the_tasks_own_inputs_as_strongly_as_before(ws):
+def test_a_can_be_made_to_answer_the_tasks_own_inputs_as_strongly_as_before(ws):
     ws.train(["colour"], with_a(ws, "task"))
-    made = ws.train(["shape"], with_a(ws, "nullspace"))[0].adapter
+    made = ws.train(["shape"], with_a(ws, "nullspace", nullspace_scale="inputs"))[0].adapter
     block = weights(ws, made.ref).blocks[0]
     plain = ws.train(["shape"], with_a(ws, "task", learning_rate=1e-12))[0].adapter
     own = inputs_of(ws, "shape", plain.ref, block.B)
@@ -413,7 +422,7 @@ def test_the_command_line_takes_it(untaught, tmp_path):
     ws = copied(untaught, tmp_path / "ws")
     ws.train(["colour", "size"])
     args = ["-C", str(ws.root), "-q", "train", "shape", "--projection", "nullspace",
-            "--nullspace-energy", "0.8", "--nullspace-scale", "rows",
+            "--nullspace-energy", "0.8", "--nullspace-scale", "inputs",
             "--avoid", "colour"]  # fmt: skip
     run = CliRunner().invoke(app, args)
     assert run.exit_code == 0, run.output
