@@ -9,6 +9,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +23,11 @@ from lori_manager.engine.update import LowRankUpdate
 from lori_manager.errors import InvalidInput, WrongBase
 from lori_manager.store.files import storing
 
-_VALUES = 1 << 20  # of a weight, summed at a time
+_VALUES = 1 << 19  # of a weight, summed at a time
 _ROWS = 64  # at least: with a few, BLAS takes another kernel and may round otherwise
 _BYTES = 4 * _VALUES  # of a tensor that is copied, read at a time
-_AHEAD = 16  # blocks that wait for the disk
+_AHEAD = 32  # blocks that wait for the disk
+_WRITTEN = 1 << 18  # bytes at a time: of more, the system's own work for each byte multiplies
 _FLUSHED = 16 << 20  # bytes after which the disk is asked to begin with what was written
 _MB = 10**6
 
@@ -64,7 +66,23 @@ def write_full(
             shutil.copyfile(file, kept.folder / name)
         for name, text in plan.texts.items():
             (kept.folder / name).write_text(text, encoding="utf-8")
-        _write_shards(plan.shards, kept, told)
+        with _one_thread():
+            _write_shards(plan.shards, kept, told)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One of torch's threads, which is faster than a disk.
+
+    Several would wait for one another after every small block, spinning: several times slower
+    where another process, or the thread that writes, takes one of the cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _digest(plan: Plan, updates: Mapping[str, LowRankUpdate], fingerprint: str) -> str:
@@ -172,7 +190,7 @@ class _File:
         self._failed = True  # unless this block gets there: what follows it must not
         left = memoryview(block)
         while left:
-            left = left[self._file.write(left) :]
+            left = left[self._file.write(left[:_WRITTEN]) :]
         self._failed = False
         self._unflushed += len(block)
         if self._unflushed >= _FLUSHED and hasattr(os, "posix_fadvise"):
