@@ -20,7 +20,6 @@ from lori_manager.adapters import lori
 from lori_manager.config import Config
 from lori_manager.consolidation import answered as answered_rows
 from lori_manager.consolidation import input_grams, prompts_of
-from lori_manager.distillation import own_words, taught_rows, teacher_words
 from lori_manager.engine import mask as masks
 from lori_manager.engine.codec import decode_adapter, encode_adapter
 from lori_manager.engine.layers import attached, low_rank_layers
@@ -212,8 +211,9 @@ class Worker:
         general = self.general(options.pop("general", 0))
 
         told = MergeOptions(**options)
-        known = {entry.name: entry for entry in (*load_all(), LAYERWISE, ITERIS, SOUPS)}
-        method = known[spec["method"]]
+        method = next(
+            e for e in (*load_all(), LAYERWISE, ITERIS, SOUPS) if e.name == spec["method"]
+        )
         needs = method.facts.get("needs")
         if needs is None:
             return method.item(members, shares, told)
@@ -296,51 +296,9 @@ class Worker:
         return AdapterWeights((block,))
 
     def run_sequence(self, spec: Mapping) -> dict:
-        """Tasks one after another in one adapter; scores of all after every stage."""
-        kind, order = spec["kind"], spec["order"]
-        begin = time.monotonic()
-        stages: list[AdapterWeights] = []
-        matrix = []
-        for task in order:
-            rows = self.task(task)["train"].encoded
-            earlier = list(zip(order, stages, strict=False))
-            count = spec.get("replay", 0)
-            parts = [own_words(rows)]
-            if count:
-                parts += [
-                    teacher_words(self.base, stage.updates(),
-                                  self.task(old)["probe"].encoded[:count], 128,
-                                  labels=spec.get("labels", 0.5))
-                    for old, stage in earlier
-                ]  # fmt: skip
-            taught, table = taught_rows(parts, self.base.device)
-            config = self.config(spec, len(taught))
-            if not stages:
-                block = lori.fresh_block(self.base.linear_shapes, config, "sequence")
-            else:
-                block = lori.continued_block(stages[-1], config)
-            mask = None
-            if kind.startswith("lori-s"):
-                zero = {n: torch.zeros_like(b, dtype=torch.float32) for n, b in block.B.items()}
-                empty = Block(zero, block.scaling, block.projection, block.tensors)
-                layers = lori.trainable_layers(self.base.model, empty, None)
-                chosen = rows[: config.calibration_rows]
-                with lori.in_training(self.base, layers) as parameters:
-                    steps, peak = config.calibration_steps, config.dense_learning_rate
-                    fit(self.base, parameters, chosen, config, steps=steps, peak=peak)
-                used = lori.used_entries(block) if spec.get("protect") and stages else None
-                mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity,
-                                            config.scope, used)  # fmt: skip
-            layers = lori.trainable_layers(self.base.model, block, mask)
-            with lori.in_training(self.base, layers) as parameters:
-                fit(self.base, parameters, taught, config, steps=config.steps, peak=spec["rate"],
-                    soft=table)  # fmt: skip
-            trained = lori.trained_block(block, lori.trained_B(layers), mask, "bf16")
-            stages.append(AdapterWeights((trained,)))
-            matrix.append({t: r["score"] for t, r in self.score(stages[-1], order, "eval").items()})
-        return {"matrix": matrix, "seconds": time.monotonic() - begin,
-                "scores": self.score(stages[-1], order, "eval"),
-                "perplexity": self.perplexity(stages[-1])}  # fmt: skip
+        from quality_sequence import sequence
+
+        return sequence(self, spec)
 
     def config(self, spec: Mapping, rows: int) -> Config:
         passes = spec.get("epochs", 2)

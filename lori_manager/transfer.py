@@ -10,6 +10,7 @@ from pathlib import Path
 from lori_manager import models
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, LoriError
+from lori_manager.evaluation import counted_progress
 from lori_manager.records import Adapter, NewAdapter
 from lori_manager.refs import check_name
 
@@ -27,6 +28,8 @@ class Imported:
 def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) -> Path:
     """Write an adapter as a PEFT directory, or the base with it merged in.
 
+    A whole model is written as a stream; interrupted and called again, it goes on.
+
     Raises:
         Conflict: the directory is there and not empty.
     """
@@ -38,7 +41,8 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
     base = ws.store.base()
     target = Path(directory)
     if full:
-        write_full(ws.base_folder, updates, target)
+        told = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
+        write_full(ws.base_folder, updates, target, fingerprint=base.fingerprint, told=told)
         return target
     model = models.load_skeleton(ws.base_folder)
     write_peft(
