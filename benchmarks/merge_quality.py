@@ -13,8 +13,8 @@ rows train, the last 256 are probe rows, and what is chosen is chosen on those; 
 rows of eval.jsonl are scored. Processes share the GPUs in turn.
 
 Retention is the mean over tasks of (merged - chance) / (own - chance), at most 1 each; chance
-is the better of random guessing and the commonest answer, and a task whose own adapter is not
-10 points above it is left out.
+is the better of random guessing and the commonest answer, what is below it counts as 0, and a
+task whose own adapter is not 10 points above it is left out.
 """
 
 from __future__ import annotations
@@ -183,14 +183,25 @@ def own_scores(results: Sequence[dict]) -> dict[tuple[str, str, int], float]:
     }
 
 
-def retentions(found: dict, own: dict, chance: dict[str, float], kind: str) -> dict[str, float]:
-    """Task -> normalised score of one result, tasks at chance left out; not capped."""
+def retentions(found: dict, own: dict, chance: dict[str, float]) -> dict[str, float]:
+    """Task -> normalised score of one result, from 0 up, tasks at chance left out; not capped."""
     out = {}
     for task, got in found["scores"].items():
-        mine = own[kind, task, found["seed"]]
+        mine = own[found["kind"], task, found["seed"]]
         if mine - chance[task] >= 0.1:
-            out[task] = (got["score"] - chance[task]) / (mine - chance[task])
+            out[task] = max(got["score"] - chance[task], 0.0) / (mine - chance[task])
     return out
+
+
+def label(found: dict) -> str:
+    """What was done, in one cell."""
+    told = dict(found.get("options", {}))
+    if found["what"] != "merge":
+        kept = ("fresh", "rank", "rate", "labels", "steps", "replay", "protect", "projection")
+        told |= {key: found[key] for key in kept if key in found}
+    name = found.get("method", "")
+    name = name if found["what"] == "merge" else f"{found['what']} {name}".strip()
+    return f"{name} {json.dumps(told) if told else ''}".strip().replace('"', "")
 
 
 def table(results: Sequence[dict], chance: dict[str, float]) -> None:
@@ -200,38 +211,38 @@ def table(results: Sequence[dict], chance: dict[str, float]) -> None:
     print("\n| own adapter | " + " | ".join(tasks) + " | s a task |")
     print("|---|" + "---|" * (len(tasks) + 1))
     print("| chance | " + " | ".join(f"{chance[t]:.3f}" for t in tasks) + " | |")
-    for kind in KINDS:
+    for kind in sorted({kind for kind, _, _ in own}):
         mine = [r for r in results if r["what"] == "train" and r["kind"] == kind and "eval" in r]
-        if mine:
-            cells = [statistics.fmean(r["eval"]["score"] for r in mine if r["task"] == t)
-                     for t in tasks]  # fmt: skip
-            seconds = statistics.median(r["seconds"] for r in mine)
-            print(f"| {kind} | " + " | ".join(f"{c:.3f}" for c in cells) + f" | {seconds:.1f} |")
+        cells = []
+        for task in tasks:
+            scores = [r["eval"]["score"] for r in mine if r["task"] == task]
+            cells.append(f"{statistics.fmean(scores):.3f}" if scores else "")
+        seconds = statistics.median(r["seconds"] for r in mine)
+        print(f"| {kind} | " + " | ".join(cells) + f" | {seconds:.1f} |")
     groups: dict[tuple[str, str, str], list[dict]] = {}
     for r in results:
-        if "scores" in r and "kind" in r and "failed" not in r:
-            shown = r.get("options", {})
-            label = f"{r.get('method', r['what'])} {json.dumps(shown) if shown else ''}".strip()
-            if r["what"] == "joint":
-                label = f"joint, rank {r['rank']}"
-            groups.setdefault((r["kind"], label, ",".join(r.get("tasks") or r["order"])), []).append(r)
-    print(
-        "\n| kind | method | tasks | retention (seeds) | least task | perplexity | rank | MB | s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for (kind, label, names), mine in sorted(groups.items()):
-        each = [retentions(r, own, chance, kind) for r in mine]
+        if "scores" in r and "kind" in r:
+            names = ",".join(r.get("tasks") or r["order"])
+            groups.setdefault((r["kind"], label(r), names), []).append(r)
+    head = ("kind", "method", "tasks", "mean score", "retention (seeds)", "least task",
+            "perplexity", "rank", "MB", "s")  # fmt: skip
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for (kind, name, names), mine in sorted(groups.items()):
+        each = [retentions(r, own, chance) for r in mine]
         capped = [statistics.fmean(min(v, 1.0) for v in one.values()) for one in each]
         least = [min(one, key=one.__getitem__) for one in each]
         low = statistics.fmean(one[t] for one, t in zip(each, least, strict=True))
-        worst = Counter(least).most_common(1)[0][0]
-        seconds = statistics.median(r["seconds"] for r in mine)
+        score = statistics.fmean(s["score"] for r in mine for s in r["scores"].values())
         perplexity = statistics.fmean(r.get("perplexity", float("nan")) for r in mine)
-        print(
-            f"| {kind} | {label} | {len(names.split(','))} | {statistics.fmean(capped):.3f} "
-            f"({' '.join(f'{c:.3f}' for c in capped)}) | {low:.2f} {worst} | {perplexity:.2f} "
-            f"| {mine[0].get('rank', '')} | {mine[0].get('bytes', 0) / 1e6:.1f} | {seconds:.1f} |"
+        cells = (
+            *(kind, name, len(names.split(",")), f"{score:.3f}"),
+            f"{statistics.fmean(capped):.3f} ({' '.join(f'{c:.3f}' for c in capped)})",
+            f"{low:.2f} {Counter(least).most_common(1)[0][0]}",
+            *(f"{perplexity:.2f}", mine[0].get("rank", "")),
+            *(f"{mine[0].get('bytes', 0) / 1e6:.1f}",),
+            f"{statistics.median(r['seconds'] for r in mine):.1f}",
         )
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 def main() -> None:

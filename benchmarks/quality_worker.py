@@ -18,20 +18,21 @@ import torch
 from lori_manager import models
 from lori_manager.adapters import lori
 from lori_manager.config import Config
+from lori_manager.consolidation import answered as answered_rows
 from lori_manager.consolidation import input_grams, prompts_of
-from lori_manager.distillation import own_words, taught_rows, teacher_words
 from lori_manager.engine import mask as masks
 from lori_manager.engine.codec import decode_adapter, encode_adapter
 from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.forward import Forward, place
-from lori_manager.generation import end_ids, generate
-from lori_manager.layerwise import merge_layerwise
+from lori_manager.iteris import ITERIS
+from lori_manager.layerwise import LAYERWISE
 from lori_manager.merging.methods import MergeOptions, load_all
 from lori_manager.repair import repair
 from lori_manager.routed import RoutedModel
 from lori_manager.routing import merge_routed
 from lori_manager.scoring import score_rows
+from lori_manager.soups import SOUPS
 from lori_manager.tasks.encoding import Encoded, encode_rows
 from lori_manager.tasks.rows import Row
 from lori_manager.tasks.scorers import scorers
@@ -114,12 +115,12 @@ class Worker:
     ) -> tuple[AdapterWeights, float]:
         """An adapter trained from the base, and the seconds that it took, calibration too."""
         begin = time.monotonic()
-        if kind == "lora":
+        if kind.startswith("lora"):
             found = self._lora(rows, config, rate)
         else:
             block = lori.fresh_block(self.base.linear_shapes, config, line)
             mask = None
-            if kind == "lori-s":
+            if kind.startswith("lori-s"):
                 chosen = rows[: config.calibration_rows]
                 layers = lori.trainable_layers(self.base.model, block, None)
                 with lori.in_training(self.base, layers) as parameters:
@@ -200,17 +201,12 @@ class Worker:
         if kept.is_file():
             said = json.loads(kept.read_text())
         else:
-            every = prompts_of(self.task(task)["probe"].encoded)
-            longest = max(len(e.ids) - e.prompt_length for e in self.task(task)["train"].encoded)
-            layers = low_rank_layers(self.base.model, self.adapter(kind, task, seed).updates())
-            with attached(self.base.model, layers):
-                said = generate(self.base, [p.ids for p in every], min(longest + 4, 64), 128)
+            every = self.task(task)["probe"].encoded
+            updates = self.adapter(kind, task, seed).updates()
+            rows = answered_rows(self.base, updates, every, 128)
+            said = [[int(i) for i in row.ids] for row in rows]
             kept.write_text(json.dumps(said))
-        end = min(end_ids(self.base))
-        return [
-            Encoded([*map(int, p.ids), *s, end], p.prompt_length)
-            for p, s in zip(prompts, said, strict=False)
-        ]
+        return [Encoded(ids, row.prompt_length) for ids, row in zip(said, prompts, strict=False)]
 
     def merge(self, spec: Mapping) -> AdapterWeights:
         """The members merged as `spec` says."""
@@ -221,20 +217,23 @@ class Worker:
         count, answered = options.pop("rows", 64), options.pop("answered", False)
         general = self.general(options.pop("general", 0))
 
-        def rows() -> list[list[Encoded]]:
-            return [self.probe(kind, task, seed, count, answered) for task in tasks]
-
-        if spec["method"] == "layerwise":
-            return merge_layerwise(self.base, members, shares, rows(), general=general, **options)
-        method = load_all().entry(spec["method"])
         told = MergeOptions(**options)
-        if method.facts.get("needs") == "grams":
+        method = next(
+            e for e in (*load_all(), LAYERWISE, ITERIS, SOUPS) if e.name == spec["method"]
+        )
+        needs = method.facts.get("needs")
+        if needs is None:
+            return method.item(members, shares, told)
+        rows = [self.probe(kind, task, seed, count, answered) for task in tasks]
+        if needs == "labels":
+            rows = [self.task(task)["probe"].encoded[:count] for task in tasks]
+        if needs == "grams":
             grams = [
                 input_grams(self.base, member.updates(), own, 64)
-                for member, own in zip(members, rows(), strict=True)
+                for member, own in zip(members, rows, strict=True)
             ]
-            told = replace(told, grams=grams)
-        return method.item(members, shares, told)
+            return method.item(members, shares, replace(told, grams=grams))
+        return method.item(self.base, members, shares, rows, told, general=general)
 
     # ---- what a spec asks for
 
@@ -285,7 +284,7 @@ class Worker:
         members = [self.adapter(kind, task, seed) for task in tasks]
         rows = [self.task(task)["probe"].encoded[: spec.get("rows", PROBE)] for task in tasks]
         begin = time.monotonic()
-        merged = merge_routed(self.base, members, [1 / len(tasks)] * len(tasks), rows, 128)
+        merged = merge_routed(self.base, members, [1 / len(tasks)] * len(tasks), rows)
         seconds = time.monotonic() - begin
         model = RoutedModel(self.base, merged, tasks)
         scores, routing = {}, {}
@@ -325,51 +324,9 @@ class Worker:
         return AdapterWeights((block,))
 
     def run_sequence(self, spec: Mapping) -> dict:
-        """Tasks one after another in one adapter; scores of all after every stage."""
-        kind, order = spec["kind"], spec["order"]
-        begin = time.monotonic()
-        stages: list[AdapterWeights] = []
-        matrix = []
-        for task in order:
-            rows = self.task(task)["train"].encoded
-            earlier = list(zip(order, stages, strict=False))
-            count = spec.get("replay", 0)
-            parts = [own_words(rows)]
-            if count:
-                parts += [
-                    teacher_words(self.base, stage.updates(),
-                                  self.task(old)["probe"].encoded[:count], 128,
-                                  labels=spec.get("labels", 0.5))
-                    for old, stage in earlier
-                ]  # fmt: skip
-            taught, table = taught_rows(parts, self.base.device)
-            config = self.config(spec, len(taught))
-            if not stages:
-                block = lori.fresh_block(self.base.linear_shapes, config, "sequence")
-            else:
-                block = lori.continued_block(stages[-1], config)
-            mask = None
-            if kind == "lori-s":
-                zero = {n: torch.zeros_like(b, dtype=torch.float32) for n, b in block.B.items()}
-                empty = Block(zero, block.scaling, block.projection, block.tensors)
-                layers = lori.trainable_layers(self.base.model, empty, None)
-                chosen = rows[: config.calibration_rows]
-                with lori.in_training(self.base, layers) as parameters:
-                    steps, peak = config.calibration_steps, config.dense_learning_rate
-                    fit(self.base, parameters, chosen, config, steps=steps, peak=peak)
-                used = lori.used_entries(block) if spec.get("protect") and stages else None
-                mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity,
-                                            config.scope, used)  # fmt: skip
-            layers = lori.trainable_layers(self.base.model, block, mask)
-            with lori.in_training(self.base, layers) as parameters:
-                fit(self.base, parameters, taught, config, steps=config.steps, peak=spec["rate"],
-                    soft=table)  # fmt: skip
-            trained = lori.trained_block(block, lori.trained_B(layers), mask, "bf16")
-            stages.append(AdapterWeights((trained,)))
-            matrix.append({t: r["score"] for t, r in self.score(stages[-1], order, "eval").items()})
-        return {"matrix": matrix, "seconds": time.monotonic() - begin,
-                "scores": self.score(stages[-1], order, "eval"),
-                "perplexity": self.perplexity(stages[-1])}  # fmt: skip
+        from quality_sequence import sequence
+
+        return sequence(self, spec)
 
     def config(self, spec: Mapping, rows: int) -> Config:
         passes = spec.get("epochs", 2)

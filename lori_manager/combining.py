@@ -113,12 +113,9 @@ def merge(
         rows = [prompts_of(_probe_rows(ws, m, probe_rows)) for m in members]
         # Least squares wants the whole weights, whatever the merge is scored on.
         precision = "auto" if config.precision == "fp8" else config.precision
-        whole = config.replace(base_bits=16, precision=precision)
-        base = ws.base_model(config if needs == "router" else whole)
-        if needs == "router":
-            merged = chosen.item(
-                base, weighed, shares, rows, config.score_batch, max_rank=told.max_rank
-            )
+        base = ws.base_model(config.replace(base_bits=16, precision=precision))
+        if needs == "labels":
+            merged = chosen.item(base, weighed, shares, rows, told)
         elif needs == "model":
             merged = chosen.item(
                 base, weighed, shares, rows, eps=told.eps, max_rank=told.max_rank,

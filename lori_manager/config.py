@@ -15,7 +15,8 @@ from lori_manager.errors import InvalidInput
 SCOPES = ("model", "layer", "projection", "matrix")
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 BASE_BITS = (16, 4)
-PROJECTIONS = ("task", "shared")
+PROJECTIONS = ("task", "shared", "orthogonal", "nullspace")
+NULLSPACE_SCALES = ("rows", "inputs")
 SCHEDULES = ("constant", "linear", "cosine")
 SWITCHES = ("auto", "off")
 PACKING = ("auto", "on", "off")
@@ -37,6 +38,8 @@ class Config:
     scope: str = "model"
     targets: tuple[str, ...] = ("all-linear",)
     projection: str = "task"
+    nullspace_energy: float = 0.99
+    nullspace_scale: str = "rows"
     seed: int = 0
     batch: int = 16
     micro_batch: int = 0
@@ -78,6 +81,9 @@ class Config:
         need(self.scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}")
         need(bool(self.targets) and all(self.targets), "targets", "a list of module names")
         need(self.projection in PROJECTIONS, "projection", f"one of {', '.join(PROJECTIONS)}")
+        need(0 <= self.nullspace_energy < 1, "nullspace_energy", "a share in [0, 1)")
+        scales = ", ".join(NULLSPACE_SCALES)
+        need(self.nullspace_scale in NULLSPACE_SCALES, "nullspace_scale", f"one of {scales}")
         need(0 <= self.seed < 2**63, "seed", "in [0, 2**63)")
         for key in ("batch", "calibration_steps", "calibration_rows", "score_batch"):
             need(getattr(self, key) >= 1, key, "at least 1")
@@ -211,7 +217,11 @@ COMMENTS = {
     "sparsity": "share of B frozen at zero; 0.9 is LoRI-S of the paper",
     "scope": "where the mask's threshold is set: " + ", ".join(SCOPES),
     "targets": '"all-linear" (every linear layer but the head) or names like ["q_proj", "v_proj"]',
-    "projection": "a frozen random A per task (task) or one for all (shared)",
+    "projection": "A is random, one a task (task) or one for all (shared); orthogonal: to the A of "
+    "every other task; nullspace: off the inputs of the tasks taught before",
+    "nullspace_energy": "of an earlier task's inputs, the share in the directions that A avoids",
+    "nullspace_scale": "what a nullspace A keeps the size of: its rows, or its answers to the "
+    "task's own inputs (inputs)",
     "batch": "rows a step",
     "micro_batch": "rows a forward; 0 is all of a step's, less takes less memory",
     "packing": "rows of a batch in one sequence where the model allows it; auto: on GPUs",

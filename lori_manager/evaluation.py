@@ -136,8 +136,14 @@ def _run_routed(
         yield task, outcomes, weighed
 
 
-def counted_progress(ws: Context, phase: str) -> Callable[[int, int], None]:
-    """What to call with (done, in all), to be told on through the workspace."""
+def counted_progress(ws: Context, phase: str, rate: bool = True) -> Callable[[int, int], None]:
+    """What to call with (done, in all), to be told on through the workspace.
+
+    Args:
+        ws: whose `on_progress` is told.
+        phase: what is being done.
+        rate: tell how many rows a second, too.
+    """
     from lori_manager.training import Progress
 
     start = time.monotonic()
@@ -145,7 +151,8 @@ def counted_progress(ws: Context, phase: str) -> Callable[[int, int], None]:
     def told(done: int, total: int) -> None:
         spent = max(time.monotonic() - start, 1e-9)
         left = spent / done * (total - done)
-        ws.on_progress(Progress(phase, done, total, float("nan"), done / spent, left))
+        speed = done / spent if rate else float("nan")
+        ws.on_progress(Progress(phase, done, total, float("nan"), speed, left))
 
     return told
 

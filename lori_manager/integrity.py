@@ -47,9 +47,11 @@ def verify(ws: Context) -> Iterator[Finding]:
                 continue
             spec = meta.get("projection")
             if spec is not None:
-                made = ProjectionSpec(spec["seed"], spec["line"], spec["rank"], meta["in_features"])
+                made = ProjectionSpec.from_json(spec, meta["in_features"])
                 fits = made.digest == mask.projection
-            else:
+            elif "digest" in meta:
+                fits = meta["digest"] == mask.projection
+            else:  # a file of before the digest was kept in it
                 while mask.projection not in known and merged:
                     known.add(projection_digest(_joined(ws, merged.pop())))
                 fits = mask.projection in known

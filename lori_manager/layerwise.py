@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lori_manager.blockwise import Stream, decoder_blocks
+from lori_manager.consolidation import ModelMethod
 from lori_manager.engine.core import truncated_on_inputs
-from lori_manager.engine.layers import LowRankLinear, low_rank_layers
+from lori_manager.engine.layers import LowRankLinear, linear_weight, low_rank_layers
 from lori_manager.engine.update import LowRankUpdate, concat_updates
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.merging.least_squares import LeastSquares, Moments, Part
+from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
 from lori_manager.registry import Entry
-from lori_manager.streams import Stream, decoder_blocks
 from lori_manager.tasks.encoding import Encoded
 
 
@@ -35,42 +36,39 @@ def merge_layerwise(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],
     rows: Sequence[Sequence[Encoded]],
+    options: MergeOptions = DEFAULTS,
     *,
-    eps: float = 1e-3,
-    max_rank: int | None = None,
-    answers: float = 0.0,
-    free: bool = False,
     general: Sequence[Encoded] = (),
-    on_block: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> AdapterWeights:
-    """Every B kept, every A aimed anew, from the first decoder block to the last.
+    """Each module's update fitted anew, from the first decoder block to the last.
 
-    For each module, with x_t what member t's own model gives it, X_t what the merged
+    For each module, with x_t what member t's own model gives it, z_t what the merged
     model gives it (all modules before it being merged already) and y_t = (W + D_t) x_t:
-    min over A' of sum_t w_t E ||y_t - (W + B A') X_t||^2, where B holds the members' B side
-    by side. So each module also makes good, as far as the span of B allows, what the
-    modules before it lost. `eps` times the mean diagonal of the moments pulls
+    min over D of sum_t w_t E ||y_t - (W + D) z_t||^2. So each module also makes good what
+    the modules before it lost. `eps` times the mean diagonal of the moments pulls
     directions that no input takes to the mean of the updates.
+
+    With `span` "free" D is any update, cut to the one of rank `max_rank` (by default the sum
+    of the members') that errs least on the merged model's inputs; the result is one dense
+    block. With "members" D = B A', where B holds the members' B side by side: every B and
+    its mask is kept and A alone aimed anew, unless `max_rank` cuts it. What a cut loses the
+    next modules make good.
 
     Source: RegMean (arXiv:2212.09849), on the merged model's inputs in forward order as
     RegMean++ (arXiv:2508.03121) does, with the cross moments of IterIS (arXiv:2411.15231);
-    differs from them in fitting the whole output over the span of all B.
+    differs from them in fitting the whole output, and in counting the places that answers
+    are read from for more (`answers`). Acts on whole updates. One adapter at weight 1
+    returns itself; the order of the members does not matter but for rounding.
 
     Args:
         base: the model; left as it was.
         members, weights: adapters and what each one's task counts, none negative.
         rows: for each member its probe rows; all of their tokens count.
-        max_rank: each module's update is cut to the one of that rank that errs least on the
-            merged model's inputs, before the next module is fitted, which makes good what
-            that loses. The result is one dense block then.
-        answers: share of a task's weight that lies on the places whose next token is the
-            row's completion (the last token of a prompt alone); 0 counts all tokens alike.
-        free: fit the update over all directions instead of the span of the members' B, and
-            keep of it the best of rank `max_rank`, by default the sum of the members'. No B
-            and no mask is kept then, and the result is one dense block.
+        options: `max_rank`, `eps`, `answers` and `span` count.
         general: rows of no task, on which the merged model shall do what the base does;
-            together they count as much as the mean member.
-        on_block: called with (blocks done, blocks in all).
+            together they count as much as all members.
+        on_progress: called with (blocks done, blocks in all).
     Raises:
         InvalidInput: a model without a list of decoder blocks, negative weights.
     """
@@ -81,12 +79,11 @@ def merge_layerwise(
         raise InvalidInput("`weights` of a regression must not all be 0")
     members, rows = [members[i] for i in counting], [rows[i] for i in counting]
     weights = [weights[i] for i in counting]
-    if len(members) == 1 and weights[0] == 1 and max_rank is None and not general:
+    if len(members) == 1 and weights[0] == 1 and options.max_rank is None and not general:
         return members[0]
-    if not 0 <= answers < 1:
-        raise InvalidInput(f"`answers` must be a share in [0, 1), got {answers}")
+    max_rank, eps, free = options.max_rank, options.eps, options.span == "free"
     rows = [*rows, *([general] if general else [])]
-    weights = [*weights, *([sum(weights) / len(weights)] if general else [])]
+    weights = [*weights, *([sum(weights)] if general else [])]
     parts = [_Part(i, b.updates()) for i, m in enumerate(members) for b in m.blocks]
     names = sorted({name for part in parts for name in part.updates})
     prefix, blocks = decoder_blocks(base.model, names)
@@ -99,7 +96,8 @@ def merge_layerwise(
         own_layers = [low_rank_layers(base.model, member.updates()) for member in members]
         own_layers += [{}] * (len(streams) - len(members))
         shares = [
-            w * s.token_weights(r, answers) for w, s, r in zip(weights, streams, rows, strict=True)
+            w * s.token_weights(r, options.answers)
+            for w, s, r in zip(weights, streams, rows, strict=True)
         ]
         for number, block in enumerate(blocks):
             inside = [n for n in names if n.startswith(f"{prefix}.{number}.")]
@@ -116,7 +114,7 @@ def merge_layerwise(
                 for name in group:
                     having = [i for i, p in enumerate(parts) if name in p.updates]
                     mine = [Part(parts[i].member, parts[i].updates[name]) for i in having]
-                    fit = LeastSquares(_weight(base.model, name), mine, moments)
+                    fit = LeastSquares(linear_weight(base.model.get_submodule(name)), mine, moments)
                     for t, (x, z, share) in enumerate(zip(own, mixed, shares, strict=True)):
                         fit.add(t, x[name].float(), z.float(), share)
                     if free:
@@ -133,14 +131,14 @@ def merge_layerwise(
                     merged[name] = LowRankLinear(base.model.get_submodule(name), update)
             for s in streams:
                 s.advance(number, block, base.model, merged)
-            if on_block:
-                on_block(number + 1, len(blocks))
+            if on_progress:
+                on_progress(number + 1, len(blocks))
     if smaller or free:
-        folded = {name: update.folded() for name, update in cut.items()}
-        B = {name: u.B.contiguous() for name, u in folded.items()}
-        return AdapterWeights(
-            (Block(B, 1.0, tensors={name: u.A.contiguous() for name, u in folded.items()}),)
-        )
+        dtype = next(iter(members[0].blocks[0].B.values())).dtype
+        folded = {name: u.folded() for name, u in cut.items()}
+        Bs = {name: u.B.to(dtype).contiguous() for name, u in folded.items()}
+        As = {name: u.A.to(dtype).contiguous() for name, u in folded.items()}
+        return AdapterWeights((Block(Bs, 1.0, tensors=As),))
     out, at = [], 0
     for member in members:
         for old in member.blocks:
@@ -151,11 +149,11 @@ def merge_layerwise(
     return AdapterWeights(tuple(out))
 
 
-LAYERWISE: Entry[Callable[..., AdapterWeights]] = Entry(
+LAYERWISE: Entry[ModelMethod] = Entry(
     "layerwise",
     merge_layerwise,
     "arXiv:2212.09849 in forward order",
-    {"identity": True, "ordered": False, "needs": "model"},
+    {"identity": True, "ordered": False, "needs": "answers"},
 )
 
 
@@ -168,13 +166,6 @@ def _stages(own: Sequence[Mapping[str, Tensor]]) -> list[list[str]]:
         else:
             stages.append([name])
     return stages
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """The module's weight (out_features, in_features)."""
-    base: Any = model.get_submodule(name)
-    weight: Tensor = base.weight if isinstance(base, nn.Linear) else base.weight.t()
-    return weight
 
 
 def _stacked(

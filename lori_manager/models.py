@@ -115,36 +115,71 @@ def fingerprint(folder: Path, cache: Path | None = None) -> str:
     return result
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie: `[begin, end)` of `file`, of that safetensors dtype and shape."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes those are."""
+        return self.end - self.begin
+
+
+def stored_tensors(file: Path) -> tuple[list[StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file in their order there, and its metadata.
+
+    Raises:
+        WrongBase: not a safetensors file, or cut short.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > min(100_000_000, size):
+            raise WrongBase(f"{file} is not a whole safetensors file")
+        text = f.read(length)
+    start = 8 + length
+    try:
+        header = json.loads(text)
+        metadata = dict(header.pop("__metadata__", None) or {})
+        tensors = [
+            StoredTensor(file, name, str(info["dtype"]), tuple(int(n) for n in info["shape"]),
+                         start + int(begin), start + int(end))
+            for name, info in header.items()
+            for begin, end in [info["data_offsets"]]
+        ]  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise WrongBase(f"{file} is not a whole safetensors file: {e}") from e
+    for t in tensors:
+        if not start <= t.begin <= t.end:
+            raise WrongBase(f"{file} is not a whole safetensors file: tensor {t.name!r}")
+        if t.end > size:
+            raise WrongBase(f"{file} is cut short at tensor {t.name!r}")
+    return sorted(tensors, key=lambda t: (t.begin, t.end, t.name)), metadata
+
+
 def _tensor_hashes(file: Path) -> dict[str, bytes]:
     """Tensor name -> SHA-256 over its name, dtype, shape and bytes, read as a stream."""
     out = {}
+    tensors, _ = stored_tensors(file)
     with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if length > min(100_000_000, file.stat().st_size):
-            raise WrongBase(f"{file} is not a whole safetensors file")
-        try:
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            entries = sorted(
-                (int(begin), int(end), name, f"{name}|{info['dtype']}|{info['shape']}|")
-                for name, info in header.items()
-                for begin, end in [info["data_offsets"]]
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise WrongBase(f"{file} is not a whole safetensors file: {e}") from e
-        for begin, end, name, label in entries:
-            if not 0 <= begin <= end:
-                raise WrongBase(f"{file} is not a whole safetensors file: tensor {name!r}")
-            h = hashlib.sha256(label.encode())
-            f.seek(8 + length + begin)
-            left = end - begin
+        for tensor in tensors:
+            h = hashlib.sha256(f"{tensor.name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+            f.seek(tensor.begin)
+            left = tensor.nbytes
             while left:
                 chunk = f.read(min(left, 1 << 22))
                 if not chunk:
-                    raise WrongBase(f"{file} is cut short at tensor {name!r}")
+                    raise WrongBase(f"{file} is cut short at tensor {tensor.name!r}")
                 h.update(chunk)
                 left -= len(chunk)
-            out[name] = h.digest()
+            out[tensor.name] = h.digest()
     return out
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lori_manager.adapters import lori
 from lori_manager.config import Config
+from lori_manager.consolidation import ModelMethod
 from lori_manager.distillation import taught_rows, teacher_words
 from lori_manager.engine.layers import LoriLinear
 from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.layerwise import merge_layerwise
+from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
+from lori_manager.registry import Entry
 from lori_manager.tasks.encoding import Encoded
 from lori_manager.training import OnProgress, TrainResult, fit
+
+USUAL = 3**-0.5  # length of a row of a random A, whose entries are uniform in +-d_in ** -0.5
 
 
 def repair(
@@ -65,29 +71,84 @@ def repair(
     return _split(merged, lori.trained_B(layers)), result
 
 
-def _parts(merged: AdapterWeights, name: str) -> list[tuple[Block, float]]:
-    """The blocks that have a module, with the factor of their B in a common scaling."""
-    scaling = merged.blocks[0].scaling
-    return [(b, b.scaling / scaling) for b in merged.blocks if name in b.B]
+def merge_repair(
+    base: BaseModel,
+    members: Sequence[AdapterWeights],
+    weights: Sequence[float],
+    rows: Sequence[Sequence[Encoded]],
+    options: MergeOptions = DEFAULTS,
+    *,
+    general: Sequence[Encoded] = (),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AdapterWeights:
+    """`layerwise` on the rows, then `repair` of what it gives for `steps` steps at `rate`.
+
+    Acts on whole updates, then on B where its mask allows. One adapter at weight 1 returns
+    itself; the order of the members matters as the order of rows does in a training.
+
+    Args, errors: as of `merge_layerwise`; the rows have their own completions. `labels`
+        counts too.
+    """
+    if len(members) == 1 and weights[0] == 1 and options.max_rank is None:
+        return members[0]
+    merged = merge_layerwise(base, members, weights, rows, options, general=general)
+    config = Config(batch=32, steps=options.steps, seed=options.seed)
+    found, _ = repair(
+        base,
+        merged,
+        members,
+        rows,
+        config,
+        steps=options.steps,
+        peak=options.rate,
+        labels=options.labels,
+        on_progress=None
+        if on_progress is None
+        else lambda told: on_progress(told.step, told.steps),
+    )
+    return found
+
+
+REPAIR: Entry[ModelMethod] = Entry(
+    "repair",
+    merge_repair,
+    "layerwise, then distillation",
+    {"identity": True, "ordered": True, "needs": "labels"},
+)
+
+
+def _sizes(block: Block, name: str) -> Tensor:
+    """(rank,) what each row of A is divided by and its column of B multiplied with.
+
+    So that one learning rate suits all of them: an optimizer's step moves every entry of B
+    alike, and what that does to the output grows with the row. After it the rows are as
+    long as those of a random A, and B's scaling is 1.
+    """
+    norms = block.A[name].float().norm(dim=1)
+    least = float(norms.max()) * 1e-6 or 1.0
+    return torch.clamp(norms / USUAL, min=least)
 
 
 def _layers(base: BaseModel, merged: AdapterWeights) -> dict[str, LoriLinear]:
     """One layer a module, all blocks' factors side by side in it."""
     out = {}
     for name in merged.modules:
-        parts = _parts(merged, name)
+        parts = [block for block in merged.blocks if name in block.B]
         mask = None
-        if any(block.mask is not None for block, _ in parts):
+        if any(block.mask is not None for block in parts):
             mask = torch.cat([
                 torch.ones(block.B[name].shape, dtype=torch.bool)
                 if block.mask is None
                 else block.mask[name]
-                for block, _ in parts
+                for block in parts
             ], dim=1)  # fmt: skip
-        A = torch.cat([block.A[name].float() for block, _ in parts])
-        start = torch.cat([block.B[name].float() * share for block, share in parts], dim=1)
+        A, B = [], []
+        for block in parts:
+            sizes = _sizes(block, name)
+            A.append(block.A[name].float() / sizes[:, None])
+            B.append(block.B[name].float() * sizes * block.scaling)
         out[name] = LoriLinear(
-            base.model.get_submodule(name), A, merged.blocks[0].scaling, mask, start
+            base.model.get_submodule(name), torch.cat(A), 1.0, mask, torch.cat(B, dim=1)
         )
     return out
 
@@ -101,8 +162,8 @@ def _split(merged: AdapterWeights, B: dict[str, Tensor]) -> AdapterWeights:
             if name not in block.B:
                 continue
             old = block.B[name]
-            share = block.scaling / merged.blocks[0].scaling
-            mine[name] = (whole[:, column : column + old.shape[1]] / share).to(old.dtype)
+            own = whole[:, column : column + old.shape[1]]
+            mine[name] = (own / (_sizes(block, name) * block.scaling)).to(old.dtype)
             column += old.shape[1]
     return AdapterWeights(
         tuple(

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lori_manager.consolidation import prompts_of
+from lori_manager.blockwise import decoder_blocks
+from lori_manager.consolidation import ModelMethod, prompts_of
 from lori_manager.engine.router import Router, fit_router
 from lori_manager.engine.weights import AdapterWeights, routed_adapter
 from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward, place
+from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
 from lori_manager.registry import Entry
-from lori_manager.streams import decoder_blocks
 from lori_manager.tasks.batches import length_batches
 from lori_manager.tasks.encoding import Encoded
 
 DEPTHS = (0.25, 0.5, 0.75)  # of the decoder, where features may be read
+BATCH = 32  # prompts a forward
 
 
 class _Enough(Exception):
@@ -143,26 +145,28 @@ def merge_routed(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],
     rows: Sequence[Sequence[Encoded]],
-    batch: int = 32,
+    options: MergeOptions = DEFAULTS,
     *,
-    max_rank: int | None = None,
+    general: Sequence[Encoded] = (),
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> AdapterWeights:
     """Every member kept as it is; for each input one acts, chosen by its prompt.
 
     The choice is a linear discriminant on what the base, without any adapter, makes of the
     prompt: closed form on probe prompts, no training, no labels but whose prompts they are.
+    One adapter returns itself, whatever its weight; the order of the members does not matter.
 
     Args:
         base: the model; left as it was.
-        members: adapters, none routed itself; one alone is returned.
+        members: adapters, none routed itself.
         weights: how often each member is wanted (the prior of the choice), positive.
-        rows: for each member its probe rows, whose prompts alone count.
-        batch: rows a forward.
-        max_rank: must be None: nothing is cut.
+        rows: for each member its probe rows, whose prompts alone are read.
+        options: `max_rank` must be None, since nothing is cut; no other counts.
+        general, on_progress: not used: text of no task has no member, and it takes seconds.
     Raises:
         InvalidInput: weights or options that mean nothing here, too few rows.
     """
-    if max_rank is not None:
+    if options.max_rank is not None:
         raise InvalidInput("`routed` keeps every member whole: leave --max-rank out")
     if not min(weights) > 0:
         raise InvalidInput(
@@ -172,12 +176,12 @@ def merge_routed(
     if len(members) == 1:
         return members[0]
     modules = sorted({name for member in members for name in member.modules})
-    return routed_adapter(members, build_router(base, modules, rows, weights, batch))
+    return routed_adapter(members, build_router(base, modules, rows, weights, BATCH))
 
 
-ROUTED: Entry[Callable[..., AdapterWeights]] = Entry(
+ROUTED: Entry[ModelMethod] = Entry(
     "routed",
     merge_routed,
     "10.2202/1544-6115.1175 on states of the base",
-    {"identity": True, "ordered": False, "needs": "router"},
+    {"identity": True, "ordered": False, "needs": "labels"},
 )

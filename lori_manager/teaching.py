@@ -14,6 +14,7 @@ from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import score_missing
+from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
     from torch import Tensor
 
-    from lori_manager.engine.weights import Block
+    from lori_manager.engine.weights import AdapterWeights, Block
 
 
 _NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch"})
@@ -48,6 +49,7 @@ class TrainOptions:
     line: str | None = None
     protect: bool = False
     allow_foreign_mask: bool = False
+    avoid: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -64,14 +66,11 @@ def calibrate(
         config: settings; the workspace's own where None.
         line: whose A the mask is for; the task's own line where None.
     """
-    from lori_manager.adapters.lori import fresh_block
-
     if line is not None:
         check_name(line, "line")
     config = config or ws.settings.config
     task = ws.trainable(name)
-    base = ws.base_model(config)
-    block = fresh_block(base.linear_shapes, config, line or name)
+    block = start_of(ws, task, config, line or name).block
     return _calibrated_mask(ws, task, block, config, None, None)
 
 
@@ -82,6 +81,7 @@ def _calibrated_mask(
     config: Config,
     exclude: Mapping[str, Tensor] | None,
     checkpoint: Path | None,
+    beside: AdapterWeights | None = None,
 ) -> Mask:
     """The mask of a task on a block's A, made and stored."""
     import torch
@@ -101,8 +101,8 @@ def _calibrated_mask(
     zero = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in block.B.items()}
     empty = Block(zero, block.scaling, block.projection, block.tensors)
     base = ws.base_model(config)
-    layers = lori.trainable_layers(base.model, empty, None)
-    with lori.in_training(base, layers) as parameters:
+    layers = lori.trainable_layers(base.model, empty, None, beside)
+    with lori.in_training(base, layers, beside) as parameters:
         result = fit(
             base,
             parameters,
@@ -127,6 +127,7 @@ def _calibrated_mask(
     meta = {
         "kind": "mask",
         "projection": None if spec is None else spec.to_json(),
+        "digest": block.projection_digest,
         "in_features": {name: int(block.A[name].shape[1]) for name in mask},
     }
     stored = ws.store.add_mask(
@@ -153,6 +154,7 @@ def _mask_for(
     config: Config,
     options: TrainOptions,
     checkpoint: Path | None,
+    beside: AdapterWeights | None = None,
 ) -> Mask | None:
     """The mask to train a task under: the one named, the newest that fits, or a new one."""
     from lori_manager.adapters.lori import used_entries
@@ -190,7 +192,7 @@ def _mask_for(
             fits = not _touches(ws, mask, used)
         if fits:
             return mask
-    return _calibrated_mask(ws, task, block, config, used, checkpoint)
+    return _calibrated_mask(ws, task, block, config, used, checkpoint, beside)
 
 
 def _touches(ws: Context, mask: Mask, used: Mapping[str, Tensor]) -> bool:
@@ -209,7 +211,8 @@ def train(
 
     Without `sequence` each is an adapter of its own, from the base or from
     `options.start`. With it they are the stages of one line: one A, each stage
-    continuing the one before, and after every stage all the tasks are scored,
+    continuing the one before (with an orthogonal or nullspace A each stage adds a
+    block of its own to those before), and after every stage all the tasks are scored,
     also the coming ones. Interrupted, the same call goes on.
 
     Raises:
@@ -235,6 +238,9 @@ def train(
         raise InvalidInput("--protect keeps clear of the parents' tasks: it needs --from or "
                            "--sequence")  # fmt: skip
     tasks = [ws.trainable(name) for name in names]
+    check_projection(
+        config, tasks, sequence=sequence is not None, protect=options.protect, avoid=options.avoid
+    )
     if options.line is not None and options.line != names[0]:
         ws.check_line(options.line)
     if options.start is not None:
@@ -302,15 +308,14 @@ def _train_stage(
 
     line = sequence or options.line or task.name
     base = ws.base_model(config)
-    if parent is None:
-        block = lori.fresh_block(base.linear_shapes, config, line)
-    else:
-        block = lori.continued_block(ws.weights(parent), config)
-    mask = _mask_for(ws, task, block, config, options, folder / f"{stage}-calibration.safetensors")
+    start = start_of(ws, task, config, line, parent, options.avoid, folder / f"{stage}-A")
+    block, beside = start.block, start.beside
+    checkpoint = folder / f"{stage}-calibration.safetensors"
+    mask = _mask_for(ws, task, block, config, options, checkpoint, beside)
     tensors = None if mask is None else ws.mask_tensors(mask)
     _, encoded = ws.rows(task, "train", config.max_length)
-    layers = lori.trainable_layers(base.model, block, tensors)
-    with lori.in_training(base, layers) as parameters:
+    layers = lori.trainable_layers(base.model, block, tensors, beside)
+    with lori.in_training(base, layers, beside) as parameters:
         result = fit(
             base,
             parameters,
@@ -322,8 +327,9 @@ def _train_stage(
             checkpoint=folder / f"{stage}-training.safetensors",
             on_progress=ws.on_progress,
         )
-    rank = max(int(b.shape[1]) for b in block.B.values())
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
+    weights = AdapterWeights((*(beside.blocks if beside else ()), trained))
+    rank = weights.rank
     capacity = None
     if options.protect:
         capacity = lori.capacity_left([lori.used_entries(trained)])
@@ -337,7 +343,7 @@ def _train_stage(
             parents=() if parent is None else (Parent(parent.ref, parent.digest),),
             method="lori-d" if mask is None else "lori-s",
             rank=rank,
-            projection=block.projection_digest,
+            projection=None if beside else block.projection_digest,
             base=ws.store.base().fingerprint,
             sequence=sequence is not None,
             run=run,
@@ -352,12 +358,14 @@ def _train_stage(
                 "parameters": result.parameters,
                 "first_loss": result.losses[0],
                 "last_loss": result.losses[-1],
-            },
+            }
+            | start.facts,
         ),
-        encode_adapter(AdapterWeights((trained,)), {"base": ws.store.base().fingerprint}),
+        encode_adapter(weights, {"base": ws.store.base().fingerprint} | start.meta),
     )
     for name in ("calibration", "training"):
         (folder / f"{stage}-{name}.safetensors").unlink(missing_ok=True)
+    (folder / f"{stage}-A").unlink(missing_ok=True)
     ws.on_message(
         f"{adapter.ref}: {len(result.losses)} steps in {result.seconds:.1f} s, loss "
         f"{result.losses[0]:.3f} -> {result.losses[-1]:.3f}, {adapter.bytes / 1e6:.2f} MB"

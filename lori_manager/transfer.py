@@ -12,6 +12,7 @@ from lori_manager import models
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
+from lori_manager.evaluation import counted_progress
 from lori_manager.records import Adapter, NewAdapter
 from lori_manager.refs import check_name
 
@@ -32,7 +33,8 @@ class Imported:
 def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) -> Path:
     """Write an adapter as a PEFT directory, or the base with it merged in.
 
-    A routed adapter is a PEFT directory a member, with the router beside them.
+    A routed adapter is a PEFT directory a member, with the router beside them. A whole model is
+    written as a stream; interrupted and called again, it goes on.
 
     Raises:
         Conflict: the directory is there and not empty.
@@ -47,7 +49,9 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
     target = Path(directory)
     if full:
         ws.check_single(adapter)
-        write_full(ws.base_folder, ws.weights(adapter).updates(), target)
+        updates = ws.weights(adapter).updates()
+        progress = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
+        write_full(ws.base_folder, updates, target, fingerprint=base.fingerprint, told=progress)
         return target
     weights = ws.weights(adapter)
     model = models.load_skeleton(ws.base_folder)

@@ -17,11 +17,12 @@ ROWS = (
     ("cli",),
     ("workspace",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
-    ("evaluation",),
+    ("evaluation", "projecting"),
+    ("avoiding",),
     ("context",),
     ("audit",),
     ("layerwise", "repair", "routed"),
-    ("training", "scoring", "consolidation", "distillation", "streams", "routing"),
+    ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
     ("gradients", "generation"),
     ("graphs",),
     ("forward",),
@@ -45,8 +46,8 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "teaching", "combining", "transfer", "intake", "integrity",
-    "evaluation", "context", "audit", "models", "store", "config", "records", "refs", "registry",
-    "errors",
+    "evaluation", "projecting", "avoiding", "context", "audit", "models", "store", "config",
+    "records", "refs", "registry", "errors",
 }  # fmt: skip
 
 

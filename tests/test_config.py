@@ -35,7 +35,8 @@ def test_scaling_is_alpha_over_rank():
         ("calibration_rows", 0), ("learning_rate", 0.0), ("dense_learning_rate", -1.0),
         ("schedule", "step"), ("warmup", 1.0), ("weight_decay", -0.1), ("clip", -1.0),
         ("max_length", 1), ("precision", "fp16"), ("store_dtype", "int8"), ("score_batch", 0),
-        ("checkpoint_seconds", -1.0), ("base_bits", 8), ("base_bits", "4"), ("base_bits", 4.0),
+        ("checkpoint_seconds", -1.0), ("nullspace_energy", 1.0), ("nullspace_energy", -0.1),
+        ("nullspace_scale", "columns"), ("base_bits", 8), ("base_bits", "4"), ("base_bits", 4.0),
     ],
 )  # fmt: skip
 def test_an_unusable_value_is_refused_by_name_with_what_was_expected(key, value):
@@ -78,7 +79,7 @@ def test_whole_numbers_serve_as_numbers_and_a_text_as_a_list_of_targets():
 
 @pytest.mark.parametrize("key", FLOATS)
 def test_a_whole_number_is_taken_wherever_a_number_is_wanted(key):
-    usable = 0 if key in ("sparsity", "warmup") else 1
+    usable = 0 if key in ("sparsity", "warmup", "nullspace_energy") else 1
     assert getattr(Config.from_json({key: usable}), key) == float(usable)
 
 

@@ -1,5 +1,7 @@
 """Merging by regression: what it promises on a model, against direct least squares."""
 
+from dataclasses import replace
+
 import architectures
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward
+from lori_manager.iteris import merge_iteris
 from lori_manager.layerwise import merge_layerwise
 from lori_manager.merging.methods import MergeOptions
 from lori_manager.merging.regmean import merge_regmean
 from lori_manager.models import BaseModel, linear_shapes
 from lori_manager.tasks.encoding import Encoded
 
+KEEPING = MergeOptions(eps=1e-3, answers=0.0, span="members")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -122,7 +126,9 @@ def test_layerwise_comes_nearer_to_every_member_than_regmean_and_concat(tmp_path
     found = {
         "concat": merge_concat(members, halves),
         "regmean": merge_regmean(members, halves, MergeOptions(grams=grams)),
-        "layerwise": merge_layerwise(base, members, halves, rows),
+        "layerwise": merge_layerwise(base, members, halves, rows, KEEPING),
+        "free": merge_layerwise(base, members, halves, rows, MergeOptions(eps=1e-3, answers=0.0)),
+        "iteris": merge_iteris(base, members, halves, rows, MergeOptions(eps=1e-3)),
     }
     own = [logits(base, m, r) for m, r in zip(members, rows, strict=True)]
     far = {
@@ -138,13 +144,13 @@ def test_layerwise_keeps_every_B_and_mask_and_leaves_the_model_alone(tmp_path):
     members = [adapter(base.model, seed, mask=0.4) for seed in (1, 2)]
     before = {n: p.clone() for n, p in base.model.named_parameters()}
     rows = [rows_of(1), rows_of(2)]
-    merged = merge_layerwise(base, members, [0.5, 0.5], rows)
+    merged = merge_layerwise(base, members, [0.5, 0.5], rows, KEEPING)
     for block, member in zip(merged.blocks, members, strict=True):
         old = member.blocks[0]
         assert all(torch.equal(block.B[n], old.B[n]) for n in old.B)
         assert block.mask is old.mask
     assert all(torch.equal(p, before[n]) for n, p in base.model.named_parameters())
-    again = merge_layerwise(base, members, [0.5, 0.5], rows)
+    again = merge_layerwise(base, members, [0.5, 0.5], rows, KEEPING)
     assert all(torch.equal(a, b) for a, b in zip(deltas(merged).values(),
                                                 deltas(again).values(), strict=True))  # fmt: skip
 
@@ -156,7 +162,7 @@ def test_one_member_comes_back_by_promise_and_by_the_mathematics(tmp_path):
     assert merge_layerwise(base, [one], [1.0], [rows]) is one
     other = adapter(base.model, 2)
     assert merge_layerwise(base, [one, other], [1.0, 0.0], [rows, rows]) is one
-    fitted = merge_layerwise(base, [one], [0.5], [rows])  # the weight scales nothing alone
+    fitted = merge_layerwise(base, [one], [0.5], [rows], KEEPING)  # the weight scales nothing alone
     for name, delta in deltas(fitted).items():
         expected = deltas(one)[name]
         assert (delta - expected).norm() < 1e-3 * expected.norm(), name
@@ -166,11 +172,11 @@ def test_a_rank_is_kept_to_and_later_modules_make_good_for_it(tmp_path):
     base = make_base(architectures.llama, tmp_path)
     members = [adapter(base.model, seed) for seed in (1, 2)]
     rows = [rows_of(1, 12, 0, 20), rows_of(2, 12, 30, 50)]
-    cut = merge_layerwise(base, members, [0.5, 0.5], rows, max_rank=4)
+    cut = merge_layerwise(base, members, [0.5, 0.5], rows, replace(KEEPING, max_rank=4))
     assert cut.rank == 4
-    whole = merge_layerwise(base, members, [0.5, 0.5], rows)
+    whole = merge_layerwise(base, members, [0.5, 0.5], rows, KEEPING)
     assert whole.rank == 6
-    same = merge_layerwise(base, members, [0.5, 0.5], rows, max_rank=6)
+    same = merge_layerwise(base, members, [0.5, 0.5], rows, replace(KEEPING, max_rank=6))
     assert len(same.blocks) == 2
 
 

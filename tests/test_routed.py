@@ -17,6 +17,7 @@ from lori_manager.engine.router import fit_router
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import Conflict, DamagedObject, ImportRefused, InvalidInput
 from lori_manager.generation import generate
+from lori_manager.merging.methods import MergeOptions
 from lori_manager.models import BaseModel, linear_shapes, load_base
 from lori_manager.repair import repair
 from lori_manager.routed import RoutedModel, load_routed, member_names
@@ -182,7 +183,7 @@ def test_one_member_is_returned_and_more_are_kept_bit_for_bit(base, members):
 )
 def test_what_means_nothing_to_a_router_is_refused(base, members, weights, options, told):
     with pytest.raises(InvalidInput, match=told):
-        merge_routed(base, members[:2], weights, PROBES[:2], **options)
+        merge_routed(base, members[:2], weights, PROBES[:2], MergeOptions(**options))
 
 
 def test_one_prompt_of_a_member_is_too_few(base, members):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lori_manager.config import Config
 from lori_manager.engine import mask as masks
 from lori_manager.engine.gated import gates_together
-from lori_manager.engine.layers import LoriLinear, attached
-from lori_manager.engine.projection import ProjectionSpec
+from lori_manager.engine.layers import LoriLinear, attached, low_rank_layers
+from lori_manager.engine.projection import ORTHOGONAL, ProjectionSpec
 from lori_manager.engine.siblings import join_siblings
 from lori_manager.engine.trained import TrainedValues
 from lori_manager.engine.weights import AdapterWeights, Block
@@ -25,24 +25,27 @@ from lori_manager.models import BaseModel, check_rank, resolve_targets
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def fresh_block(shapes: Mapping[str, tuple[int, int]], config: Config, line: str) -> Block:
+def fresh_block(
+    shapes: Mapping[str, tuple[int, int]], config: Config, line: str, first_row: int = 0
+) -> Block:
     """B = 0 on the line's own A.
 
     Args:
         shapes: every linear module of the base, name -> (out_features, in_features).
         config: rank, alpha, targets, seed and projection count here.
-        line: whose A it is; ignored with `projection = "shared"`.
+        line: whose A it is; ignored with `projection` "shared" and "orthogonal".
+        first_row: of an orthogonal A, see `engine.orthogonal`; ignored with the others.
     Raises:
         InvalidInput: a target that matches nothing, a rank too large.
     """
     chosen = {name: shapes[name] for name in resolve_targets(shapes, config.targets)}
     check_rank(chosen, config.rank)
-    spec = ProjectionSpec(
-        seed=config.seed,
-        line="" if config.projection == "shared" else line,
-        rank=config.rank,
-        modules={name: shape[1] for name, shape in chosen.items()},
-    )
+    modules = {name: shape[1] for name, shape in chosen.items()}
+    if config.projection == "orthogonal":
+        spec = ProjectionSpec(config.seed, "", config.rank, modules, ORTHOGONAL, first_row)
+    else:
+        named = "" if config.projection == "shared" else line
+        spec = ProjectionSpec(config.seed, named, config.rank, modules)
     B = {name: torch.zeros(shape[0], config.rank) for name, shape in chosen.items()}
     return Block(B, config.scaling, projection=spec)
 
@@ -75,9 +78,13 @@ def used_entries(block: Block) -> dict[str, Tensor]:
 
 
 def trainable_layers(
-    model: nn.Module, block: Block, mask: Mapping[str, Tensor] | None
+    model: nn.Module,
+    block: Block,
+    mask: Mapping[str, Tensor] | None,
+    beside: AdapterWeights | None = None,
 ) -> dict[str, LoriLinear]:
-    """One layer per module of the block, starting from its B."""
+    """One layer per module of the block, starting from its B; `beside` acts and stays fixed."""
+    fixed = {} if beside is None else beside.updates()
     return {
         name: LoriLinear(
             model.get_submodule(name),
@@ -85,6 +92,7 @@ def trainable_layers(
             block.scaling,
             None if mask is None else mask[name],
             B if bool(B.any()) else None,
+            fixed.get(name),
         )
         for name, B in block.B.items()
     }
@@ -92,7 +100,7 @@ def trainable_layers(
 
 @contextmanager
 def in_training(
-    base: BaseModel, layers: Mapping[str, LoriLinear]
+    base: BaseModel, layers: Mapping[str, LoriLinear], beside: AdapterWeights | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
     """The layers in the model's place for them, on the fastest path that there is.
 
@@ -102,10 +110,13 @@ def in_training(
     Args:
         base: run once on two tokens, to see which layers see the same input.
         layers: by module name.
+        beside: what `trainable_layers` was given, for its modules that have no layer here.
     Yields:
         What to train, by name.
     """
-    with attached(base.model, layers):
+    updates = {} if beside is None else beside.updates()
+    others = low_rank_layers(base.model, {n: u for n, u in updates.items() if n not in layers})
+    with attached(base.model, {**others, **layers}):
         join_siblings(layers, base.probe)
         values = TrainedValues(list(layers.values()))
         dtype = next(iter(layers.values())).A.dtype
@@ -122,8 +133,11 @@ def in_training(
 
 
 def trained_B(layers: Mapping[str, LoriLinear]) -> dict[str, Tensor]:
-    """Module name -> B (out_features, rank), float32 on the CPU."""
-    return {name: layer.B().detach().cpu() for name, layer in layers.items()}
+    """Module name -> B (out_features, rank) without what is fixed, float32 on the CPU."""
+    return {
+        name: layer.B().detach()[:, layer.fixed :].cpu().contiguous()
+        for name, layer in layers.items()
+    }
 
 
 def trained_block(

@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def staged_directory(directory: Path, last: str, overwrite: bool = False) -> Ite
         Conflict: `directory` is a file, or not empty and `overwrite` is False.
         StorageFailed: the directory cannot be written.
     """
-    existing = _check_target(directory, overwrite)
+    existing = check_target(directory, overwrite)
     # Beside a new directory, to become it; inside an existing one, which may be a mount point.
     staged = (directory if existing else directory.absolute().parent) / (
         f".lori-export-{secrets.token_hex(6)}"
@@ -35,7 +35,7 @@ def staged_directory(directory: Path, last: str, overwrite: bool = False) -> Ite
     try:
         staged.mkdir(parents=True)
         yield staged
-        _publish(staged, directory, last, existing)
+        publish(staged, directory, last, existing)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise Conflict(f"{directory} was written by another process meanwhile") from error
@@ -47,41 +47,47 @@ def staged_directory(directory: Path, last: str, overwrite: bool = False) -> Ite
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _check_target(directory: Path, overwrite: bool) -> bool:
-    """Whether the directory exists already; Conflict where it must not be written."""
+def check_target(directory: Path, overwrite: bool = False, allowed: Collection[str] = ()) -> bool:
+    """Whether the directory exists already; Conflict where it must not be written.
+
+    Args:
+        directory: where files are to be put.
+        overwrite: whether it may hold anything.
+        allowed: names that it may hold in any case.
+    """
     try:
         if not directory.is_dir():
             if directory.exists():
                 raise Conflict(f"{directory} is a file: choose another directory")
             return False
-        if any(directory.iterdir()) and not overwrite:
+        if not overwrite and any(entry.name not in allowed for entry in directory.iterdir()):
             raise Conflict(f"{directory} is not empty: choose another directory or overwrite it")
     except OSError as error:
         raise StorageFailed(f"cannot write {directory}: {error.strerror or error}") from error
     return True
 
 
-def _publish(staged: Path, directory: Path, last: str, existing: bool) -> None:
-    # Folders among them are whole already: each was published itself.
+def publish(staged: Path, directory: Path, last: str, existing: bool) -> None:
+    """Flush all that is in `staged` and make it `directory`, or fill that in place."""
     files = sorted(staged.iterdir(), key=lambda file: (file.name == last, file.name))
-    for file in files:
-        # safetensors makes its files readable by their owner alone, which a server is not.
+    for file in staged.rglob("*"):
         if file.is_file():
+            # safetensors makes its files readable by their owner alone, which a server is not.
             file.chmod((staged / last).stat().st_mode & 0o777)
-        _sync(file)
+        sync(file)
     if not existing:
-        _sync(staged)
+        sync(staged)
         staged.rename(directory)
-        _sync(directory.absolute().parent)
+        sync(directory.absolute().parent)
         return
     (directory / last).unlink(missing_ok=True)
-    _sync(directory)
+    sync(directory)
     for file in files:
         file.replace(directory / file.name)
-    _sync(directory)
+    sync(directory)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or, where the system can, a directory to the disk."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
         return

@@ -20,9 +20,9 @@ Changes = Mapping[str, Any]
 TRAINING = tuple(f.name for f in dataclasses.fields(Config) if f.name != "max_length")
 CALIBRATION = (
     "calibration_steps", "calibration_rows", "sparsity", "scope", "rank", "alpha", "targets",
-    "projection", "seed", "batch", "dense_learning_rate", "schedule", "warmup", "weight_decay",
-    "clip", "precision", "base_bits", "micro_batch", "packing", "graphs", "kernels",
-    "checkpointing",
+    "projection", "nullspace_energy", "nullspace_scale", "seed", "batch", "dense_learning_rate",
+    "schedule", "warmup", "weight_decay", "clip", "precision", "base_bits", "micro_batch",
+    "packing", "graphs", "kernels", "checkpointing",
 )  # fmt: skip
 SCORING = ("precision", "base_bits", "score_batch", "packing", "kernels")
 
@@ -32,6 +32,7 @@ _CHOICES = {
     "precision": config.PRECISIONS,
     "base_bits": tuple(str(bits) for bits in config.BASE_BITS),
     "projection": config.PROJECTIONS,
+    "nullspace_scale": config.NULLSPACE_SCALES,
     "schedule": config.SCHEDULES,
     "store_dtype": config.STORE_DTYPES,
     **dict.fromkeys(("graphs", "kernels"), config.SWITCHES),

@@ -9,6 +9,7 @@ import typer
 
 from lori_manager.cli import complete, output
 from lori_manager.cli.output import Json
+from lori_manager.cli.scores import names
 from lori_manager.cli.session import workspace
 from lori_manager.cli.settings import CALIBRATION, TRAINING, Changes, configured, with_settings
 
@@ -76,7 +77,8 @@ def train(
         typer.Option(
             "--from",
             metavar="REF",
-            help="Continue this adapter: same A, B kept. Otherwise the base.",
+            help="Continue this adapter: same A, B kept (orthogonal, nullspace: an A and a B "
+            "beside them). Otherwise the base.",
             autocompletion=complete.refs,
         ),
     ] = None,
@@ -90,6 +92,15 @@ def train(
         bool,
         typer.Option("--protect", help="Keep the mask off what the parents' tasks use."),
     ] = False,
+    avoid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="With --projection nullspace: tasks whose inputs A avoids; by default all that "
+            "were taught before.",
+            autocompletion=complete.tasks,
+        ),
+    ] = None,
     sequence: Annotated[
         str | None,
         typer.Option(
@@ -114,7 +125,11 @@ def train(
     """
     from lori_manager.teaching import TrainOptions
 
-    options = TrainOptions(mask, dense, start, line, protect, allow_foreign_mask)
+    avoided = names(avoid)
+    options = TrainOptions(
+        mask, dense, start, line, protect, allow_foreign_mask,
+        None if avoided is None else tuple(avoided),
+    )  # fmt: skip
     with workspace(ctx) as ws:
         config = configured(ws.settings.config, changes)
         trained = ws.train(tasks, config, options, sequence=sequence)

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from lori_manager.engine import bits
 from lori_manager.engine.container import Container, read_container, read_meta, write_container
-from lori_manager.engine.projection import GENERATOR, ProjectionSpec
+from lori_manager.engine.projection import FIELDS, ProjectionSpec
 from lori_manager.engine.router import Router
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import DamagedObject, IncompatibleStore
@@ -79,7 +79,7 @@ _BLOCK_FIELDS = {
     "B": (dict,),
     "A": (dict, _NULL),
 }
-_PROJECTION_FIELDS = {"generator": (str,), "seed": (int,), "line": (str,), "rank": (int,)}
+_PROJECTION_TYPES = {"seed": (int,), "line": (str,), "first_row": (int,), "rank": (int,)}
 _VALUES_FIELDS = {"dtype": (str,), "common": (list,)}
 _MASK_FIELDS = {"modules": (list,), "kept": (int,)}
 _ROUTER_FIELDS = {
@@ -231,7 +231,9 @@ def _block_sizes(block: Block) -> Sizes:
     spec, A, mask = block.projection, block.tensors or {}, block.mask
     if not math.isfinite(block.scaling):
         raise ValueError(f"`scaling` must be finite, got {block.scaling}")
-    if spec is not None and not (spec.seed < _SEED_LIMIT and spec.line.isprintable()):
+    if spec is not None and not (
+        max(spec.seed, spec.first_row) < _SEED_LIMIT and spec.line.isprintable()
+    ):
         raise ValueError(f"seed {spec.seed} or line {spec.line!r} cannot be stored")
     if mask is not None and set(mask) != set(block.B):
         raise ValueError("mask and B of a block name different modules")
@@ -290,18 +292,23 @@ def _decode_block(record: dict[str, Any], sizes: Sizes, at: str, tensors: Tensor
     return Block(B, record["scaling"], spec, A, mask)
 
 
-def _decode_projection(record: Any, sizes: Sizes, at: str) -> ProjectionSpec:
-    record = _fields(record, f"the projection of {at}", _PROJECTION_FIELDS)
-    if record["generator"] != GENERATOR:
+def _decode_projection(record: dict[str, Any], sizes: Sizes, at: str) -> ProjectionSpec:
+    at = f"the projection of {at}"
+    generator = record.get("generator")
+    if type(generator) is not str:
+        raise DamagedObject(f"{at} must record its generator")
+    if generator not in FIELDS:
         raise IncompatibleStore(
-            f"A was made by generator {short(record['generator'])}, this lori has {GENERATOR}"
+            f"A was made by generator {short(generator)}, this lori has {', '.join(FIELDS)}"
         )
-    if not (0 <= record["seed"] < _SEED_LIMIT and record["line"].isprintable()):
-        raise DamagedObject(f"the projection of {at} has an impossible seed or line")
+    types = {name: _PROJECTION_TYPES[name] for name in FIELDS[generator]}
+    record = _fields(record, at, {"generator": (str,), **types})
+    numbers = (record["seed"], record.get("first_row", 0))
+    if any(not 0 <= n < _SEED_LIMIT for n in numbers) or not record.get("line", "").isprintable():
+        raise DamagedObject(f"{at} has an impossible seed or line")
     if any(rank != record["rank"] for _, _, rank in sizes.values()):
-        raise DamagedObject(f"the projection of {at} and its modules have different ranks")
-    modules = {name: columns for name, (_, columns, _) in sizes.items()}
-    return ProjectionSpec(record["seed"], record["line"], record["rank"], modules)
+        raise DamagedObject(f"{at} and its modules have different ranks")
+    return ProjectionSpec.from_json(record, {n: columns for n, (_, columns, _) in sizes.items()})
 
 
 def _encode_router(router: Router, parts: tuple[int, ...], tensors: Tensors) -> dict[str, Any]:

@@ -33,6 +33,15 @@ def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def linear_weight(layer: nn.Module) -> Tensor:
+    """The weight of a plain linear layer as (out_features, in_features), a view."""
+    weight = layer.weight
+    shape = linear_shape(layer)
+    if not isinstance(weight, Tensor) or shape is None:
+        raise ValueError(f"{type(layer).__name__} has no plain weight matrix")
+    return weight if tuple(weight.shape) == shape else weight.t()
+
+
 def product_dtype(layer: nn.Module) -> torch.dtype:
     """The dtype of a linear layer's products, which a packed weight is unpacked to.
 
@@ -67,6 +76,7 @@ class LoriLinear(nn.Module):
         scaling: float,
         mask: Tensor | None = None,
         start: Tensor | None = None,
+        beside: LowRankUpdate | None = None,
     ) -> None:
         """Wrap `base`.
 
@@ -76,6 +86,8 @@ class LoriLinear(nn.Module):
             scaling: alpha / rank.
             mask: bool (out_features, rank); None trains all of B.
             start: B to begin with; None is zero. Entries outside the mask stay.
+            beside: a fixed update of the same layer. Its rows come first in the layer's A,
+                its columns in B, with this scaling; none of them trains.
         Raises:
             ValueError: shapes that do not belong together.
         """
@@ -89,6 +101,9 @@ class LoriLinear(nn.Module):
         for name, tensor in (("mask", mask), ("start", start)):
             if tensor is not None and tuple(tensor.shape) != self.shape:
                 raise ValueError(f"{name} {tuple(tensor.shape)} does not fit B {self.shape}")
+        self.fixed = 0 if beside is None else beside.rank
+        if beside is not None:
+            A, mask, start = self._widened(A, mask, start, beside)
         like = next(base.parameters())
         self.register_buffer("A", A.to(like.device, product_dtype(base)), persistent=False)
         first = (
@@ -106,6 +121,20 @@ class LoriLinear(nn.Module):
         self.register_buffer("rest", rest, persistent=False)
         self.values: Tensor = nn.Parameter(first.flatten().clone())
         self.group = Group([self])
+
+    def _widened(
+        self, A: Tensor, mask: Tensor | None, start: Tensor | None, beside: LowRankUpdate
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A, mask and start with the fixed update's before them."""
+        if beside.shape != (self.shape[0], A.shape[1]):
+            raise ValueError(f"an update of shape {beside.shape} does not fit B {self.shape}")
+        own = torch.ones(self.shape, dtype=torch.bool) if mask is None else mask
+        first = torch.zeros(self.shape) if start is None else start
+        B = beside.B.to(first.device, torch.float32) * (beside.scaling / self.scaling)
+        none = torch.zeros(B.shape, dtype=torch.bool, device=own.device)
+        self.shape = (self.shape[0], beside.rank + int(A.shape[0]))
+        A = torch.cat([beside.A.to(A.device), A])  # in the wider of their dtypes
+        return A, torch.cat([none, own], dim=1), torch.cat([B, first.float()], dim=1)
 
     def B(self) -> Tensor:
         """The whole B, (out_features, rank) float32, with its gradient path to `values`."""

@@ -55,7 +55,7 @@ class LeastSquares:
 
     def __init__(self, W: Tensor, parts: Sequence[Part], moments: Moments) -> None:
         """Begin with nothing summed."""
-        self._W, self._moments = W, moments
+        self._W, self.moments = W, moments
         self._members = [p.member for p in parts]
         self._Bs = [(p.update.B * p.update.scaling).to(W.device, torch.float32) for p in parts]
         self._As = [p.update.A.to(W.device, torch.float32) for p in parts]
@@ -74,7 +74,7 @@ class LeastSquares:
 
     def _solvable(self, eps: float) -> tuple[Tensor, Tensor]:
         """The right side and the root: directions that no input takes get the mean update."""
-        root, e = self._moments.root(eps)
+        root, e = self.moments.root(eps)
         B, A = torch.cat(self._Bs, dim=1).double(), torch.cat(self._As).double()
         return self._target + (B @ A) * (e / len(set(self._members))), root
 

@@ -22,6 +22,7 @@ Grams = Sequence[Mapping[str, Tensor]]
 
 
 SPACES = ("core", "full")
+SPANS = ("free", "members")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class MergeOptions:
         grams: second moments of the members' inputs, for methods that need them; each on
             the inputs of its own task, with itself in the model.
         eps: of a regression, against the mean diagonal of the summed moments.
+        answers: share of a task's weight, in a regression, on the places whose next token
+            is a completion's; 0 counts all tokens alike.
+        span: "free" fits an update over all directions, "members" over those of the
+            members' B, which keeps every B and its mask.
+        iterations: of methods that solve again.
+        steps, rate: of methods that train, and
+        labels: the share of the rows' own completions in what they learn; the rest is what
+            each task's own adapter says.
     """
 
     max_rank: int | None = None
@@ -43,7 +52,13 @@ class MergeOptions:
     density: float = 0.5
     seed: int = 0
     grams: Grams | None = None
-    eps: float = 1e-3
+    eps: float = 1e-2
+    answers: float = 0.5
+    span: str = "free"
+    iterations: int = 3
+    steps: int = 120
+    rate: float = 1e-3
+    labels: float = 0.5
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
@@ -52,6 +67,12 @@ class MergeOptions:
             ("density", 0 < self.density <= 1, "in (0, 1]"),
             ("eps", 0 < self.eps < float("inf"), "above 0"),
             ("seed", self.seed >= 0, "0 or more"),
+            ("answers", 0 <= self.answers < 1, "a share in [0, 1)"),
+            ("span", self.span in SPANS, f"one of {', '.join(SPANS)}"),
+            ("iterations", self.iterations >= 1, "at least 1"),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("rate", 0 < self.rate < float("inf"), "above 0"),
+            ("labels", 0 <= self.labels <= 1, "a share in [0, 1]"),
         ):
             if not ok:
                 raise InvalidInput(f"`{name}` must be {expected}, got {getattr(self, name)!r}")

@@ -218,7 +218,7 @@ def test_a_disk_that_fills_up_never_leaves_a_loadable_mixture(
         return replace_file(path, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(staging, "_sync", tick)
+        patched.setattr(staging, "sync", tick)
         patched.setattr(Path, "replace", ticking_replace)
         if step < (8 if existing else 5):
             with pytest.raises(StorageFailed, match="No space left"):
@@ -235,14 +235,14 @@ def test_a_disk_that_fills_up_never_leaves_a_loadable_mixture(
 
 
 def test_a_directory_that_appears_meanwhile_is_not_replaced(llama, tmp_path, monkeypatch):
-    publish = staging._publish
+    publish = staging.publish
 
     def late(staged, directory, last, existing):
         directory.mkdir()
         (directory / "other").write_text("")
         publish(staged, directory, last, existing)
 
-    monkeypatch.setattr(staging, "_publish", late)
+    monkeypatch.setattr(staging, "publish", late)
     with pytest.raises(Conflict, match="meanwhile"):
         write_peft(llama.updates(), tmp_path / "a", **llama.export_arguments())
     assert names(tmp_path) == ["a"]

@@ -16,11 +16,14 @@ from small_workspaces import copied
 from stored import assert_nothing_is_lost, everything, results
 
 TRAIN = ("train", "colour")
+APART = (*TRAIN, "size", "--sequence", "apart", "--projection", "nullspace",
+         "--nullspace-energy", "0.9")  # fmt: skip
 SEQUENCE = ("train", "colour", "size", "--sequence", "both")
 AT = {
     "training": ("training",),
     "storing": ("store/", "engine/codec", "engine/bits", "engine/container"),
     "scoring": ("scoring", "evaluation", "tasks/scorers", "metrics/"),
+    "projecting": ("projecting", "avoiding", "engine/nullspace"),
     "anywhere": ("",),
 }
 
@@ -47,6 +50,11 @@ def training(begun, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def apart(begun, tmp_path_factory):
+    return Uninterrupted(begun, tmp_path_factory.mktemp("apart"), APART, "apart")
+
+
+@pytest.fixture(scope="module")
 def sequence(begun, tmp_path_factory):
     return Uninterrupted(begun, tmp_path_factory.mktemp("sequence"), SEQUENCE, "both")
 
@@ -65,7 +73,7 @@ def kill_and_go_on(ws, uninterrupted, moment):
 
 
 @pytest.mark.parametrize("number", range(5))
-@pytest.mark.parametrize("where", AT)
+@pytest.mark.parametrize("where", ["training", "storing", "scoring", "anywhere"])
 def test_a_killed_training_loses_nothing_and_goes_on_to_the_same_digest(
     ws, training, where, number
 ):
@@ -83,6 +91,14 @@ def test_a_killed_sequence_goes_on_to_the_same_stages_and_a_complete_r(ws, seque
     (audited,) = ws.audit("both").sequences
     assert audited.stages == ("both@1", "both@2")
     assert all(value == value for row in (*audited.R, audited.base) for value in row)
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("where", ["projecting", "training", "storing", "anywhere"])
+def test_a_killed_sequence_of_nullspace_blocks_goes_on_to_the_same_ones(ws, apart, where, number):
+    code, ended = kill_and_go_on(ws, apart, apart.moment(where, number))
+    assert code == (10 if ended else 0)
+    assert results(ws, "apart") == apart.results
 
 
 def test_a_training_that_is_killed_again_and_again_gets_to_its_end(ws, training):

@@ -18,7 +18,7 @@ from lori_manager.engine.codec import (
     encode_mask,
 )
 from lori_manager.engine.container import Container, read_container, write_container
-from lori_manager.engine.projection import ProjectionSpec
+from lori_manager.engine.projection import ORTHOGONAL, UNIFORM, ProjectionSpec
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import DamagedObject, IncompatibleStore
 
@@ -114,6 +114,26 @@ def test_extreme_values_return_bit_for_bit_where_the_mask_keeps_them(dtype):
     assert torch.signbit(B[0, 1])
     assert B[2, 1] != 0
     assert_same_adapter(decode_adapter(encode_adapter(weights))[0], weights)
+
+
+def test_an_orthogonal_a_is_made_again_from_its_rows():
+    spec = replace(SPEC, line="", generator=ORTHOGONAL, first_row=4)
+    weights = AdapterWeights((Block(random_B(), 1.0, spec),))
+    data = encode_adapter(weights)
+    (again,) = decode_adapter(data)[0].blocks
+    assert_same_adapter(AdapterWeights((again,)), weights)
+    assert again.projection_digest == weights.blocks[0].projection_digest
+    first = replace(spec, first_row=0)
+    assert len(encode_adapter(AdapterWeights((Block(random_B(), 1.0, first),)))) == len(data)
+    for change, message in [
+        (put(("blocks", 0, "projection", "first_row"), 0), "A is not the one"),
+        (put(("blocks", 0, "projection", "first_row"), -1), "impossible seed"),
+        (put(("blocks", 0, "projection", "line"), "a"), "must record exactly"),
+        (put(("blocks", 0, "projection", "generator"), UNIFORM), "must record exactly"),
+        (put(("blocks", 0, "projection", "generator"), 3), "must record its generator"),
+    ]:
+        with pytest.raises(DamagedObject, match=message):
+            decode_adapter(forged(data, change))
 
 
 def test_every_finite_bfloat16_returns():

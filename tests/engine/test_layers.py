@@ -101,6 +101,32 @@ def test_a_step_of_any_size_leaves_the_other_entries_bit_for_bit():
     assert torch.equal(layer.B()[MASK], start[MASK] + 1)
 
 
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("start", [None, drawn(OUT, RANK, seed=1, dtype=torch.float32)])
+def test_a_fixed_update_beside_acts_and_no_bit_of_it_trains(mask, start):
+    base, A, x = frozen(dtype=torch.float32), drawn(RANK, IN), drawn(4, IN, dtype=torch.float32)
+    fixed = LowRankUpdate(drawn(2, IN, seed=5).float(), drawn(OUT, 2, seed=6).float(), 0.5)
+    layer = LoriLinear(base, A.float(), 0.25, mask, start, fixed)
+    alone = LoriLinear(base, A.float(), 0.25, mask, start)
+    expected = alone(x) + x @ fixed.delta().T
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert layer.values.shape == alone.values.shape
+    before = layer.B().detach().clone()
+    layer(x).square().sum().backward()
+    with torch.no_grad():
+        layer.values.add_(1.0)
+    assert bits(layer.B()[:, : layer.fixed]) == bits(before[:, : layer.fixed])
+    moved = (layer.B() - before)[:, layer.fixed :]
+    assert torch.allclose(moved, torch.ones_like(moved) if mask is None else mask.float())
+    assert (layer.fixed, alone.fixed) == (2, 0)
+
+
+def test_a_fixed_update_of_another_matrix_is_refused():
+    other = LowRankUpdate(drawn(2, IN), drawn(OUT + 1, 2))
+    with pytest.raises(ValueError, match="does not fit"):
+        LoriLinear(frozen(), drawn(RANK, IN), 1.0, beside=other)
+
+
 def test_gradients_are_those_of_a_dense_B_at_the_masked_places():
     base, A, x = frozen(), drawn(RANK, IN), drawn(7, IN, seed=3)
     start = drawn(OUT, RANK, seed=1)

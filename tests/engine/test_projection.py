@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from lori_manager.engine.projection import ProjectionSpec, projection_digest, seeded_matrix
+from lori_manager.engine.orthogonal import orthogonal_rows
+from lori_manager.engine.projection import (
+    ORTHOGONAL,
+    ProjectionSpec,
+    projection_digest,
+    seeded_matrix,
+)
 
 MODULES = {"layers.0.q_proj": 64, "layers.0.down_proj": 96, "layers.1.q_proj": 64}
 SPEC = ProjectionSpec(seed=42, line="safety", rank=8, modules=MODULES)
@@ -112,11 +118,23 @@ def test_digest_sees_one_bit_a_name_and_a_shape():
     assert len({digest, *map(projection_digest, others)}) == 6
 
 
-def test_json_and_modules_make_the_projection_again():
-    again = ProjectionSpec(modules=MODULES, **SPEC.to_json())
-    assert again == SPEC
-    assert hash(again) == hash(SPEC)
-    assert "modules" not in SPEC.to_json()
+ROWS = ProjectionSpec(seed=42, line="", rank=8, modules=MODULES, generator=ORTHOGONAL, first_row=16)
+
+
+@pytest.mark.parametrize("spec", [SPEC, ROWS])
+def test_json_and_modules_make_the_projection_again(spec):
+    again = ProjectionSpec.from_json(spec.to_json(), MODULES)
+    assert again == spec
+    assert hash(again) == hash(spec)
+    assert again.digest == spec.digest
+    assert "modules" not in spec.to_json()
+
+
+def test_rows_of_a_module_are_those_of_its_own_list():
+    assert ROWS.digest == "7763fc45b70c92ca5e4a43c9fbd38d628d5f9ad873764d47f5e10424181b1596"
+    for name, size in MODULES.items():
+        assert torch.equal(ROWS.matrix(name), orthogonal_rows(42, name, 16, 8, size))
+    assert replace(ROWS, first_row=24).digest != ROWS.digest
 
 
 @pytest.mark.parametrize(
@@ -124,6 +142,7 @@ def test_json_and_modules_make_the_projection_again():
     [
         ({"generator": "philox-uniform-2"}, "unknown generator 'philox-uniform-2'"),
         ({"rank": 0}, "rank and seed"),
+        ({"first_row": -1}, "first row -1"),
         ({"seed": -1}, "rank and seed"),
     ],
 )

@@ -1,0 +1,102 @@
+"""Tasks taught one after another in one adapter, for `merge_quality.py`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lori_manager.adapters import lori
+from lori_manager.consolidation import input_grams, prompts_of
+from lori_manager.distillation import own_words, taught_rows, teacher_words
+from lori_manager.engine import mask as masks
+from lori_manager.engine.nullspace import leading_directions, outside
+from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.training import fit
+
+if TYPE_CHECKING:
+    from quality_worker import Worker
+
+
+def sequence(worker: Worker, spec: Mapping) -> dict:
+    """Scores of all tasks after every stage.
+
+    `replay` puts so many probe rows of every earlier task among the new ones, with what the
+    adapter of that task's own stage says as teacher; `protect` keeps masks apart; with
+    `projection` "nullspace" every stage has a block of its own whose A avoids `energy` of
+    what earlier tasks' prompts span.
+    """
+    base, order, kind = worker.base, spec["order"], spec["kind"]
+    begin = time.monotonic()
+    stages: list[AdapterWeights] = []
+    matrix = []
+    for task in order:
+        rows = worker.task(task)["train"].encoded
+        earlier = list(zip(order, stages, strict=False))
+        parts = [own_words(rows)]
+        if spec.get("replay"):
+            for old, stage in earlier:
+                kept = worker.task(old)["probe"].encoded[: spec["replay"]]
+                parts.append(teacher_words(base, stage.updates(), kept, 128,
+                                           labels=spec.get("labels", 0.5)))  # fmt: skip
+        taught, table = taught_rows(parts, base.device)
+        config = worker.config(spec, len(taught))
+        beside = stages[-1] if spec.get("projection") == "nullspace" and stages else None
+        if not stages:
+            block = lori.fresh_block(base.linear_shapes, config, "sequence")
+        elif beside is None:
+            block = lori.continued_block(stages[-1], config)
+        else:
+            fresh = lori.fresh_block(base.linear_shapes, config, f"sequence/{task}")
+            block = avoiding(worker, fresh, beside, [old for old, _ in earlier], spec["energy"])
+        mask = None
+        if kind.startswith("lori-s"):
+            zero = {n: torch.zeros_like(b, dtype=torch.float32) for n, b in block.B.items()}
+            empty = Block(zero, block.scaling, block.projection, block.tensors)
+            layers = lori.trainable_layers(base.model, empty, None, beside)
+            with lori.in_training(base, layers) as parameters:
+                fit(base, parameters, rows[: config.calibration_rows], config,
+                    steps=config.calibration_steps, peak=config.dense_learning_rate)  # fmt: skip
+            used = lori.used_entries(block) if spec.get("protect") and stages else None
+            B = lori.trained_B(layers)
+            mask = masks.calibrate_mask(B, config.sparsity, config.scope, used)
+        layers = lori.trainable_layers(base.model, block, mask, beside)
+        with lori.in_training(base, layers) as parameters:
+            fit(base, parameters, taught, config, steps=config.steps, peak=spec["rate"],
+                soft=table)  # fmt: skip
+        trained = lori.trained_block(block, lori.trained_B(layers), mask, "bf16")
+        stages.append(AdapterWeights((*(beside.blocks if beside else ()), trained)))
+        found = worker.score(stages[-1], order, "eval")
+        matrix.append({name: got["score"] for name, got in found.items()})
+    return {
+        "matrix": matrix,
+        "seconds": time.monotonic() - begin,
+        "scores": found,
+        "rank": stages[-1].rank,
+        "perplexity": worker.perplexity(stages[-1]),
+    }
+
+
+def avoiding(
+    worker: Worker, fresh: Block, beside: AdapterWeights, earlier: Sequence[str], energy: float
+) -> Block:
+    """The block with its A outside of what earlier tasks' prompts span, rows as long as before."""
+    bases: dict[str, torch.Tensor] = {}
+    leaders: dict[str, str] = {}
+    for old in earlier:
+        prompts = prompts_of(worker.task(old)["probe"].encoded[:64])
+        moments = input_grams(worker.base, beside.updates(), prompts, 64)
+        first: dict[int, str] = {}
+        leaders = {name: first.setdefault(id(gram), name) for name, gram in moments.items()}
+        for name in sorted(set(leaders.values())):
+            bases[name] = leading_directions(moments[name], energy, bases.get(name))
+    tensors = {}
+    for name, before in fresh.A.items():
+        A = outside(before, bases[leaders[name]])
+        scale = math.sqrt(float(before.double().square().sum()) / float(A.square().sum()))
+        tensors[name] = (A * scale).float().cpu().contiguous()
+    return replace(fresh, projection=None, tensors=tensors)
