@@ -215,7 +215,7 @@ class Worker:
         options = dict(spec.get("options", {}))
         shares = [options.pop("weight", 1 / len(members))] * len(members)
         count, answered = options.pop("rows", 64), options.pop("answered", False)
-        general = self.general(options.pop("general", 0))
+        general = self.general(options.pop("pieces", 0))
 
         told = MergeOptions(**options)
         method = next(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import InvalidInput, NotFound
-from lori_manager.evaluation import counted_progress, score_missing
+from lori_manager.evaluation import score_missing
 from lori_manager.records import Adapter, NewAdapter, Parent, Score
 
 if TYPE_CHECKING:
+    from lori_manager.engine.weights import AdapterWeights
+    from lori_manager.merge_inputs import MergeInputs
+    from lori_manager.merging.methods import MergeOptions
     from lori_manager.registry import Entry
-    from lori_manager.tasks.encoding import Encoded
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,29 @@ class Merged:
 
 
 AUTO = "auto"
-ENOUGH = 16  # probe rows of each task, from which `auto` fits the merge to them
+SEARCH = "search"
+ENOUGH = 16  # probe rows of each task, from which a merge is fitted to them by default
+# What `auto` tries, the simplest first.
+CANDIDATES: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("concat", {}),
+    ("tsv", {}),
+    ("layerwise", {"max_rank": 64}),
+    ("layerwise", {}),
+    ("repair", {}),
+)
 
 
 def methods() -> list[Entry[Any]]:
     """All merge methods: those on factors alone, and those that run the model."""
+    from lori_manager.iteris import ITERIS
     from lori_manager.layerwise import LAYERWISE
     from lori_manager.merging.methods import load_all
+    from lori_manager.repair import REPAIR
     from lori_manager.routing import ROUTED
+    from lori_manager.soups import SOUPS
 
-    return sorted([*load_all(), LAYERWISE, ROUTED], key=lambda entry: entry.name)
+    every = [*load_all(), LAYERWISE, ITERIS, SOUPS, REPAIR, ROUTED]
+    return sorted(every, key=lambda entry: entry.name)
 
 
 def _method(name: str) -> Entry[Any]:
@@ -53,101 +69,71 @@ def merge(
     refs: Sequence[str],
     *,
     names: Sequence[str] = (),
-    method: str = AUTO,
-    weights: Sequence[float] | None = None,
+    method: str | None = None,
+    weights: Sequence[float] | str | None = None,
     into: str = "main",
     options: Mapping[str, Any] | None = None,
     probe_rows: int = 32,
+    general: str | Path | None = None,
     config: Config | None = None,
 ) -> Merged:
     """One adapter out of several, stored with its members and scored on their tasks.
 
     Args:
         refs: adapters. names: tasks, each standing for its own adapter.
-        method: a name of `methods()`; "auto" is `layerwise` where every task has at least
-            `ENOUGH` probe rows, else `concat`.
-        weights: one a member, in the order refs, names; default 1/T each.
+        method: a name of `methods()`; "auto" tries several on probe rows; None is
+            `layerwise` where every task has at least `ENOUGH` probe rows, else `concat`.
+        weights: one a member, in the order refs, names; default 1/T each; "search" finds a
+            common one on probe rows, for methods that do not read them otherwise.
         into: the line that the merge is added to.
         options: of the method, see `MergeOptions`.
-        probe_rows: how many probe rows of each task methods read that need inputs; their
-            prompts alone.
+        probe_rows: how many probe rows of each task are read by methods that do.
+        general: a text file for methods that protect what no task is about; None is the
+            manual that comes with Python.
         config: settings for scoring.
     Raises:
         NotFound, InvalidInput, Conflict.
     """
-    from lori_manager.engine.codec import encode_adapter
+    from lori_manager.merge_inputs import MergeInputs
     from lori_manager.merging.methods import MergeOptions
 
     config = config or ws.settings.config
     told = MergeOptions(**dict(options or {}))
     if probe_rows < 1:
         raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
-    chosen = None if method == AUTO else _method(method)  # refused before anything is loaded
-    members = [ws.adapter(ref) for ref in refs]
-    for name in names:
-        members.append(ws.task_adapter(name))
-        ws.on_message(f"{name} means {members[-1].ref}")
-    if not members:
-        raise InvalidInput("nothing to merge: give --tasks or --adapters")
-    if len({m.ref for m in members}) != len(members):
-        raise InvalidInput("an adapter is named twice; name each once and give it a weight")
-    shares = [1 / len(members)] * len(members) if weights is None else list(weights)
-    if len(shares) != len(members) or not all(abs(w) < float("inf") for w in shares):
-        raise InvalidInput(
-            f"got {len(shares)} weights for {len(members)} members: give one finite number each"
-        )
-    for member in members:
-        ws.check_single(member)
+    # Refused before anything is loaded.
+    chosen = None if method in (None, AUTO) else _method(str(method))
+    members = _members(ws, refs, names)
+    shares = _shares(members, weights)
     ws.check_line(into)
+    if chosen is None and method is None:
+        chosen = _method(_usual(ws, members))
+        ws.on_message(f"merging by {chosen.name}")
+    text = None if general is None else Path(general)
+    inputs = MergeInputs(ws, members, config, probe_rows, text)
+    kept: dict[str, Any] = {"weights": shares, "options": dict(options or {})}
     if chosen is None:
-        chosen = _method(_automatic(ws, members))
-        ws.on_message(f"auto means {chosen.name}")
-    method = chosen.name
-    needs = chosen.facts.get("needs")
-    weighed = [ws.weights(m) for m in members]
-    if needs is None:
-        merged = chosen.item(weighed, shares, told)
-    else:
-        from lori_manager.consolidation import input_grams, prompts_of
+        if weights is not None:
+            raise InvalidInput("`--method auto` finds weights itself: leave --weights out")
+        chosen, told, shares, trials = _tried(inputs, told)
+        kept |= {"weights": shares, "tried": trials}
+    elif weights == SEARCH:
+        if chosen.facts.get("needs") is not None:
+            raise InvalidInput(
+                f"method {chosen.name!r} reads probe rows itself: `--weights search` goes with "
+                "methods that do not"
+            )
+        from lori_manager.trials import searched_weight
 
-        rows = [prompts_of(_probe_rows(ws, m, probe_rows)) for m in members]
-        # Least squares wants the whole weights, whatever the merge is scored on.
-        precision = "auto" if config.precision == "fp8" else config.precision
-        base = ws.base_model(config.replace(base_bits=16, precision=precision))
-        if needs == "labels":
-            merged = chosen.item(base, weighed, shares, rows, told)
-        elif needs == "model":
-            merged = chosen.item(
-                base, weighed, shares, rows, eps=told.eps, max_rank=told.max_rank,
-                on_block=counted_progress(ws, f"merging by {method}"),
-            )  # fmt: skip
-        else:
-            grams = [
-                input_grams(base, one.updates(), own, config.score_batch)
-                for one, own in zip(weighed, rows, strict=True)
-            ]
-            merged = chosen.item(weighed, shares, replace(told, grams=grams))
-    one_a = len(merged.blocks) == 1
-    adapter = ws.store.add_adapter(
-        NewAdapter(
-            line=into,
-            origin="merged",
-            task=None,
-            task_revision=None,
-            mask=None,
-            parents=tuple(Parent(m.ref, m.digest, w) for m, w in zip(members, shares, strict=True)),
-            method=method,
-            rank=merged.rank,
-            projection=merged.blocks[0].projection_digest if one_a else None,
-            base=ws.store.base().fingerprint,
-            config={"method": method, "weights": shares, "options": dict(options or {})}
-            | ({"probe_rows": probe_rows} if needs else {}),
-            versions=library_versions(),
-            facts={} if merged.router is None else {"routing": merged.router.report()},
-        ),
-        encode_adapter(merged, {"base": ws.store.base().fingerprint}),
-    )
-    ws.on_message(f"{adapter.ref}: {method} of {len(members)} at rank {adapter.rank}")
+        weight, found = searched_weight(inputs, chosen, told)
+        shares = [weight] * len(members)
+        kept |= {"weights": shares, "searched": {str(w): round(x, 4) for w, x in found.items()}}
+        ws.on_message(f"weight {weight:g} each, of {', '.join(f'{w:g}' for w in found)}")
+    if chosen.facts.get("needs") is not None or "searched" in kept:
+        kept["probe_rows"] = probe_rows
+    merged = inputs.merged(chosen, shares, told)
+    adapter = _keep(ws, merged, members, shares, chosen.name, into, kept)
+    ws.on_message(f"{adapter.ref}: {chosen.name} of {len(members)} at rank {adapter.rank}")
     scores: list[Score] = []
     wanted: list[str] = []
     for member in members:
@@ -158,8 +144,147 @@ def merge(
     return Merged(adapter, tuple(members), tuple(shares), tuple(scores))
 
 
-def _automatic(ws: Context, members: Sequence[Adapter]) -> str:
-    """The method for these members."""
+def merge_again(
+    ws: Context,
+    ref: str,
+    *,
+    drop: Sequence[str] = (),
+    reweight: Mapping[str, float] | None = None,
+    into: str | None = None,
+    general: str | Path | None = None,
+    config: Config | None = None,
+) -> Merged:
+    """A stored merge made anew without some members, or with other weights.
+
+    What comes out is what a fresh merge of the members left would give: the same method,
+    options and rows, and weights 1/T where the stored ones were all equal.
+
+    Args:
+        ref: the merge.
+        drop: members to leave out, as references or as their tasks' names.
+        reweight: member -> its weight instead of the stored one.
+        into: the line; the merge's own where None.
+    Raises:
+        NotFound, InvalidInput: not a merge, or a member that it does not have.
+    """
+    old = ws.adapter(ref)
+    if old.origin != "merged":
+        raise InvalidInput(f"{old.ref} is no merge, so it has no members to change")
+    kept = dict(old.config)
+    if set(kept) - {"method", "weights", "options", "probe_rows"}:
+        raise InvalidInput(
+            f"{old.ref} was found by trying on probe rows: merge afresh, so that it is tried again"
+        )
+    members = {parent.ref: float(parent.weight or 0.0) for parent in old.parents}
+
+    def member(name: str) -> str:
+        found = [m for m in members if m == name or name in ws.tasks_of(ws.adapter(m))]
+        if len(found) != 1:
+            raise InvalidInput(f"{name!r} is not one of {old.ref}'s members: {', '.join(members)}")
+        return found[0]
+
+    equal = len(set(members.values())) == 1
+    gone = {member(name) for name in drop}
+    changed = {member(name): weight for name, weight in (reweight or {}).items()}
+    left = {m: changed.get(m, w) for m, w in members.items() if m not in gone}
+    if not left:
+        raise InvalidInput("every member is dropped: leave one at least")
+    return merge(
+        ws,
+        list(left),
+        method=old.method,
+        weights=None if equal and not changed else list(left.values()),
+        into=into or old.line,
+        options=kept.get("options"),
+        probe_rows=int(kept.get("probe_rows", 32)),
+        general=general,
+        config=config,
+    )
+
+
+def _members(ws: Context, refs: Sequence[str], names: Sequence[str]) -> list[Adapter]:
+    members = [ws.adapter(ref) for ref in refs]
+    for name in names:
+        members.append(ws.task_adapter(name))
+        ws.on_message(f"{name} means {members[-1].ref}")
+    if not members:
+        raise InvalidInput("nothing to merge: give --tasks or --adapters")
+    if len({m.ref for m in members}) != len(members):
+        raise InvalidInput("an adapter is named twice; name each once and give it a weight")
+    for member in members:
+        ws.check_single(member)
+    return members
+
+
+def _shares(members: Sequence[Adapter], weights: Sequence[float] | str | None) -> list[float]:
+    if weights is None or weights == SEARCH:
+        return [1 / len(members)] * len(members)
+    if isinstance(weights, str):
+        raise InvalidInput(f"`weights` must be numbers or `{SEARCH}`, got {weights!r}")
+    shares = list(weights)
+    if len(shares) != len(members) or not all(abs(w) < float("inf") for w in shares):
+        raise InvalidInput(
+            f"got {len(shares)} weights for {len(members)} members: give one finite number each"
+        )
+    return shares
+
+
+def _tried(
+    inputs: MergeInputs, told: MergeOptions
+) -> tuple[Entry[Any], MergeOptions, list[float], list[dict[str, Any]]]:
+    """The candidate that does best on probe rows, and what all of them did."""
+    from lori_manager.trials import measured
+
+    candidates = [(_method(name), changes) for name, changes in CANDIDATES]
+    number, trials = measured(inputs, candidates, told)
+    entry, changes = candidates[number]
+    best = trials[number]
+    inputs.ws.on_message(f"auto means {entry.name}: it keeps {best.kept:.3f}")
+    if best.losses:
+        worse = ", ".join(f"{task} (p {p:.2g})" for task, p in best.losses.items())
+        inputs.ws.on_message(
+            f"no candidate keeps all: {worse}. Keep those adapters apart, or train their tasks "
+            "together"
+        )
+    table = [{**trial.__dict__, "options": dict(trial.options)} for trial in trials]
+    shares = [best.weight] * len(inputs.members)
+    return entry, replace(told, **changes), shares, table
+
+
+def _keep(
+    ws: Context,
+    merged: AdapterWeights,
+    members: Sequence[Adapter],
+    shares: Sequence[float],
+    method: str,
+    into: str,
+    kept: Mapping[str, Any],
+) -> Adapter:
+    from lori_manager.engine.codec import encode_adapter
+
+    base = ws.store.base().fingerprint
+    return ws.store.add_adapter(
+        NewAdapter(
+            line=into,
+            origin="merged",
+            task=None,
+            task_revision=None,
+            mask=None,
+            parents=tuple(Parent(m.ref, m.digest, w) for m, w in zip(members, shares, strict=True)),
+            method=method,
+            rank=merged.rank,
+            projection=merged.blocks[0].projection_digest if len(merged.blocks) == 1 else None,
+            base=base,
+            config={"method": method} | dict(kept),
+            versions=library_versions(),
+            facts={} if merged.router is None else {"routing": merged.router.report()},
+        ),
+        encode_adapter(merged, {"base": base}),
+    )
+
+
+def _usual(ws: Context, members: Sequence[Adapter]) -> str:
+    """The method for these members where none is named."""
     if len(members) < 2:
         return "concat"
     for member in members:
@@ -168,22 +293,3 @@ def _automatic(ws: Context, members: Sequence[Adapter]) -> str:
         if not (enough and all(enough)):
             return "concat"
     return "layerwise"
-
-
-def _probe_rows(ws: Context, member: Adapter, count: int) -> list[Encoded]:
-    """Up to `count` probe rows of each of the member's own tasks."""
-    rows: list[Encoded] = []
-    for name in ws.tasks_of(member):
-        task = ws.store.task(name)
-        if "probe" not in task.splits:
-            raise InvalidInput(
-                f"task {name!r} has no probe rows to take inputs from: add it again with "
-                "--probe or with more training rows, or use `--method concat`"
-            )
-        rows += ws.rows(task, "probe")[1][:count]
-    if not rows:
-        raise InvalidInput(
-            f"{member.ref} belongs to no task, so there are no inputs to merge it by: use "
-            "`--method concat`"
-        )
-    return rows

@@ -59,8 +59,12 @@ def merge_iteris(
         return members[0]
     own = [member.updates() for member in members]
     names = sorted({name for one in own for name in one})
-    if general:
-        rows, weights, own = [*rows, general], [*weights, sum(weights)], [*own, {}]
+    if general and options.general:
+        rows, weights, own = (
+            [*rows, general],
+            [*weights, sum(weights) * options.general],
+            [*own, {}],
+        )
     merged: dict[str, LowRankUpdate] = {}
     for iteration in range(options.iterations):
         fits: dict[str, LeastSquares] = {}

@@ -65,9 +65,9 @@ def merge_layerwise(
         base: the model; left as it was.
         members, weights: adapters and what each one's task counts, none negative.
         rows: for each member its probe rows; all of their tokens count.
-        options: `max_rank`, `eps`, `answers` and `span` count.
+        options: `max_rank`, `eps`, `answers`, `general` and `span` count.
         general: rows of no task, on which the merged model shall do what the base does;
-            together they count as much as all members.
+            together they count `general` times as much as all members.
         on_progress: called with (blocks done, blocks in all).
     Raises:
         InvalidInput: a model without a list of decoder blocks, negative weights.
@@ -81,9 +81,10 @@ def merge_layerwise(
     weights = [weights[i] for i in counting]
     if len(members) == 1 and weights[0] == 1 and options.max_rank is None and not general:
         return members[0]
+    general = general if options.general else ()
     max_rank, eps, free = options.max_rank, options.eps, options.span == "free"
     rows = [*rows, *([general] if general else [])]
-    weights = [*weights, *([sum(weights)] if general else [])]
+    weights = [*weights, *([sum(weights) * options.general] if general else [])]
     parts = [_Part(i, b.updates()) for i, m in enumerate(members) for b in m.blocks]
     names = sorted({name for part in parts for name in part.updates})
     prefix, blocks = decoder_blocks(base.model, names)

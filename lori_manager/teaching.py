@@ -17,6 +17,7 @@ from lori_manager.evaluation import score_missing
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
+from lori_manager.replaying import with_replay
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -50,6 +51,7 @@ class TrainOptions:
     protect: bool = False
     allow_foreign_mask: bool = False
     avoid: tuple[str, ...] | None = None
+    replay: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -234,6 +236,11 @@ def train(
                            "and --mask out")  # fmt: skip
     if options.dense and (options.mask or options.protect):
         raise InvalidInput("--dense trains all of B: it cannot go with --mask or --protect")
+    if options.replay < 0:
+        raise InvalidInput(f"`replay` must be 0 or more rows of each task, got {options.replay}")
+    if options.replay and options.start is None and sequence is None:
+        raise InvalidInput("--replay brings back rows of earlier tasks: it needs --from or "
+                           "--sequence")  # fmt: skip
     if options.protect and options.start is None and sequence is None:
         raise InvalidInput("--protect keeps clear of the parents' tasks: it needs --from or "
                            "--sequence")  # fmt: skip
@@ -314,6 +321,9 @@ def _train_stage(
     mask = _mask_for(ws, task, block, config, options, checkpoint, beside)
     tensors = None if mask is None else ws.mask_tensors(mask)
     _, encoded = ws.rows(task, "train", config.max_length)
+    soft = None
+    if options.replay and parent is not None:
+        encoded, soft = with_replay(ws, task, encoded, parent, config, options.replay)
     layers = lori.trainable_layers(base.model, block, tensors, beside)
     with lori.in_training(base, layers, beside) as parameters:
         result = fit(
@@ -326,6 +336,7 @@ def _train_stage(
             phase=f"training {task.name}",
             checkpoint=folder / f"{stage}-training.safetensors",
             on_progress=ws.on_progress,
+            soft=soft,
         )
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     weights = AdapterWeights((*(beside.blocks if beside else ()), trained))

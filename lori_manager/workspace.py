@@ -100,6 +100,7 @@ class Workspace(Context):
     score = evaluation.score
     add_outcomes = evaluation.add_outcomes
     merge = combining.merge
+    merge_again = combining.merge_again
     export = transfer.export
     routed = transfer.routed
     import_adapters = transfer.import_adapters

@@ -17,11 +17,14 @@ ROWS = (
     ("cli",),
     ("workspace",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
-    ("evaluation", "projecting"),
+    ("trials",),
+    ("merge_inputs",),
+    ("evaluation", "projecting", "replaying"),
     ("avoiding",),
     ("context",),
     ("audit",),
-    ("layerwise", "repair", "routed"),
+    ("repair", "routed"),
+    ("layerwise", "iteris", "soups"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
     ("gradients", "generation"),
     ("graphs",),
@@ -46,7 +49,8 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "teaching", "combining", "transfer", "intake", "integrity",
-    "evaluation", "projecting", "avoiding", "context", "audit", "models", "store", "config",
+    "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "audit",
+    "models", "store", "config",
     "records", "refs", "registry", "errors",
 }  # fmt: skip
 

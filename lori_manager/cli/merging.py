@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from lori_manager.records import Adapter
 
 
+SEARCH = "search"
+READS: dict[object, str] = {
+    None: "weights alone",
+    "grams": "probe prompts",
+    "answers": "probe prompts",
+    "labels": "probe rows",
+}
+
+
 def _list_methods(wanted: bool) -> None:
     if not wanted:
         return
@@ -30,7 +39,7 @@ def _list_methods(wanted: bool) -> None:
             entry.name,
             "returns itself" if entry.facts.get("identity") else "changes",
             "matters" if entry.facts.get("ordered") else "does not matter",
-            "probe prompts" if entry.facts.get("needs") else "weights alone",
+            READS[entry.facts.get("needs")],
             entry.source,
         ]
         for entry in methods()
@@ -53,32 +62,70 @@ def merge(
         typer.Option(metavar="REF,REF", help="Adapters.", autocompletion=complete.refs),
     ] = None,
     method: Annotated[
-        str,
-        typer.Option(help="See --list-methods; auto: layerwise where tasks have probe rows."),
-    ] = "auto",
+        str | None,
+        typer.Option(help="See --list-methods; auto tries several. Unset: layerwise where tasks "
+                     "have probe rows, else concat."),
+    ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="W,W", help="One a member, adapters first; 1/T each by default."),
+        typer.Option(metavar="W,W", help="One a member, adapters first; 1/T each by default; "
+                     "search: a common one by probe rows."),
+    ] = None,
+    merge_from: Annotated[
+        str | None,
+        typer.Option("--from", metavar="REF", help="A merge to make anew, see --drop, --reweight.",
+                     autocompletion=complete.refs),
+    ] = None,
+    drop: Annotated[
+        str | None, typer.Option(metavar="A,B", help="With --from: members to leave out.")
+    ] = None,
+    reweight: Annotated[
+        str | None, typer.Option(metavar="A=W,B=W", help="With --from: other weights of members.")
     ] = None,
     into: Annotated[
-        str, typer.Option(metavar="LINE", help="The merge's line.", autocompletion=complete.lines)
-    ] = "main",
+        str | None, typer.Option(metavar="LINE", help="The merge's line; main.",
+                                 autocompletion=complete.lines)
+    ] = None,
     max_rank: Annotated[
         int | None, typer.Option(help="Rank of the merge; as the method gives it if unset.")
     ] = None,
     probe_rows: Annotated[
-        int, typer.Option(help="Probe prompts of each task, for methods that read inputs.")
+        int, typer.Option(help="Probe rows of each task, for methods that read them.")
     ] = 32,
+    span: Annotated[
+        str | None,
+        typer.Option(help="layerwise: free, or members, which keeps every B and its mask."),
+    ] = None,
+    answers: Annotated[
+        float | None,
+        typer.Option(help="layerwise: share of the weight on the places answers are read from."),
+    ] = None,
+    general: Annotated[
+        float | None,
+        typer.Option(help="layerwise, iteris: weight of general text against all tasks, 0: none."),
+    ] = None,
+    general_text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="General text; Python's own manual if unset."),
+    ] = None,
     space: Annotated[
-        str, typer.Option(help="core or full: where methods look at single entries.")
-    ] = "core",
+        str | None, typer.Option(help="core or full: where methods look at single entries.")
+    ] = None,
     density: Annotated[
-        float, typer.Option(help="Share of entries that pruning methods keep.")
-    ] = 0.5,
+        float | None, typer.Option(help="Share of entries that pruning methods keep.")
+    ] = None,
     eps: Annotated[
-        float, typer.Option(help="Of a regression, against the mean second moment.")
-    ] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of methods that draw.")] = 0,
+        float | None, typer.Option(help="Of a regression, against the mean second moment.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="iteris: how often to solve.")] = None,
+    steps: Annotated[int | None, typer.Option(help="repair, soups: steps of training.")] = None,
+    rate: Annotated[float | None, typer.Option(help="repair, soups: learning rate.")] = None,
+    labels: Annotated[
+        float | None,
+        typer.Option(help="repair, soups: share of the rows' own completions; the rest is what "
+                     "each task's own adapter says."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of methods that draw or train.")] = None,
     list_methods: Annotated[
         bool,
         typer.Option(
@@ -95,25 +142,41 @@ def merge(
     Its score on each member's task is shown beside the member's own. With `--method
     routed` every member is kept whole, and each prompt goes to one of them.
     """
-    shares = _numbers(weights)
+    options = {
+        "max_rank": max_rank, "span": span, "answers": answers, "general": general,
+        "space": space, "density": density, "eps": eps, "iterations": iterations,
+        "steps": steps, "rate": rate, "labels": labels, "seed": seed,
+    }  # fmt: skip
+    given = {key: value for key, value in options.items() if value is not None}
+    if merge_from is None and (drop or reweight):
+        raise InvalidInput("--drop and --reweight go with --from, which names a merge")
+    if merge_from is not None and (tasks or adapters or method or weights or given):
+        raise InvalidInput("--from takes members, method and options from the merge that it names: "
+                           "give only --drop, --reweight and --into with it")  # fmt: skip
+    shares = weights if weights == SEARCH else _numbers(weights)
     with workspace(ctx) as ws:
         config = configured(ws.settings.config, changes)
-        merged = ws.merge(
-            names(adapters) or [],
-            names=names(tasks) or [],
-            method=method,
-            weights=shares,
-            into=into,
-            options={
-                "max_rank": max_rank,
-                "space": space,
-                "density": density,
-                "eps": eps,
-                "seed": seed,
-            },
-            probe_rows=probe_rows,
-            config=config,
-        )
+        if merge_from is not None:
+            merged = ws.merge_again(
+                merge_from,
+                drop=names(drop) or [],
+                reweight=_shares(reweight),
+                into=into,
+                general=general_text,
+                config=config,
+            )
+        else:
+            merged = ws.merge(
+                names(adapters) or [],
+                names=names(tasks) or [],
+                method=method,
+                weights=shares,
+                into=into or "main",
+                options=given,
+                probe_rows=probe_rows,
+                general=general_text,
+                config=config,
+            )
         found = ws.audit(merged.adapter.ref)
     if json:
         output.print_json({"merged": merged, "audit": found.to_json()["tasks"]})
@@ -128,6 +191,15 @@ def _numbers(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError as e:
         raise InvalidInput(f"`weights` must be numbers such as 0.5,0.5, got {text!r}") from e
+
+
+def _shares(text: str | None) -> dict[str, float]:
+    """`a=0.3,b=1` by name."""
+    out = {}
+    for part in text.split(",") if text else ():
+        name, _, weight = part.partition("=")
+        (out[name.strip()],) = _numbers(weight) or [0.0]
+    return out
 
 
 def _show(merged: Merged, found: Audit) -> None:

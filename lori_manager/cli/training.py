@@ -101,6 +101,14 @@ def train(
             autocompletion=complete.tasks,
         ),
     ] = None,
+    replay: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="N probe rows of every earlier task among the new rows, taught by the adapter "
+            "of then.",
+        ),
+    ] = 0,
     sequence: Annotated[
         str | None,
         typer.Option(
@@ -128,7 +136,7 @@ def train(
     avoided = names(avoid)
     options = TrainOptions(
         mask, dense, start, line, protect, allow_foreign_mask,
-        None if avoided is None else tuple(avoided),
+        None if avoided is None else tuple(avoided), replay,
     )  # fmt: skip
     with workspace(ctx) as ws:
         config = configured(ws.settings.config, changes)

@@ -37,6 +37,8 @@ class MergeOptions:
         grams: second moments of the members' inputs, for methods that need them; each on
             the inputs of its own task, with itself in the model.
         eps: of a regression, against the mean diagonal of the summed moments.
+        general: weight of general text, on which the merge shall do what the base does,
+            against all members together; 0 leaves it out.
         answers: share of a task's weight, in a regression, on the places whose next token
             is a completion's; 0 counts all tokens alike.
         span: "free" fits an update over all directions, "members" over those of the
@@ -53,7 +55,8 @@ class MergeOptions:
     seed: int = 0
     grams: Grams | None = None
     eps: float = 1e-2
-    answers: float = 0.5
+    general: float = 0.0
+    answers: float = 0.9
     span: str = "free"
     iterations: int = 3
     steps: int = 120
@@ -67,6 +70,7 @@ class MergeOptions:
             ("density", 0 < self.density <= 1, "in (0, 1]"),
             ("eps", 0 < self.eps < float("inf"), "above 0"),
             ("seed", self.seed >= 0, "0 or more"),
+            ("general", 0 <= self.general < float("inf"), "0 or more"),
             ("answers", 0 <= self.answers < 1, "a share in [0, 1)"),
             ("span", self.span in SPANS, f"one of {', '.join(SPANS)}"),
             ("iterations", self.iterations >= 1, "at least 1"),

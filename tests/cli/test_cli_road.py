@@ -122,9 +122,9 @@ def test_merge_methods_are_listed_outside_a_workspace(empty):
     names = [line.split()[0] for line in told.splitlines()[1:]]
     assert names == sorted(names)
     assert {"concat", "layerwise", "linear", "regmean", "routed", "svd"} <= set(names)
-    for name in ("layerwise", "routed"):
+    for name, reads in (("layerwise", "probe prompts"), ("routed", "probe rows")):
         (line,) = [line for line in told.splitlines() if line.startswith(name)]
-        assert "probe prompts" in line
+        assert reads in line
 
 
 @pytest.mark.parametrize("method", ["layerwise", "regmean"])

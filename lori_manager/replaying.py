@@ -1,0 +1,69 @@
+"""Rows of earlier tasks among those of a new one, with the adapters of then as teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from lori_manager.config import Config
+from lori_manager.context import Context
+from lori_manager.errors import InvalidInput
+from lori_manager.records import Adapter, Task
+
+if TYPE_CHECKING:
+    from lori_manager.engine.head import SoftTargets
+    from lori_manager.tasks.encoding import Encoded
+
+LABELS = 0.5  # share of a row's own completion in what it teaches; the rest is the teacher's
+
+
+def with_replay(
+    ws: Context,
+    task: Task,
+    rows: Sequence[Encoded],
+    parent: Adapter,
+    config: Config,
+    count: int,
+) -> tuple[list[Encoded], SoftTargets]:
+    """The rows of a task and up to `count` probe rows of every task taught before it.
+
+    What is right for an earlier row is half its completion and half what was said by the
+    adapter that its task was taught to, the latest of them among the parent and what the
+    parent goes back to.
+
+    Returns:
+        All rows, and the table that their `taught` name places of.
+    Raises:
+        InvalidInput: an earlier task without probe rows.
+    """
+    from lori_manager.distillation import own_words, taught_rows, teacher_words
+
+    base = ws.base_model(config)
+    parts = [own_words(rows)]
+    for earlier, teacher in _teachers(ws, task, parent):
+        if "probe" not in earlier.splits:
+            raise InvalidInput(
+                f"task {earlier.name!r} has no probe rows to replay: add it again with --probe "
+                "or with more training rows, or leave --replay out"
+            )
+        kept = ws.rows(earlier, "probe", config.max_length)[1][:count]
+        updates = ws.weights(teacher).updates()
+        parts.append(teacher_words(base, updates, kept, config.score_batch, labels=LABELS))
+        ws.on_message(f"{len(kept)} rows of {earlier.ref} are replayed, {teacher.ref} teaches them")
+    return taught_rows(parts, base.device)
+
+
+def _teachers(ws: Context, task: Task, parent: Adapter) -> list[tuple[Task, Adapter]]:
+    """Each task taught before, with the adapter that it was taught to."""
+    found: dict[str, Adapter] = {}
+    for adapter in _ancestors(ws, parent):
+        if adapter.task is not None and adapter.task != task.name:
+            found.setdefault(adapter.task, adapter)
+    return [(ws.store.task(name), adapter) for name, adapter in sorted(found.items())]
+
+
+def _ancestors(ws: Context, adapter: Adapter) -> Iterator[Adapter]:
+    """The adapter and what it was made of, the latest first."""
+    yield adapter
+    for parent in adapter.parents:
+        yield from _ancestors(ws, ws.adapter(parent.ref))
