@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lori_manager.registry import Entry
     from lori_manager.tasks.encoding import Encoded
 
-GENERAL = 24  # pieces of general text
+GENERAL = 16  # pieces of general text
 
 
 @dataclass
