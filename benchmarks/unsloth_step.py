@@ -1,4 +1,4 @@
-# ruff: noqa: PTH, BLE001, E501 - the caches' folders are set before anything else is imported
+# ruff: noqa: PTH100, PTH103, PTH118, PTH123, PTH202, PTH208, BLE001, E501
 """Unsloth's training step at 8B Llama shapes: one JSON line a shape, as train_step.py's `work`.
 
     pip install unsloth==2026.10.9 && python benchmarks/unsloth_step.py
