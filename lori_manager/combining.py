@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
-from lori_manager.errors import InvalidInput, NotFound
+from lori_manager.errors import BadData, InvalidInput, NotFound
 from lori_manager.evaluation import score_missing
 from lori_manager.records import Adapter, NewAdapter, Parent, Score
 
@@ -82,56 +83,64 @@ def merge(
     Args:
         refs: adapters. names: tasks, each standing for its own adapter.
         method: a name of `methods()`; "auto" tries several on probe rows; None is
-            `layerwise` where every task has at least `ENOUGH` probe rows, else `concat`.
+            `layerwise` where every task has at least `ENOUGH` probe rows, else `concat`,
+            which weights to be searched for mean too.
         weights: one a member, in the order refs, names; default 1/T each; "search" finds a
             common one on probe rows, for methods that do not read them otherwise.
         into: the line that the merge is added to.
         options: of the method, see `MergeOptions`.
         probe_rows: how many probe rows of each task are read by methods that do.
-        general: a text file for methods that protect what no task is about; None is the
-            manual that comes with Python.
+        general: a text file for methods that protect what no task is about, with the option
+            `general` above 0; None is the manual that comes with Python.
         config: settings for scoring.
     Raises:
-        NotFound, InvalidInput, Conflict.
+        NotFound, InvalidInput, BadData, Conflict.
     """
     from lori_manager.merge_inputs import MergeInputs
     from lori_manager.merging.methods import MergeOptions
 
     config = config or ws.settings.config
-    told = MergeOptions(**dict(options or {}))
+    given = dict(options or {})
+    told = MergeOptions(**given)
     if probe_rows < 1:
         raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
     # Refused before anything is loaded.
     chosen = None if method in (None, AUTO) else _method(str(method))
     members = _members(ws, refs, names)
     shares = _shares(members, weights)
-    ws.check_line(into)
-    if chosen is None and method is None:
-        chosen = _method(_usual(ws, members))
-        ws.on_message(f"merging by {chosen.name}")
+    if method == AUTO and weights is not None:
+        raise InvalidInput("`--method auto` finds weights itself: leave --weights out")
     text = None if general is None else Path(general)
+    if text is not None and not told.general:
+        raise InvalidInput("a general text counts only with --general above 0: give both")
+    ws.check_line(into)
+    if method is None:
+        chosen = _method("concat" if weights == SEARCH else _usual(ws, members))
+        ws.on_message(f"merging by {chosen.name}")
+    if weights == SEARCH and chosen is not None and chosen.facts.get("needs") is not None:
+        raise InvalidInput(
+            f"method {chosen.name!r} reads probe rows itself: `--weights search` goes with "
+            "methods that do not"
+        )
     inputs = MergeInputs(ws, members, config, probe_rows, text)
-    kept: dict[str, Any] = {"weights": shares, "options": dict(options or {})}
+    kept: dict[str, Any] = {"weights": shares, "options": given}
+    if text is not None:
+        kept["general_text"] = _digest(text)
     if chosen is None:
-        if weights is not None:
-            raise InvalidInput("`--method auto` finds weights itself: leave --weights out")
-        chosen, told, shares, trials = _tried(inputs, told)
-        kept |= {"weights": shares, "tried": trials}
+        chosen, changes, shares, trials = _tried(inputs, told)
+        told = replace(told, **changes)
+        kept |= {"weights": shares, "options": given | dict(changes), "tried": trials}
     elif weights == SEARCH:
-        if chosen.facts.get("needs") is not None:
-            raise InvalidInput(
-                f"method {chosen.name!r} reads probe rows itself: `--weights search` goes with "
-                "methods that do not"
-            )
         from lori_manager.trials import searched_weight
 
         weight, found = searched_weight(inputs, chosen, told)
         shares = [weight] * len(members)
         kept |= {"weights": shares, "searched": {str(w): round(x, 4) for w, x in found.items()}}
         ws.on_message(f"weight {weight:g} each, of {', '.join(f'{w:g}' for w in found)}")
-    if chosen.facts.get("needs") is not None or "searched" in kept:
+    if chosen.facts.get("needs") is not None or {"searched", "tried"} & set(kept):
         kept["probe_rows"] = probe_rows
     merged = inputs.merged(chosen, shares, told)
+    del inputs  # and the base in it: what scores may be another, and memory hold one alone
     adapter = _keep(ws, merged, members, shares, chosen.name, into, kept)
     ws.on_message(f"{adapter.ref}: {chosen.name} of {len(members)} at rank {adapter.rank}")
     scores: list[Score] = []
@@ -157,13 +166,14 @@ def merge_again(
     """A stored merge made anew without some members, or with other weights.
 
     What comes out is what a fresh merge of the members left would give: the same method,
-    options and rows, and weights 1/T where the stored ones were all equal.
+    options and rows, and weights 1/T where the stored ones were that.
 
     Args:
         ref: the merge.
         drop: members to leave out, as references or as their tasks' names.
         reweight: member -> its weight instead of the stored one.
         into: the line; the merge's own where None.
+        general: the general text, where the merge had one that was not the usual.
     Raises:
         NotFound, InvalidInput: not a merge, or a member that it does not have.
     """
@@ -171,21 +181,34 @@ def merge_again(
     if old.origin != "merged":
         raise InvalidInput(f"{old.ref} is no merge, so it has no members to change")
     kept = dict(old.config)
-    if set(kept) - {"method", "weights", "options", "probe_rows"}:
+    if set(kept) - {"method", "weights", "options", "probe_rows", "general_text"}:
         raise InvalidInput(
             f"{old.ref} was found by trying on probe rows: merge afresh, so that it is tried again"
+        )
+    if (wanted := kept.get("general_text")) != (None if general is None else _digest(general)):
+        raise InvalidInput(
+            f"{old.ref} read no general text of its own: leave --general-text out"
+            if wanted is None
+            else f"{old.ref} read the text of SHA-256 {wanted[:12]}: --general-text must be that"
         )
     members = {parent.ref: float(parent.weight or 0.0) for parent in old.parents}
 
     def member(name: str) -> str:
-        found = [m for m in members if m == name or name in ws.tasks_of(ws.adapter(m))]
-        if len(found) != 1:
+        ref = ws.adapter(name).ref if "@" in name else name
+        found = [m for m in members if m == ref or ref in ws.tasks_of(ws.adapter(m))]
+        if len(found) > 1:
+            raise InvalidInput(f"{name!r} may be {' or '.join(found)}: name the adapter")
+        if not found:
             raise InvalidInput(f"{name!r} is not one of {old.ref}'s members: {', '.join(members)}")
         return found[0]
 
-    equal = len(set(members.values())) == 1
+    equal = all(weight == 1 / len(members) for weight in members.values())
     gone = {member(name) for name in drop}
-    changed = {member(name): weight for name, weight in (reweight or {}).items()}
+    changed: dict[str, float] = {}
+    for name, weight in (reweight or {}).items():
+        if (found := member(name)) in changed or found in gone:
+            raise InvalidInput(f"{found} is named twice: drop it, or give it one weight")
+        changed[found] = weight
     left = {m: changed.get(m, w) for m, w in members.items() if m not in gone}
     if not left:
         raise InvalidInput("every member is dropped: leave one at least")
@@ -231,11 +254,17 @@ def _shares(members: Sequence[Adapter], weights: Sequence[float] | str | None) -
 
 def _tried(
     inputs: MergeInputs, told: MergeOptions
-) -> tuple[Entry[Any], MergeOptions, list[float], list[dict[str, Any]]]:
+) -> tuple[Entry[Any], Mapping[str, Any], list[float], list[dict[str, Any]]]:
     """The candidate that does best on probe rows, and what all of them did."""
     from lori_manager.trials import measured
 
-    candidates = [(_method(name), changes) for name, changes in CANDIDATES]
+    candidates = []
+    ranks = sum(weights.rank for weights in inputs.weights)
+    most = ranks if told.max_rank is None else min(told.max_rank, ranks)
+    for name, changes in CANDIDATES:
+        # A smaller rank is tried where it is smaller than what is allowed anyway.
+        if changes.get("max_rank", 0) < most:
+            candidates.append((_method(name), changes))
     number, trials = measured(inputs, candidates, told)
     entry, changes = candidates[number]
     best = trials[number]
@@ -248,7 +277,7 @@ def _tried(
         )
     table = [{**trial.__dict__, "options": dict(trial.options)} for trial in trials]
     shares = [best.weight] * len(inputs.members)
-    return entry, replace(told, **changes), shares, table
+    return entry, changes, shares, table
 
 
 def _keep(
@@ -281,6 +310,13 @@ def _keep(
         ),
         encode_adapter(merged, {"base": base}),
     )
+
+
+def _digest(text: str | Path) -> str:
+    try:
+        return hashlib.sha256(Path(text).read_bytes()).hexdigest()
+    except OSError as e:
+        raise BadData(f"cannot read {text} as UTF-8 text: {e}") from e
 
 
 def _usual(ws: Context, members: Sequence[Adapter]) -> str:

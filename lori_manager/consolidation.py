@@ -12,8 +12,9 @@ from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.engine.siblings import inputs_watched
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
+from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward, place
-from lori_manager.generation import end_ids, generate
+from lori_manager.generation import end_ids, generate, within_context
 from lori_manager.merging.methods import MergeOptions
 from lori_manager.models import BaseModel
 from lori_manager.tasks.batches import length_batches
@@ -41,6 +42,31 @@ class ModelMethod(Protocol):
         """Merge; the model is left as it was, the members are not modified."""
 
 
+def taking_part(
+    members: Sequence[AdapterWeights],
+    weights: Sequence[float],
+    rows: Sequence[Sequence[Encoded]],
+) -> tuple[list[AdapterWeights], list[float], list[Sequence[Encoded]]]:
+    """Members, weights and rows of those whose weight is not 0.
+
+    Raises:
+        ValueError: no members, or not one weight and one set of rows per member.
+        InvalidInput: all weights are 0.
+    """
+    if not members or not len(members) == len(weights) == len(rows):
+        raise ValueError(
+            f"got {len(members)} members and {len(weights)} weights, and rows for {len(rows)}"
+        )
+    chosen = [i for i, weight in enumerate(weights) if weight]
+    if not chosen:
+        raise InvalidInput("`weights` must not all be 0: give one that is not")
+    return (
+        [members[i] for i in chosen],
+        [float(weights[i]) for i in chosen],
+        [rows[i] for i in chosen],
+    )
+
+
 def answered(
     base: BaseModel,
     updates: Mapping[str, LowRankUpdate],
@@ -51,15 +77,19 @@ def answered(
     """The rows' prompts with what an adapter writes after them, end of text last.
 
     It writes at most as many tokens as the longest of the rows' own completions has, which
-    are not looked at otherwise.
+    are not looked at otherwise. A prompt that leaves no room for them in the model's context
+    loses its beginning.
     """
-    longest = max(len(row.ids) - row.prompt_length for row in rows)
-    prompts = [row.ids[: row.prompt_length] for row in rows]
+    longest = max(1, *(len(row.ids) - row.prompt_length for row in rows))
+    given = [row.ids[: row.prompt_length] for row in rows]
+    prompts, longest = within_context(base, given, longest)
     with attached(base.model, low_rank_layers(base.model, updates)):
         said = generate(base, prompts, longest, batch, on_progress)
-    end = min(end_ids(base))
+    # What completions were trained to end with; a model may name other ends beside it.
+    own = getattr(base.tokenizer, "eos_token_id", None)
+    end = min(end_ids(base)) if own is None else int(own)
     return [
-        Encoded([*map(int, prompt), *text, end], len(prompt))
+        Encoded([*map(int, prompt), *text, end][: base.context], len(prompt))
         for prompt, text in zip(prompts, said, strict=True)
     ]
 

@@ -95,14 +95,26 @@ def completions(
         rows: encoded rows; order is kept in the result.
         max_new_tokens: for each row.
     """
-    prompts: list[Prompt] = [row.ids[: row.prompt_length] for row in rows]
-    if base.context is not None:
-        max_new_tokens = min(max_new_tokens, base.context // 2)
-        begin = getattr(base.tokenizer, "bos_token_id", None)
-        prompts = [_cut(p, base.context - max_new_tokens, begin) for p in prompts]
+    prompts, max_new_tokens = within_context(
+        base, [row.ids[: row.prompt_length] for row in rows], max_new_tokens
+    )
     said = generate(base, prompts, max_new_tokens, batch, on_batch)
     own = [row.ids[row.prompt_length :] for row in rows]
     return [(text_of(base, a), text_of(base, b)) for a, b in zip(said, own, strict=True)]
+
+
+def within_context(
+    base: BaseModel, prompts: Sequence[Prompt], max_new_tokens: int
+) -> tuple[list[Prompt], int]:
+    """Prompts cut at their beginning, and how many new tokens fit behind each.
+
+    New tokens get at most half of the model's context; a begin-of-text token is never cut.
+    """
+    if base.context is None:
+        return list(prompts), max_new_tokens
+    max_new_tokens = min(max_new_tokens, base.context // 2)
+    begin = getattr(base.tokenizer, "bos_token_id", None)
+    return [_cut(p, base.context - max_new_tokens, begin) for p in prompts], max_new_tokens
 
 
 def end_ids(base: BaseModel) -> set[int]:

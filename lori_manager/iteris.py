@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lori_manager.consolidation import ModelMethod
+from lori_manager.consolidation import ModelMethod, taking_part
 from lori_manager.engine.layers import attached, linear_weight, low_rank_layers
 from lori_manager.engine.siblings import inputs_watched
 from lori_manager.engine.update import LowRankUpdate
@@ -50,16 +50,17 @@ def merge_iteris(
 
     Args, errors: as of `merge_layerwise`.
     """
-    if min(weights) < 0 or not any(weights):
-        raise InvalidInput("`weights` of a regression must not be negative, nor all be 0")
-    counting = [i for i, weight in enumerate(weights) if weight > 0]
-    members, rows = [members[i] for i in counting], [rows[i] for i in counting]
-    weights = [weights[i] for i in counting]
+    members, weights, rows = taking_part(members, weights, rows)
+    if min(weights) < 0:
+        raise InvalidInput(
+            "`weights` of a regression must not be negative: `--method concat` takes such"
+        )
+    general = general if options.general else ()
     if len(members) == 1 and weights[0] == 1 and options.max_rank is None and not general:
         return members[0]
     own = [member.updates() for member in members]
     names = sorted({name for one in own for name in one})
-    if general and options.general:
+    if general:
         rows, weights, own = (
             [*rows, general],
             [*weights, sum(weights) * options.general],

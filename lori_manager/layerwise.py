@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lori_manager.blockwise import Stream, decoder_blocks
-from lori_manager.consolidation import ModelMethod
+from lori_manager.consolidation import ModelMethod, taking_part
 from lori_manager.engine.core import truncated_on_inputs
 from lori_manager.engine.layers import LowRankLinear, linear_weight, low_rank_layers
 from lori_manager.engine.update import LowRankUpdate, concat_updates
@@ -63,25 +63,26 @@ def merge_layerwise(
 
     Args:
         base: the model; left as it was.
-        members, weights: adapters and what each one's task counts, none negative.
+        members, weights: adapters and what each one's task counts, none negative; members of
+            weight 0 are left out.
         rows: for each member its probe rows; all of their tokens count.
         options: `max_rank`, `eps`, `answers`, `general` and `span` count.
         general: rows of no task, on which the merged model shall do what the base does;
             together they count `general` times as much as all members.
         on_progress: called with (blocks done, blocks in all).
     Raises:
-        InvalidInput: a model without a list of decoder blocks, negative weights.
+        InvalidInput: a model without a list of decoder blocks, weights that are negative or
+            all 0.
+        ValueError: no members, or not one weight and one set of rows per member.
     """
+    members, weights, rows = taking_part(members, weights, rows)
     if min(weights) < 0:
-        raise InvalidInput("`weights` of a regression must not be negative")
-    counting = [i for i, weight in enumerate(weights) if weight > 0]
-    if not counting:
-        raise InvalidInput("`weights` of a regression must not all be 0")
-    members, rows = [members[i] for i in counting], [rows[i] for i in counting]
-    weights = [weights[i] for i in counting]
+        raise InvalidInput(
+            "`weights` of a regression must not be negative: `--method concat` takes such"
+        )
+    general = general if options.general else ()
     if len(members) == 1 and weights[0] == 1 and options.max_rank is None and not general:
         return members[0]
-    general = general if options.general else ()
     max_rank, eps, free = options.max_rank, options.eps, options.span == "free"
     rows = [*rows, *([general] if general else [])]
     weights = [*weights, *([sum(weights) * options.general] if general else [])]

@@ -32,7 +32,6 @@ class MergeInputs:
         config: settings for scoring.
         probe_rows: how many rows of each task are read.
         general: a text file; None is Python's own manual.
-        skip: how many probe rows of each task are left out at the beginning.
     """
 
     ws: Context
@@ -40,7 +39,6 @@ class MergeInputs:
     config: Config
     probe_rows: int
     general: Path | None = None
-    skip: int = 0
     _answered: dict[int, list[Encoded]] = field(default_factory=dict)
 
     @cached_property
@@ -69,7 +67,7 @@ class MergeInputs:
                     f"task {name!r} has no probe rows to take inputs from: add it again with "
                     "--probe or with more training rows, or use `--method concat`"
                 )
-            rows += self.ws.rows(task, "probe")[1][self.skip :][: self.probe_rows]
+            rows += self.ws.rows(task, "probe")[1][: self.probe_rows]
         if not rows:
             raise InvalidInput(
                 f"{adapter.ref} belongs to no task, so there are no inputs to merge it by: use "
@@ -114,7 +112,7 @@ class MergeInputs:
         rows = [self.labelled(i) if needs == "labels" else self.answered(i) for i in count]
         text = []
         if options.general:
-            text = general_rows(self.base.tokenizer, self.general, GENERAL)
+            text = general_rows(self.base.tokenizer, self.general, GENERAL, self.base.context)
         return entry.item(  # type: ignore[no-any-return]
             self.base,
             self.weights,

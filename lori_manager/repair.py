@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lori_manager.adapters import lori
 from lori_manager.config import Config
-from lori_manager.consolidation import ModelMethod
+from lori_manager.consolidation import ModelMethod, taking_part
 from lori_manager.distillation import taught_rows, teacher_words
 from lori_manager.engine.layers import LoriLinear
 from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.errors import InvalidInput
 from lori_manager.layerwise import merge_layerwise
 from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
@@ -47,9 +48,14 @@ def repair(
         labels: share of the completions' own tokens in what is learned; the rest is what
             the teachers say there.
     Raises:
-        InvalidInput: the merge is routed.
+        InvalidInput: the merge is routed, or a block's scaling is 0.
     """
     merged.check_single()
+    if any(block.scaling == 0 for block in merged.blocks):
+        raise InvalidInput(
+            "a part of this merge has scaling 0 (a member of weight 0): no training can move it, "
+            "leave that member out"
+        )
     parts = [
         teacher_words(base, member.updates(), own, config.score_batch, labels=labels)
         for member, own in zip(members, rows, strict=True)
@@ -89,6 +95,7 @@ def merge_repair(
     Args, errors: as of `merge_layerwise`; the rows have their own completions. `labels`
         counts too.
     """
+    members, weights, rows = taking_part(members, weights, rows)
     if len(members) == 1 and weights[0] == 1 and options.max_rank is None:
         return members[0]
     merged = merge_layerwise(base, members, weights, rows, options, general=general)

@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 LABELS = 0.5  # share of a row's own completion in what it teaches; the rest is the teacher's
 
 
+def check_replay(
+    ws: Context, tasks: Sequence[Task], parent: Adapter | None, *, sequence: bool
+) -> None:
+    """Refuse a training that could not replay, before anything is trained.
+
+    Args:
+        tasks: to be trained; in a sequence each after those before it.
+        parent: what a training outside a sequence goes on from.
+    Raises:
+        InvalidInput: an earlier task without probe rows.
+    """
+    if sequence:
+        earlier = list(tasks[:-1])
+    else:
+        earlier = [] if parent is None else [e for t in tasks for e, _ in _teachers(ws, t, parent)]
+    for task in earlier:
+        if "probe" not in task.splits:
+            raise InvalidInput(
+                f"task {task.name!r} has no probe rows to replay: add it again with --probe "
+                "or with more training rows, or leave --replay out"
+            )
+
+
 def with_replay(
     ws: Context,
     task: Task,
@@ -33,19 +56,12 @@ def with_replay(
 
     Returns:
         All rows, and the table that their `taught` name places of.
-    Raises:
-        InvalidInput: an earlier task without probe rows.
     """
     from lori_manager.distillation import own_words, taught_rows, teacher_words
 
     base = ws.base_model(config)
     parts = [own_words(rows)]
     for earlier, teacher in _teachers(ws, task, parent):
-        if "probe" not in earlier.splits:
-            raise InvalidInput(
-                f"task {earlier.name!r} has no probe rows to replay: add it again with --probe "
-                "or with more training rows, or leave --replay out"
-            )
         kept = ws.rows(earlier, "probe", config.max_length)[1][:count]
         updates = ws.weights(teacher).updates()
         parts.append(teacher_words(base, updates, kept, config.score_batch, labels=LABELS))

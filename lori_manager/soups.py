@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lori_manager.config import Config
-from lori_manager.consolidation import ModelMethod
+from lori_manager.consolidation import ModelMethod, taking_part
 from lori_manager.distillation import taught_rows, teacher_words
 from lori_manager.engine.layers import attached, product_dtype
 from lori_manager.engine.update import LowRankUpdate
@@ -65,10 +65,12 @@ def merge_soups(
 
     Source: LoRA Soups (CAT), arXiv:2410.13025, which learns the weights on labels alone.
     Acts on whole updates. One adapter at weight 1 returns itself; the order of the members
-    decides nothing but the order of the rows' sums. `general` rows are not used.
+    decides which batch a row is in. A member of weight 0 takes no part. `general` rows are
+    not used.
 
     Args, errors: as of `merge_layerwise`; the rows have their own completions.
     """
+    members, weights, rows = taking_part(members, weights, rows)
     if len(members) == 1 and weights[0] == 1 and options.max_rank is None:
         return members[0]
     words = [
@@ -130,6 +132,6 @@ def _times(
 
 
 SOUPS: Entry[ModelMethod] = Entry(
-    "soups", merge_soups, "arXiv:2410.13025", {"identity": True, "ordered": False,
+    "soups", merge_soups, "arXiv:2410.13025", {"identity": True, "ordered": True,
                                                "needs": "labels"}
 )  # fmt: skip

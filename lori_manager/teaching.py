@@ -17,7 +17,7 @@ from lori_manager.evaluation import score_missing
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
-from lori_manager.replaying import with_replay
+from lori_manager.replaying import check_replay, with_replay
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -254,6 +254,9 @@ def train(
         start = ws.adapter(options.start)
         ws.check_single(start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
+    if options.replay:
+        parent = ws.adapter(options.start) if options.start else None
+        check_replay(ws, tasks, parent, sequence=sequence is not None)
     if sequence is not None:
         ws.check_line(sequence, sequence=True)
     # What does not change the result may differ when an interrupted command is given again.

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lori_manager.errors import InvalidInput
+import numpy as np
+
+from lori_manager.errors import BadData, InvalidInput
 from lori_manager.evaluation import counted_progress
 from lori_manager.merge_inputs import MergeInputs
-from lori_manager.metrics.paired import mcnemar_exact
+from lori_manager.metrics.paired import sign_flip
+from lori_manager.metrics.summary import summarize
 from lori_manager.models import BaseModel
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.merging.methods import MergeOptions
     from lori_manager.registry import Entry
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 CONFIDENCE = 0.05
+LEAST = 8  # probe rows of each task to fit to, and to judge by
 
 
 def searched_weight(
@@ -50,7 +53,9 @@ def searched_weight(
         losses = [_loss(base, merged, rows, table, batch) for rows, table in tables]
         found[weight] = sum(losses) / len(losses)
         told(number + 1, len(WEIGHTS))
-    return min(found, key=found.__getitem__), found
+    if not any(math.isfinite(loss) for loss in found.values()):
+        raise InvalidInput(f"no weight gives finite losses by {entry.name}: check the members")
+    return min(found, key=lambda w: found[w] if math.isfinite(found[w]) else math.inf), found
 
 
 def _loss(base: BaseModel, weights: AdapterWeights, rows: Any, table: Any, batch: int) -> float:
@@ -77,7 +82,8 @@ class Trial:
 
     Attributes:
         scores: task -> mean outcome.
-        kept: mean over tasks of its score over the own adapter's, at most 1 each.
+        kept: mean over tasks of the share that is left of the own adapter's score, at most 1
+            each; of scores that are better when lower, the own one over the merge's.
         losses: task -> p of the difference to its own adapter, where it is worse.
     """
 
@@ -90,6 +96,32 @@ class Trial:
     losses: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """Outcomes (rows,) of one task, and what to make of them."""
+
+    outcomes: np.ndarray
+    weights: np.ndarray | None
+    higher_is_better: bool
+
+    @property
+    def value(self) -> float:
+        return summarize(self.outcomes, self.weights).value
+
+    def gain_over(self, other: _Judged) -> np.ndarray:
+        """(rows,) by how much each row is better here; weighted where rows are."""
+        gain: np.ndarray = self.outcomes.astype(np.float64) - other.outcomes
+        if self.weights is not None:
+            gain = gain * (self.weights / self.weights.mean())
+        return gain if self.higher_is_better else -gain
+
+    def kept_of(self, own: _Judged) -> float:
+        """The share of the own adapter's score that is left, at most 1."""
+        now, then = self.value, own.value
+        part, whole = (now, then) if self.higher_is_better else (then, now)
+        return min(1.0, part / whole) if whole > 0 else 1.0
+
+
 def measured(
     inputs: MergeInputs,
     candidates: Sequence[tuple[Entry[Any], Mapping[str, Any]]],
@@ -98,23 +130,18 @@ def measured(
     """Merge by each candidate on one half of the probe rows and score it on the other.
 
     The best is the one that keeps most; of those before it in the list, which are simpler, the
-    first that is not worse by a paired exact test over all rows (`CONFIDENCE`) is taken.
+    first that is not worse by a paired test over all rows (`CONFIDENCE`) is taken, in which a
+    row of each task counts in shares of its own adapter's score.
     Returns:
         The number of the candidate to take, and all trials.
     Raises:
-        InvalidInput: too few probe rows.
+        InvalidInput: too few probe rows, or members without a task.
     """
-    from dataclasses import replace
-
-    half = inputs.probe_rows // 2
-    if half < 8:
-        raise InvalidInput(
-            f"`probe_rows` must be at least 16 for `--method auto`, got {inputs.probe_rows}: one "
-            "half fits the candidates, the other judges them"
-        )
+    half = _half(inputs)
     fitting = MergeInputs(inputs.ws, inputs.members, inputs.config, half, inputs.general)
     own = _own_outcomes(inputs, half)
-    trials, outcomes = [], []
+    trials: list[Trial] = []
+    outcomes: list[dict[str, _Judged]] = []
     for entry, changes in candidates:
         told = replace(options, **changes)
         weight = 1 / len(inputs.members)
@@ -122,38 +149,59 @@ def measured(
             weight, _ = searched_weight(fitting, entry, told)
         merged = fitting.merged(entry, [weight] * len(inputs.members), told)
         found = _outcomes(inputs, merged, half, entry.name)
-        scores = {task: float(hits.mean()) for task, hits in found.items()}
-        kept = [min(1.0, scores[t] / max(float(own[t].mean()), 1e-9)) for t in scores]
+        kept = [found[task].kept_of(own[task]) for task in own]
         losses = {
-            t: p
-            for t in scores
-            if scores[t] < float(own[t].mean()) and (p := _p(own[t], found[t])) < CONFIDENCE
+            task: p
+            for task in own
+            if (worse := own[task].gain_over(found[task])).sum() > 0
+            and (p := sign_flip(worse)) < CONFIDENCE
         }
+        scores = {task: judged.value for task, judged in found.items()}
         trials.append(
             Trial(entry.name, changes, weight, merged.rank, scores, sum(kept) / len(kept), losses)
         )
         outcomes.append(found)
         inputs.ws.on_message(
             f"{entry.name}: keeps {trials[-1].kept:.3f} on "
-            f"{sum(map(len, found.values()))} probe rows that it was not fitted to"
+            f"{sum(len(one.outcomes) for one in found.values())} probe rows that it was not "
+            "fitted to"
         )
     best = max(range(len(trials)), key=lambda i: (trials[i].kept, -i))
     for number in range(best):
-        both = [(outcomes[number][t], outcomes[best][t]) for t in own]
-        a = sum(int(((x > 0.5) & (y <= 0.5)).sum()) for x, y in both)
-        b = sum(int(((x <= 0.5) & (y > 0.5)).sum()) for x, y in both)
-        if b <= a or mcnemar_exact(a, b) >= CONFIDENCE:
+        gains = [
+            outcomes[best][task].gain_over(outcomes[number][task]) / (abs(own[task].value) or 1.0)
+            for task in own
+        ]
+        gain = np.concatenate(gains)
+        if gain.sum() <= 0 or sign_flip(gain) >= CONFIDENCE:
             return number, trials
     return best, trials
 
 
-def _p(own: np.ndarray, merged: np.ndarray) -> float:
-    right, now = own > 0.5, merged > 0.5
-    return mcnemar_exact(int((right & ~now).sum()), int((~right & now).sum()))
+def _half(inputs: MergeInputs) -> int:
+    """How many probe rows of each task the candidates are fitted to; the others judge them."""
+    rows = {}
+    for number, member in enumerate(inputs.members):
+        inputs.labelled(number)  # refuses a member without a task, and a task without rows
+        for name in inputs.ws.tasks_of(member):
+            rows[name] = inputs.ws.store.task(name).splits["probe"].rows
+    fewest = min(rows, key=rows.__getitem__)
+    if inputs.probe_rows < 2 * LEAST:
+        raise InvalidInput(
+            f"`probe_rows` must be at least {2 * LEAST} for `--method auto`, got "
+            f"{inputs.probe_rows}: one half fits the candidates, the other judges them"
+        )
+    if rows[fewest] < 2 * LEAST:
+        raise InvalidInput(
+            f"task {fewest!r} has {rows[fewest]} probe rows, and `--method auto` needs "
+            f"{2 * LEAST} of each task, one half to fit and one to judge: add it again with "
+            "--probe, or name a method"
+        )
+    return min(inputs.probe_rows, rows[fewest]) // 2
 
 
-def _own_outcomes(inputs: MergeInputs, half: int) -> dict[str, np.ndarray]:
-    own: dict[str, np.ndarray] = {}
+def _own_outcomes(inputs: MergeInputs, half: int) -> dict[str, _Judged]:
+    own: dict[str, _Judged] = {}
     for i, member in enumerate(inputs.members):
         for name in inputs.ws.tasks_of(member):
             if name not in own:
@@ -167,7 +215,7 @@ def _outcomes(
     half: int,
     label: str,
     names: Sequence[str] | None = None,
-) -> dict[str, np.ndarray]:
+) -> dict[str, _Judged]:
     """Task -> outcomes on the judging half of its probe rows."""
     from lori_manager.engine.layers import attached, low_rank_layers
     from lori_manager.scoring import score_rows
@@ -180,15 +228,23 @@ def _outcomes(
     with attached(base.model, low_rank_layers(base.model, weights.updates())):
         for name in names:
             task = ws.store.task(name)
+            scorer = scorers.get(task.scorer)
             rows, encoded = ws.rows(task, "probe")
             judged = slice(half, inputs.probe_rows)
-            out[name], _ = score_rows(
-                base,
-                rows[judged],
-                encoded[judged],
-                scorers.get(task.scorer),
-                inputs.config.score_batch,
-                counted_progress(ws, f"judging {label} on {name}"),
-                inputs.config.packing,
-            )
+            try:
+                found, counts = score_rows(
+                    base,
+                    rows[judged],
+                    encoded[judged],
+                    scorer,
+                    inputs.config.score_batch,
+                    counted_progress(ws, f"judging {label} on {name}"),
+                    inputs.config.packing,
+                )
+            except BadData as e:
+                raise InvalidInput(
+                    f"probe rows of task {name!r} cannot be scored by {task.scorer}, so nothing "
+                    f"can be tried on them: name a method ({e})"
+                ) from e
+            out[name] = _Judged(found, counts, scorer.higher_is_better)
     return out

@@ -10,10 +10,13 @@ from lori_manager.distillation import own_words, taught_rows, teacher_words
 from lori_manager.engine.head import IGNORED, SoftTargets, head_loss, logits_loss
 from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward, place
 from lori_manager.merging.concat import merge_concat
+from lori_manager.merging.methods import MergeOptions
 from lori_manager.models import BaseModel, linear_shapes
-from lori_manager.repair import repair
+from lori_manager.repair import merge_repair, repair
+from lori_manager.soups import merge_soups
 from lori_manager.tasks.encoding import Encoded
 from lori_manager.training import fit
 
@@ -162,3 +165,70 @@ def test_soft_training_matches_hard_training_step_by_step(tmp_path):
                 fit(base, parameters, given, config, steps=6, peak=1e-2, soft=soft).losses
             )
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_part_without_scaling_cannot_be_repaired(tmp_path):
+    """Nor may it turn to numbers that are none."""
+    base = make_base(architectures.llama, tmp_path)
+    members = [adapter(base.model, s) for s in (1, 2)]
+    rows = [rows_of(1), rows_of(2)]
+    merged = merge_concat(members, [1.0, 0.0])
+    with pytest.raises(InvalidInput, match="scaling 0"):
+        repair(base, merged, members, rows, Config(batch=8), steps=1, peak=1e-2)
+    kept = MergeOptions(span="members", steps=1)
+    found = merge_repair(base, members, [0.5, 0.0], rows, kept)  # who counts nothing is left out
+    assert len(found.blocks) == 1
+    silent = merge_concat(members[1:], [0.0])
+    with pytest.raises(InvalidInput, match="scaling 0"):
+        merge_repair(base, [members[0], silent], [0.5, 0.5], rows, kept)
+
+
+def test_soups_learn_weights_that_bring_the_merge_nearer_to_its_members(tmp_path):
+    base = make_base(architectures.llama, tmp_path)
+    members = [adapter(base.model, s, size=1.0, density=0.5) for s in (1, 2)]
+    rows = [rows_of(1, 12, 0, 30), rows_of(2, 12, 30, 61)]
+    start = merge_concat(members, [0.9, 0.1])
+    told = []
+    found = merge_soups(
+        base, members, [0.9, 0.1], rows, MergeOptions(steps=60, rate=1e-2, labels=0.0),
+        on_progress=lambda *done: told.append(done),
+    )  # fmt: skip
+    assert told[-1] == (60, 60)
+    least = sum(distance_to(base, m, m, r) for m, r in zip(members, rows, strict=True))
+    before, after = (
+        sum(distance_to(base, m, w, r) for m, r in zip(members, rows, strict=True)) - least
+        for w in (start, found)
+    )
+    assert 0 < after < 0.9 * before
+    # Each module's update is one number times the member's, whose A and mask are kept.
+    numbers = set()
+    for one, member in zip(found.blocks, members, strict=True):
+        (old,) = member.blocks
+        assert one.tensors is old.tensors
+        assert one.mask is old.mask
+        for name, B in old.B.items():
+            c = float((one.B[name] * B).sum() / B.square().sum())
+            assert torch.allclose(one.B[name], c * B, rtol=1e-4, atol=1e-6)
+            numbers.add(round(c, 4))
+    assert len(numbers) > len(members)
+
+
+def test_soups_of_few_steps_begin_at_the_weights_given(tmp_path):
+    base = make_base(architectures.llama, tmp_path)
+    members = [adapter(base.model, s) for s in (1, 2)]
+    options = MergeOptions(steps=1, rate=1e-9)
+    found = merge_soups(base, members, [0.5, -2.0], [rows_of(1), rows_of(2)], options)
+    expected = merge_concat(members, [0.5, -2.0]).updates()
+    for name, update in found.updates().items():
+        assert torch.allclose(update.delta(), expected[name].delta(), atol=1e-5)
+
+
+def test_soups_of_one_member_find_their_way_back_to_weight_one(tmp_path):
+    base = make_base(architectures.llama, tmp_path)
+    one, rows = adapter(base.model, 1, size=1.0), rows_of(1, 16)
+    least = distance_to(base, one, one, rows)
+    found = merge_soups(
+        base, [one], [0.3], [rows], MergeOptions(steps=80, rate=5e-3, labels=0.0)
+    )  # fmt: skip
+    start = distance_to(base, one, merge_concat([one], [0.3]), rows) - least
+    assert distance_to(base, one, found, rows) - least < 0.1 * start

@@ -180,12 +180,45 @@ def test_a_rank_is_kept_to_and_later_modules_make_good_for_it(tmp_path):
     assert len(same.blocks) == 2
 
 
-@pytest.mark.parametrize("weights", [[-0.5, 1.0], [0.0, 0.0]])
-def test_weights_that_no_regression_takes_are_refused(tmp_path, weights):
+@pytest.mark.parametrize("merge", [merge_layerwise, merge_iteris])
+def test_weights_that_no_regression_takes_are_refused(tmp_path, merge):
     base = make_base(architectures.llama, tmp_path)
     members = [adapter(base.model, seed) for seed in (1, 2)]
-    with pytest.raises(InvalidInput, match="`weights` of a regression"):
-        merge_layerwise(base, members, weights, [rows_of(1), rows_of(2)])
+    with pytest.raises(InvalidInput, match=r"`weights` of a regression.*--method concat"):
+        merge(base, members, [-0.5, 1.0], [rows_of(1), rows_of(2)])
+
+
+@pytest.mark.parametrize("make", [architectures.llama, architectures.gpt2])
+def test_iteris_once_is_the_regression_on_each_members_own_inputs(tmp_path, make):
+    """Which on all directions is what regmean finds in those of the members' B."""
+    base = make_base(make, tmp_path)
+    members = [adapter(base.model, seed) for seed in (1, 2)]
+    rows, weights = [rows_of(1, 40), rows_of(2, 40)], [0.3, 0.7]
+    once = merge_iteris(base, members, weights, rows, MergeOptions(eps=1e-2, iterations=1))
+    grams = [input_grams(base, m.updates(), r, 4) for m, r in zip(members, rows, strict=True)]
+    expected = deltas(merge_regmean(members, weights, MergeOptions(eps=1e-2, grams=grams)))
+    assert once.rank == 6
+    for name, delta in deltas(once).items():
+        assert (delta - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+    thrice = merge_iteris(base, members, weights, rows, MergeOptions(eps=1e-2, iterations=3))
+    assert any(not torch.allclose(d, expected[n], rtol=0.1) for n, d in deltas(thrice).items())
+
+
+@pytest.mark.parametrize("merge", [merge_layerwise, merge_iteris])
+def test_general_text_is_moved_less_where_it_counts(tmp_path, merge):
+    base = make_base(architectures.llama, tmp_path)
+    members = [adapter(base.model, seed) for seed in (1, 2)]
+    rows, text = [rows_of(1, 12, 0, 20), rows_of(2, 12, 20, 40)], rows_of(3, 12, 40, 60)
+    with torch.no_grad():
+        plain = [base.model(torch.as_tensor(np.asarray(r.ids))[None]).logits[0] for r in text]
+    moved = []
+    for general in (0.0, 1.0, 10.0):
+        options = MergeOptions(eps=1e-3, general=general)
+        merged = merge(base, members, [0.5, 0.5], rows, options, general=text)
+        moved.append(distance(logits(base, merged, text), plain))
+    assert moved[2] < moved[1] < 0.95 * moved[0]
+    unasked = merge(base, members[:1], [1.0], rows[:1], MergeOptions(), general=text)
+    assert unasked is members[0]
 
 
 def test_prompts_lose_their_completions():

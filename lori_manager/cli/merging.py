@@ -90,8 +90,9 @@ def merge(
         int | None, typer.Option(help="Rank of the merge; as the method gives it if unset.")
     ] = None,
     probe_rows: Annotated[
-        int, typer.Option(help="Probe rows of each task, for methods that read them.")
-    ] = 32,
+        int | None,
+        typer.Option(help="Probe rows of each task, for methods that read them; 32."),
+    ] = None,
     span: Annotated[
         str | None,
         typer.Option(help="layerwise: free, or members, which keeps every B and its mask."),
@@ -148,9 +149,11 @@ def merge(
         "steps": steps, "rate": rate, "labels": labels, "seed": seed,
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
-    if merge_from is None and (drop or reweight):
+    if merge_from is None and (drop is not None or reweight is not None):
         raise InvalidInput("--drop and --reweight go with --from, which names a merge")
-    if merge_from is not None and (tasks or adapters or method or weights or given):
+    if merge_from is not None and (
+        tasks or adapters or method or weights or given or probe_rows is not None
+    ):
         raise InvalidInput("--from takes members, method and options from the merge that it names: "
                            "give only --drop, --reweight and --into with it")  # fmt: skip
     shares = weights if weights == SEARCH else _numbers(weights)
@@ -173,7 +176,7 @@ def merge(
                 weights=shares,
                 into=into or "main",
                 options=given,
-                probe_rows=probe_rows,
+                probe_rows=32 if probe_rows is None else probe_rows,
                 general=general_text,
                 config=config,
             )
@@ -195,10 +198,18 @@ def _numbers(text: str | None) -> list[float] | None:
 
 def _shares(text: str | None) -> dict[str, float]:
     """`a=0.3,b=1` by name."""
-    out = {}
-    for part in text.split(",") if text else ():
-        name, _, weight = part.partition("=")
-        (out[name.strip()],) = _numbers(weight) or [0.0]
+    out: dict[str, float] = {}
+    for part in text.split(",") if text is not None else ():
+        name, _, weight = (word.strip() for word in part.partition("="))
+        try:
+            number = float(weight)
+        except ValueError as e:
+            raise InvalidInput(
+                f"--reweight takes members and weights such as a=0.3,b=1, got {part!r}"
+            ) from e
+        if name in out:
+            raise InvalidInput(f"{name!r} is named twice: give it one weight")
+        out[name] = number
     return out
 
 

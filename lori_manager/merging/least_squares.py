@@ -57,7 +57,8 @@ class LeastSquares:
         """Begin with nothing summed."""
         self._W, self.moments = W, moments
         self._members = [p.member for p in parts]
-        self._Bs = [(p.update.B * p.update.scaling).to(W.device, torch.float32) for p in parts]
+        # Widened first: a stored bf16 times a scaling would be rounded again.
+        self._Bs = [p.update.B.to(W.device, torch.float32) * p.update.scaling for p in parts]
         self._As = [p.update.A.to(W.device, torch.float32) for p in parts]
         self._target = torch.zeros(W.shape, dtype=torch.float64, device=W.device)
 

@@ -56,7 +56,7 @@ def encode_rows(
         InvalidInput: a tokenizer without an end-of-text token.
     """
     eos = _end_of_text(tokenizer)
-    bos = _begin_of_text(tokenizer)
+    bos = begin_of_text(tokenizer)
     limit = max_length if context is None else min(max_length, context)
     prompts = _token_ids(tokenizer, (row.prompt for row in rows))
     completions = _token_ids(tokenizer, (row.completion for row in rows))
@@ -227,7 +227,7 @@ def _end_of_text(tokenizer: Tokenizer) -> int:
     return int(eos)
 
 
-def _begin_of_text(tokenizer: Tokenizer) -> int | None:
+def begin_of_text(tokenizer: Tokenizer) -> int | None:
     """The token that the tokenizer itself puts before plain text, if it does."""
     bos = tokenizer.bos_token_id
     if bos is None:

@@ -8,18 +8,24 @@ from typing import Any
 import numpy as np
 
 from lori_manager.errors import BadData
-from lori_manager.tasks.encoding import Encoded
+from lori_manager.tasks.encoding import Encoded, begin_of_text
 
 PIECE = 128  # tokens
 
 
-def general_rows(tokenizer: Any, file: Path | None, count: int) -> list[Encoded]:
+def general_rows(
+    tokenizer: Any, file: Path | None, count: int, context: int | None = None
+) -> list[Encoded]:
     """Pieces of `PIECE` tokens, spread evenly over a text.
+
+    Each begins with the begin-of-text token where the tokenizer puts one before plain text:
+    without it some models' states are like nothing that they see in use.
 
     Args:
         tokenizer: the base's.
         file: UTF-8 text; None is the English manual that every Python brings along.
         count: how many at most.
+        context: the model's longest input; pieces are no longer. None: no limit.
     Raises:
         BadData: a file that cannot be read, or that is shorter than one piece.
     """
@@ -33,10 +39,13 @@ def general_rows(tokenizer: Any, file: Path | None, count: int) -> list[Encoded]
         except (OSError, UnicodeDecodeError) as e:
             raise BadData(f"cannot read {file} as UTF-8 text: {e}") from e
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    pieces = len(ids) // PIECE
+    bos = begin_of_text(tokenizer)
+    first = [] if bos is None else [bos]
+    size = min(PIECE, context or PIECE) - len(first)
+    pieces = len(ids) // size
     if not pieces:
-        raise BadData(
-            f"{file} has {len(ids)} tokens: expected at least {PIECE}, give a longer text"
-        )
+        raise BadData(f"{file} has {len(ids)} tokens: expected at least {size}, give a longer text")
     chosen = np.linspace(0, pieces - 1, min(count, pieces)).round().astype(int)
-    return [Encoded(np.asarray(ids[i * PIECE : (i + 1) * PIECE], np.int32), 1) for i in chosen]
+    return [
+        Encoded(np.asarray([*first, *ids[i * size : (i + 1) * size]], np.int32), 1) for i in chosen
+    ]
