@@ -94,7 +94,7 @@ def encode_prompts(
         room: tokens a prompt; what is too long loses its beginning. None: no limit.
     """
     eos = _end_of_text(tokenizer)
-    bos = _begin_of_text(tokenizer)
+    bos = begin_of_text(tokenizer)
     tokens = _token_ids(tokenizer, prompts)
     encoded = []
     for text in prompts:
