@@ -17,6 +17,7 @@ from lori_manager.records import Adapter, NewAdapter, Parent, Score
 if TYPE_CHECKING:
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.merge_inputs import MergeInputs
+    from lori_manager.merging.interference import Interference
     from lori_manager.merging.methods import MergeOptions
     from lori_manager.registry import Entry
 
@@ -223,6 +224,46 @@ def merge_again(
         general=general,
         config=config,
     )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of members before they are merged."""
+
+    members: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    interference: Interference
+    loudest: tuple[str, str, float] | None
+
+
+def forecast(
+    ws: Context,
+    refs: Sequence[str],
+    *,
+    names: Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    probe_rows: int = 32,
+    config: Config | None = None,
+) -> Forecast:
+    """How much members would get in each other's way; nothing is merged or stored.
+
+    Args: as of `merge`.
+    Raises:
+        NotFound, InvalidInput: also for members without probe rows.
+    """
+    from lori_manager.merge_inputs import MergeInputs
+    from lori_manager.merging.interference import interference, worst_pair
+
+    config = config or ws.settings.config
+    if probe_rows < 1:
+        raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
+    members = _members(ws, refs, names)
+    shares = _shares(members, weights)
+    inputs = MergeInputs(ws, members, config, probe_rows)
+    grams = [inputs.gram(i) for i in range(len(members))]
+    found = interference(inputs.weights, shares, grams)
+    loudest = worst_pair([member.ref for member in members], found)
+    return Forecast(tuple(members), tuple(shares), found, loudest)
 
 
 def _members(ws: Context, refs: Sequence[str], names: Sequence[str]) -> list[Adapter]:

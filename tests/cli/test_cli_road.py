@@ -324,3 +324,16 @@ def test_ctrl_c_ends_the_process_with_130_and_one_line(lori):
     assert run.returncode == 128 + signal.SIGINT
     assert len(run.stderr.splitlines()) == 1
     assert run.stdout == ""
+
+
+def test_a_dry_run_tells_of_the_members_and_stores_nothing(trained):
+    before = trained("lines").stdout
+    options = ("merge", "--tasks", "colour,shape", "--dry-run", "--probe-rows", "2")
+    shown = trained(*options).stdout
+    assert "how loud a column's adapter speaks" in shown
+    assert "disturb each other most" in shown
+    found = trained.json(*options)
+    assert found["interference"]["response"][0][0] == pytest.approx(1)
+    assert found["weights"] == [0.5, 0.5]
+    assert trained("lines").stdout == before
+    assert "leave --from" in trained.refuses("merge", "--from", "x@1", "--dry-run", code=2)
