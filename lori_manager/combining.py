@@ -313,8 +313,8 @@ def _tried(
     if best.losses:
         worse = ", ".join(f"{task} (p {p:.2g})" for task, p in best.losses.items())
         inputs.ws.on_message(
-            f"no candidate keeps all: {worse}. Keep those adapters apart, or train their tasks "
-            "together"
+            f"no candidate keeps all: {worse}. Keep the adapters apart with `--method routed`, or "
+            "train those tasks together"
         )
     table = [{**trial.__dict__, "options": dict(trial.options)} for trial in trials]
     shares = [best.weight] * len(inputs.members)

@@ -56,7 +56,7 @@ def merge_iteris(
             "`weights` of a regression must not be negative: `--method concat` takes such"
         )
     general = general if options.general else ()
-    if len(members) == 1 and weights[0] == 1 and options.max_rank is None and not general:
+    if len(members) == 1 and weights[0] == 1 and options.max_rank is None:
         return members[0]
     own = [member.updates() for member in members]
     names = sorted({name for one in own for name in one})

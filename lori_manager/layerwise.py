@@ -81,7 +81,7 @@ def merge_layerwise(
             "`weights` of a regression must not be negative: `--method concat` takes such"
         )
     general = general if options.general else ()
-    if len(members) == 1 and weights[0] == 1 and options.max_rank is None and not general:
+    if len(members) == 1 and weights[0] == 1 and options.max_rank is None:
         return members[0]
     max_rank, eps, free = options.max_rank, options.eps, options.span == "free"
     rows = [*rows, *([general] if general else [])]

@@ -44,22 +44,14 @@ def merge_regmean(
         InvalidInput: no probe inputs for these members, or negative weights.
         ValueError: no members, or not one weight per member.
     """
-    if not members or len(members) != len(weights):
-        raise ValueError(f"got {len(members)} members and {len(weights)} weights")
-    if min(weights) < 0:
-        raise InvalidInput("`weights` of a regression must not be negative")
-    counting = [i for i, weight in enumerate(weights) if weight > 0]
-    if not counting:
-        raise InvalidInput("`weights` of a regression must not all be 0")
-    if len(counting) == 1 and weights[counting[0]] == 1 and options.max_rank is None:
-        return members[counting[0]]
-    if options.grams is None or len(options.grams) != len(members):
+    chosen, grams, shares = counted(members, weights, options, "regmean")
+    if len(chosen) == 1 and shares[0] == 1 and options.max_rank is None:
+        return chosen[0]
+    if grams is None:
         raise InvalidInput("method `regmean` needs the inputs of every member's probe rows")
-    members = [members[i] for i in counting]
-    grams = [options.grams[i] for i in counting]
-    aims, roots = re_aiming(grams, [weights[i] for i in counting], options.eps)
+    aims, roots = re_aiming(grams, shares, options.eps)
     blocks = []
-    for member, aim in zip(members, aims, strict=True):
+    for member, aim in zip(chosen, aims, strict=True):
         for block in member.blocks:
             kept = block.B[next(iter(block.B))].dtype
             A = {name: block.A[name].to(aim[name].device).float() @ aim[name] for name in block.B}
@@ -75,6 +67,31 @@ def merge_regmean(
         lambda name, updates, _: truncated_on_inputs(updates[0], roots[name].cpu(), rank),
         rank,
     )
+
+
+def counted(
+    members: Sequence[AdapterWeights],
+    weights: Sequence[float],
+    options: MergeOptions,
+    name: str,
+) -> tuple[list[AdapterWeights], Grams | None, list[float]]:
+    """Members of a regression that count, their moments (None: not all are there), weights.
+
+    Raises:
+        InvalidInput: negative weights, or none above 0.
+        ValueError: no members, or not one weight per member.
+    """
+    if not members or len(members) != len(weights):
+        raise ValueError(f"got {len(members)} members and {len(weights)} weights")
+    if min(weights) < 0:
+        raise InvalidInput(f"`weights` of a regression (`{name}`) must not be negative")
+    counting = [i for i, weight in enumerate(weights) if weight > 0]
+    if not counting:
+        raise InvalidInput(f"`weights` of a regression (`{name}`) must not all be 0")
+    grams = options.grams
+    if grams is not None:
+        grams = [grams[i] for i in counting] if len(grams) == len(members) else None
+    return [members[i] for i in counting], grams, [float(weights[i]) for i in counting]
 
 
 def re_aiming(

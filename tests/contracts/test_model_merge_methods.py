@@ -16,7 +16,11 @@ from lori_manager.merging.methods import MergeOptions
 from lori_manager.models import BaseModel, linear_shapes
 from lori_manager.tasks.encoding import Encoded
 
-METHODS = [entry for entry in methods() if entry.facts.get("needs") in ("answers", "labels")]
+METHODS = [
+    entry
+    for entry in methods()
+    if entry.facts.get("needs") in ("answers", "labels") and entry.name != "routed"
+]
 OPTIONS = MergeOptions(steps=3, iterations=2)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
