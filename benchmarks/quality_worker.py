@@ -29,6 +29,8 @@ from lori_manager.iteris import ITERIS
 from lori_manager.layerwise import LAYERWISE
 from lori_manager.merging.methods import MergeOptions, load_all
 from lori_manager.repair import repair
+from lori_manager.routed import RoutedModel
+from lori_manager.routing import merge_routed
 from lori_manager.scoring import score_rows
 from lori_manager.soups import SOUPS
 from lori_manager.tasks.encoding import Encoded, encode_rows
@@ -53,6 +55,12 @@ def neutral(row: Row) -> Row:
     prompt = re.sub(r"\n[A-Z][A-Za-z]*:$", "\nAnswer:", row.prompt)
     prompt = re.sub(r"(^|\n)(?!Answer:)[A-Z][A-Za-z]*: ", r"\1Text: ", prompt)
     return replace(row, prompt=prompt)
+
+
+def outcomes(hits: np.ndarray) -> dict:
+    """Every row's outcome as bits in hexadecimal, and their mean."""
+    bits = np.packbits(hits.astype(bool)).tobytes().hex()
+    return {"score": float(hits.mean()), "rows": len(hits), "bits": bits}
 
 
 class Worker:
@@ -165,8 +173,7 @@ class Worker:
                 held = self.task(name)[part]
                 hits, _ = score_rows(self.base, held.rows, held.encoded,
                                      scorers.get("exact_match"), 128)  # fmt: skip
-                bits = np.packbits(hits.astype(bool)).tobytes().hex()
-                out[name] = {"score": float(hits.mean()), "rows": len(hits), "bits": bits}
+                out[name] = outcomes(hits)
         return out
 
     def perplexity(self, weights: AdapterWeights | None) -> float:
@@ -270,6 +277,27 @@ class Worker:
             "rank": merged.rank,
             "bytes": len(encode_adapter(merged, {})),
         }
+
+    def run_routed(self, spec: Mapping) -> dict:
+        """All members kept, each row by the one that its prompt goes to."""
+        tasks, kind, seed = spec["tasks"], spec["kind"], spec["seed"]
+        members = [self.adapter(kind, task, seed) for task in tasks]
+        rows = [self.task(task)["probe"].encoded[: spec.get("rows", PROBE)] for task in tasks]
+        begin = time.monotonic()
+        merged = merge_routed(self.base, members, [1 / len(tasks)] * len(tasks), rows)
+        seconds = time.monotonic() - begin
+        model = RoutedModel(self.base, merged, tasks)
+        scores, routing = {}, {}
+        for number, task in enumerate(tasks):
+            held = self.task(task)["eval"]
+            routes = model.routes(held.encoded, 128)
+            routing[task] = float((routes == number).mean())
+            hits, _ = model.score_rows(held.rows, held.encoded, scorers.get("exact_match"), 128,
+                                       routes=routes)  # fmt: skip
+            scores[task] = outcomes(hits)
+        return {"scores": scores, "routing": routing, "held_out": model.router.accuracy,
+                "reads": model.router.reads, "seconds": seconds, "rank": merged.rank,
+                "bytes": len(encode_adapter(merged, {}))}  # fmt: skip
 
     def run_repair(self, spec: Mapping) -> dict:
         """A merge, or a fresh adapter as control, trained briefly on probe rows of all tasks."""

@@ -16,6 +16,8 @@ _PUBLIC = {
     "Config": "lori_manager.config",
     "LoriError": "lori_manager.errors",
     "LowRankUpdate": "lori_manager.engine.update",
+    "RoutedModel": "lori_manager.routed",
+    "load_routed": "lori_manager.routed",
     "calibrate_mask": "lori_manager.engine.mask",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -17,6 +17,7 @@ from lori_manager.records import Adapter, NewAdapter, Parent, Score
 if TYPE_CHECKING:
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.merge_inputs import MergeInputs
+    from lori_manager.merging.interference import Interference
     from lori_manager.merging.methods import MergeOptions
     from lori_manager.registry import Entry
 
@@ -50,9 +51,10 @@ def methods() -> list[Entry[Any]]:
     from lori_manager.layerwise import LAYERWISE
     from lori_manager.merging.methods import load_all
     from lori_manager.repair import REPAIR
+    from lori_manager.routing import ROUTED
     from lori_manager.soups import SOUPS
 
-    every = [*load_all(), LAYERWISE, ITERIS, SOUPS, REPAIR]
+    every = [*load_all(), LAYERWISE, ITERIS, SOUPS, REPAIR, ROUTED]
     return sorted(every, key=lambda entry: entry.name)
 
 
@@ -224,6 +226,46 @@ def merge_again(
     )
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of members before they are merged."""
+
+    members: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    interference: Interference
+    loudest: tuple[str, str, float] | None
+
+
+def forecast(
+    ws: Context,
+    refs: Sequence[str],
+    *,
+    names: Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    probe_rows: int = 32,
+    config: Config | None = None,
+) -> Forecast:
+    """How much members would get in each other's way; nothing is merged or stored.
+
+    Args: as of `merge`.
+    Raises:
+        NotFound, InvalidInput: also for members without probe rows.
+    """
+    from lori_manager.merge_inputs import MergeInputs
+    from lori_manager.merging.interference import interference, worst_pair
+
+    config = config or ws.settings.config
+    if probe_rows < 1:
+        raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
+    members = _members(ws, refs, names)
+    shares = _shares(members, weights)
+    inputs = MergeInputs(ws, members, config, probe_rows)
+    grams = [inputs.gram(i) for i in range(len(members))]
+    found = interference(inputs.weights, shares, grams)
+    loudest = worst_pair([member.ref for member in members], found)
+    return Forecast(tuple(members), tuple(shares), found, loudest)
+
+
 def _members(ws: Context, refs: Sequence[str], names: Sequence[str]) -> list[Adapter]:
     members = [ws.adapter(ref) for ref in refs]
     for name in names:
@@ -233,6 +275,8 @@ def _members(ws: Context, refs: Sequence[str], names: Sequence[str]) -> list[Ada
         raise InvalidInput("nothing to merge: give --tasks or --adapters")
     if len({m.ref for m in members}) != len(members):
         raise InvalidInput("an adapter is named twice; name each once and give it a weight")
+    for member in members:
+        ws.check_single(member)
     return members
 
 
@@ -303,6 +347,7 @@ def _keep(
             base=base,
             config={"method": method} | dict(kept),
             versions=library_versions(),
+            facts={} if merged.router is None else {"routing": merged.router.report()},
         ),
         encode_adapter(merged, {"base": base}),
     )

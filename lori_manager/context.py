@@ -143,6 +143,19 @@ class Context:
             raise WrongBase(f"{adapter.ref} was made for base {str(meta['base'])[:12]}")
         return weights
 
+    def check_single(self, adapter: Adapter) -> None:
+        """Refuse a routed adapter where one update is wanted, before anything is loaded.
+
+        Raises:
+            InvalidInput: it is routed; names its members.
+        """
+        if "routing" in adapter.facts:
+            members = ", ".join(parent.ref for parent in adapter.parents)
+            raise InvalidInput(
+                f"{adapter.ref} is routed: one of {members} acts on each input, and there is no "
+                "single update to go on with; use these instead"
+            )
+
     def task_adapter(self, name: str) -> Adapter:
         """What a task's name means where an adapter is wanted.
 

@@ -18,6 +18,8 @@ from lori_manager.refs import BASE
 if TYPE_CHECKING:
     import numpy as np
 
+    from lori_manager.engine.weights import AdapterWeights
+
 
 def score(
     ws: Context,
@@ -83,9 +85,13 @@ def _run(
     from lori_manager.tasks.scorers import scorers
 
     base = ws.base_model(config)
+    weights = ws.weights(adapter) if adapter is not None else None
+    if adapter is not None and weights is not None and weights.router is not None:
+        yield from _run_routed(ws, adapter, weights, tasks, config)
+        return
     layers = {}
-    if adapter is not None:
-        layers = low_rank_layers(base.model, ws.weights(adapter).updates())
+    if weights is not None:
+        layers = low_rank_layers(base.model, weights.updates())
     subject = adapter.ref if adapter else BASE
     with attached(base.model, layers):
         for task in tasks:
@@ -103,6 +109,31 @@ def _run(
                     config.packing,
                 ),
             )
+
+
+def _run_routed(
+    ws: Context, adapter: Adapter, weights: AdapterWeights, tasks: Sequence[Task], config: Config
+) -> Iterator[tuple[Task, np.ndarray, np.ndarray | None]]:
+    """As `_run`, each row by the member that its prompt goes to."""
+    from lori_manager.routed import RoutedModel, member_names
+    from lori_manager.tasks.scorers import scorers
+
+    names = member_names([ws.adapter(parent.ref) for parent in adapter.parents])
+    model = RoutedModel(ws.base_model(config), weights, names)
+    for task in tasks:
+        rows, encoded = ws.rows(task, "eval")
+        routes = model.routes(encoded, config.score_batch, config.packing)
+        ws.on_message(f"{adapter.ref} on {task.ref}: rows go to {model.tally(routes)}")
+        outcomes, weighed = model.score_rows(
+            rows,
+            encoded,
+            scorers.get(task.scorer),
+            config.score_batch,
+            counted_progress(ws, f"scoring {adapter.ref} on {task.name}"),
+            config.packing,
+            routes=routes,
+        )
+        yield task, outcomes, weighed
 
 
 def counted_progress(ws: Context, phase: str, rate: bool = True) -> Callable[[int, int], None]:

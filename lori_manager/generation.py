@@ -100,7 +100,7 @@ def completions(
     )
     said = generate(base, prompts, max_new_tokens, batch, on_batch)
     own = [row.ids[row.prompt_length :] for row in rows]
-    return [(_text(base, a), _text(base, b)) for a, b in zip(said, own, strict=True)]
+    return [(text_of(base, a), text_of(base, b)) for a, b in zip(said, own, strict=True)]
 
 
 def within_context(
@@ -160,7 +160,8 @@ def _cut(prompt: Prompt, room: int, begin: int | None) -> Prompt:
     return [int(prompt[0]), *(int(i) for i in prompt[over + 1 :])]
 
 
-def _text(base: BaseModel, ids: Prompt) -> str:
+def text_of(base: BaseModel, ids: Prompt) -> str:
+    """The tokens as text, special ones left out."""
     text: str = base.tokenizer.decode(
         [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )

@@ -34,7 +34,7 @@ def verify(ws: Context) -> Iterator[Finding]:
             continue
         for block in weights.blocks:
             known.add(block.projection_digest)
-        if len(weights.blocks) > 1:
+        if len(weights.blocks) > 1 and weights.router is None:
             merged.append(adapter)
     for task in ws.store.tasks():
         for mask in ws.store.masks(task.name):

@@ -15,13 +15,15 @@ from lori_manager.evaluation import counted_progress
 from lori_manager.records import Adapter
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.merging.methods import MergeOptions
     from lori_manager.models import BaseModel
     from lori_manager.registry import Entry
     from lori_manager.tasks.encoding import Encoded
 
-GENERAL = 24  # pieces of general text
+GENERAL = 16  # pieces of general text
 
 
 @dataclass
@@ -90,11 +92,17 @@ class MergeInputs:
             )
         return self._answered[member]
 
+    def gram(self, member: int) -> dict[str, Tensor]:
+        """Second moments of the modules' inputs on what the member answers, in its own model."""
+        from lori_manager.consolidation import input_grams
+
+        updates, batch = self.weights[member].updates(), self.config.score_batch
+        return input_grams(self.base, updates, self.answered(member), batch)
+
     def merged(
         self, entry: Entry[Any], shares: Sequence[float], options: MergeOptions
     ) -> AdapterWeights:
         """The members merged by a method."""
-        from lori_manager.consolidation import input_grams
         from lori_manager.tasks.general import general_rows
 
         needs = entry.facts.get("needs")
@@ -102,12 +110,7 @@ class MergeInputs:
             return entry.item(self.weights, shares, options)  # type: ignore[no-any-return]
         count = range(len(self.members))
         if needs == "grams":
-            grams = [
-                input_grams(
-                    self.base, self.weights[i].updates(), self.answered(i), self.config.score_batch
-                )
-                for i in count
-            ]
+            grams = [self.gram(i) for i in count]
             return entry.item(self.weights, shares, replace(options, grams=grams))  # type: ignore[no-any-return]
         rows = [self.labelled(i) if needs == "labels" else self.answered(i) for i in count]
         text = []

@@ -48,8 +48,9 @@ def repair(
         labels: share of the completions' own tokens in what is learned; the rest is what
             the teachers say there.
     Raises:
-        InvalidInput: a block whose scaling is 0.
+        InvalidInput: the merge is routed, or a block's scaling is 0.
     """
+    merged.check_single()
     if any(block.scaling == 0 for block in merged.blocks):
         raise InvalidInput(
             "a part of this merge has scaling 0 (a member of weight 0): no training can move it, "

@@ -252,6 +252,7 @@ def train(
         ws.check_line(options.line)
     if options.start is not None:
         start = ws.adapter(options.start)
+        ws.check_single(start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if options.replay:
         parent = ws.adapter(options.start) if options.start else None

@@ -6,13 +6,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lori_manager import models
+from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
-from lori_manager.errors import Conflict, LoriError
+from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import counted_progress
 from lori_manager.records import Adapter, NewAdapter
 from lori_manager.refs import check_name
+
+if TYPE_CHECKING:
+    from lori_manager.routed import RoutedModel
 
 
 @dataclass(frozen=True)
@@ -28,34 +33,68 @@ class Imported:
 def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) -> Path:
     """Write an adapter as a PEFT directory, or the base with it merged in.
 
-    A whole model is written as a stream; interrupted and called again, it goes on.
+    A routed adapter is a PEFT directory a member, with the router beside them. A whole model is
+    written as a stream; interrupted and called again, it goes on.
 
     Raises:
         Conflict: the directory is there and not empty.
+        InvalidInput: a routed adapter and `full`.
     """
     from lori_manager.adapters.full_export import write_full
     from lori_manager.adapters.peft_export import write_peft
+    from lori_manager.adapters.routed_directory import write_routed
 
     adapter = ws.adapter(ref)
-    updates = ws.weights(adapter).updates()
     base = ws.store.base()
     target = Path(directory)
     if full:
-        told = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
-        write_full(ws.base_folder, updates, target, fingerprint=base.fingerprint, told=told)
+        ws.check_single(adapter)
+        updates = ws.weights(adapter).updates()
+        progress = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
+        write_full(ws.base_folder, updates, target, fingerprint=base.fingerprint, told=progress)
         return target
+    weights = ws.weights(adapter)
     model = models.load_skeleton(ws.base_folder)
-    write_peft(
-        updates,
-        target,
-        base_name=base.source,
-        revision=base.revision,
-        fingerprint=base.fingerprint,
-        all_modules=[name for name, _ in model.model.named_modules()],
-        transposed=model.transposed,
-        label=adapter.ref,
-    )
+    told: dict[str, Any] = {
+        "base_name": base.source,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "all_modules": [name for name, _ in model.model.named_modules()],
+        "transposed": model.transposed,
+        "label": adapter.ref,
+    }
+    if weights.router is not None:
+        names = _member_names(ws, adapter)
+        members = {name: weights.member(i).updates() for i, name in enumerate(names)}
+        write_routed(members, weights.router, target, **told)
+    else:
+        write_peft(weights.updates(), target, **told)
     return target
+
+
+def routed(ws: Context, ref: str, config: Config | None = None) -> RoutedModel:
+    """A routed adapter as a model to ask: `ws.routed("main@4").generate(prompts, 32)`.
+
+    Args:
+        ref: the adapter.
+        config: precision and bits of the base count here; the workspace's own where None.
+    Raises:
+        InvalidInput: it is not routed.
+    """
+    from lori_manager.routed import RoutedModel
+
+    adapter = ws.adapter(ref)
+    if "routing" not in adapter.facts:
+        raise InvalidInput(f"{adapter.ref} is not routed: it acts on every input as it is")
+    weights = ws.weights(adapter)
+    base = ws.base_model(config or ws.settings.config)
+    return RoutedModel(base, weights, _member_names(ws, adapter))
+
+
+def _member_names(ws: Context, adapter: Adapter) -> list[str]:
+    from lori_manager.routed import member_names
+
+    return member_names([ws.adapter(parent.ref) for parent in adapter.parents])
 
 
 def import_adapters(

@@ -101,7 +101,9 @@ class Workspace(Context):
     add_outcomes = evaluation.add_outcomes
     merge = combining.merge
     merge_again = combining.merge_again
+    forecast = combining.forecast
     export = transfer.export
+    routed = transfer.routed
     import_adapters = transfer.import_adapters
     verify = integrity.verify
 

@@ -15,7 +15,8 @@ from lori_manager.errors import InvalidInput
 
 if TYPE_CHECKING:
     from lori_manager.audit import Audit, Entry
-    from lori_manager.combining import Merged
+    from lori_manager.combining import Forecast, Merged
+    from lori_manager.records import Adapter
 
 
 SEARCH = "search"
@@ -126,6 +127,11 @@ def merge(
                      "each task's own adapter says."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of methods that draw or train.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Merge nothing: tell how much the members would get in "
+                     "each other's way, on probe prompts."),
+    ] = False,
     list_methods: Annotated[
         bool,
         typer.Option(
@@ -139,7 +145,8 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge adapters into one, store and score it.
 
-    Its score on each member's task is shown beside the member's own.
+    Its score on each member's task is shown beside the member's own. With `--method
+    routed` every member is kept whole, and each prompt goes to one of them.
     """
     options = {
         "max_rank": max_rank, "span": span, "answers": answers, "general": general,
@@ -154,9 +161,25 @@ def merge(
     ):
         raise InvalidInput("--from takes members, method and options from the merge that it names: "
                            "give only --drop, --reweight and --into with it")  # fmt: skip
+    if dry_run and (merge_from is not None or weights == SEARCH):
+        raise InvalidInput("--dry-run looks at --tasks and --adapters with given weights: leave "
+                           "--from and `--weights search` out")  # fmt: skip
     shares = weights if weights == SEARCH else _numbers(weights)
     with workspace(ctx) as ws:
         config = configured(ws.settings.config, changes)
+        if dry_run:
+            told = ws.forecast(
+                names(adapters) or [],
+                names=names(tasks) or [],
+                weights=_numbers(weights),
+                probe_rows=32 if probe_rows is None else probe_rows,
+                config=config,
+            )
+            if json:
+                output.print_json(told)
+            else:
+                _show_forecast(told)
+            return
         if merge_from is not None:
             merged = ws.merge_again(
                 merge_from,
@@ -183,6 +206,36 @@ def merge(
         output.print_json({"merged": merged, "audit": found.to_json()["tasks"]})
     else:
         _show(merged, found)
+
+
+def _show_forecast(told: Forecast) -> None:
+    found, refs = told.interference, [member.ref for member in told.members]
+    for title, rows, digits in (
+        ("how loud a column's adapter speaks on a row's own prompts, its own being 1",
+         found.response, 3),
+        ("share of a column's directions that a row's adapter writes to as well",
+         found.directions, 3),
+        ("entries of B that both use, of those that either does", found.entries, 3),
+    ):  # fmt: skip
+        output.title(title)
+        output.table(
+            ["adapter", *(f">{ref}" for ref in refs)],
+            [
+                [ref, *(output.number(value, digits) for value in row)]
+                for ref, row in zip(refs, rows, strict=True)
+            ],
+        )
+    output.title("what the weighted sum gets wrong of each one's own update (1: as if it had none)")
+    output.table(
+        ["adapter", ">weight", ">error"],
+        [
+            [ref, f"{weight:.4g}", output.number(error)]
+            for ref, weight, error in zip(refs, told.weights, found.error, strict=True)
+        ],
+    )
+    if told.loudest is not None:
+        one, other, loud = told.loudest
+        typer.echo(f"\n{one} and {other} disturb each other most ({loud:.3f})")
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -223,6 +276,8 @@ def _show(merged: Merged, found: Audit) -> None:
     typer.echo(
         f"\n{adapter.ref}: {adapter.method} at rank {adapter.rank}, {output.size(adapter.bytes)}"
     )
+    if "routing" in adapter.facts:
+        _show_routing(adapter)
     rows = []
     for task in found.tasks:
         entry = next((e for e in task.entries if e.subject == adapter.ref), None)
@@ -232,6 +287,18 @@ def _show(merged: Merged, found: Audit) -> None:
         own = next((e for e in task.entries if e.subject == against), None)
         rows.append([task.ref, *_comparison(entry, own)])
     output.table(["task", "own adapter", ">own", ">merge", ">difference", ""], rows)
+
+
+def _show_routing(adapter: Adapter) -> None:
+    routing = adapter.facts["routing"]
+    typer.echo(
+        f"router: {routing['accuracy']:.1%} of held-out probe prompts go to their own member, "
+        f"read at {routing['reads']}"
+    )
+    refs = [parent.ref for parent in adapter.parents]
+    counts = [[ref, *row] for ref, row in zip(refs, routing["held_out"], strict=True)]
+    output.table(["prompts of", *(f">to {ref}" for ref in refs)], counts)
+    typer.echo()
 
 
 def _comparison(entry: Entry, own: Entry | None) -> list[str | None]:

@@ -33,7 +33,10 @@ def export(
     ] = "peft",
     json: Json = False,
 ) -> None:
-    """Write an adapter for use elsewhere."""
+    """Write an adapter for use elsewhere.
+
+    A routed one becomes a PEFT directory a member, with the router beside them.
+    """
     if form not in FORMATS:
         raise InvalidInput(f"`--format` must be one of {', '.join(FORMATS)}, got {form!r}")
     with workspace(ctx) as ws:

@@ -16,6 +16,13 @@ and block i has the tensors
     b{i}.B.codes, b{i}.B.rest    B in that order, only where the mask is True
     b{i}.A.codes, b{i}.A.rest    A in that order
 
+A routed adapter's record has also
+
+    router       {"reads", "parts", "features", "held_out", "values"}: how many blocks each
+                 member has, how many features there are, and how weights and bias are stored
+
+and the tensors router.codes, router.rest, both matrices in that code.
+
 A mask's record lists `modules` as [[out_features, rank, [names]], ...] and `kept`;
 its one tensor is `mask`.
 
@@ -38,6 +45,7 @@ from torch import Tensor
 from lori_manager.engine import bits
 from lori_manager.engine.container import Container, read_container, read_meta, write_container
 from lori_manager.engine.projection import FIELDS, ProjectionSpec
+from lori_manager.engine.router import Router
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import DamagedObject, IncompatibleStore
 
@@ -74,6 +82,13 @@ _BLOCK_FIELDS = {
 _PROJECTION_TYPES = {"seed": (int,), "line": (str,), "first_row": (int,), "rank": (int,)}
 _VALUES_FIELDS = {"dtype": (str,), "common": (list,)}
 _MASK_FIELDS = {"modules": (list,), "kept": (int,)}
+_ROUTER_FIELDS = {
+    "reads": (str,),
+    "parts": (list,),
+    "features": (int,),
+    "held_out": (list,),
+    "values": (dict,),
+}
 
 Tensors = dict[str, bits.Bytes]
 Sizes = dict[str, tuple[int, ...]]  # sorted by name
@@ -99,7 +114,10 @@ def encode_adapter(weights: AdapterWeights, meta: Mapping[str, Any] | None = Non
         _encode_block(block, s, f"b{i}", tensors)
         for i, (block, s) in enumerate(zip(weights.blocks, sizes, strict=True))
     ]
-    data = write_container(ADAPTER_FORMAT, Container(dict(meta or {}), {"blocks": blocks}, tensors))
+    record: dict[str, Any] = {"blocks": blocks}
+    if weights.router is not None:
+        record["router"] = _encode_router(weights.router, weights.parts, tensors)
+    data = write_container(ADAPTER_FORMAT, Container(dict(meta or {}), record, tensors))
     if not _fits(sizes, len(data)):
         raise ValueError(
             f"B is too large to be kept in {len(data)} bytes: its masks keep too little"
@@ -123,8 +141,9 @@ def decode_adapter(
         IncompatibleStore: written by a newer lori.
     """
     meta, record, tensors = read_container(data, ADAPTER_FORMAT)
-    records = _fields(record, "the file", {"blocks": (list,)})["blocks"]
-    records = [_fields(r, f"block {i}", _BLOCK_FIELDS) for i, r in enumerate(records)]
+    routed = {"router": (dict,)} if "router" in record else {}
+    record = _fields(record, "the file", {"blocks": (list,), **routed})
+    records = [_fields(r, f"block {i}", _BLOCK_FIELDS) for i, r in enumerate(record["blocks"])]
     if not records:
         raise DamagedObject("the file has no blocks")
     sizes = [_ungroup(r["modules"], 3, f"block {i}") for i, r in enumerate(records)]
@@ -134,12 +153,16 @@ def decode_adapter(
         _decode_block(r, s, f"b{i}", tensors)
         for i, (r, s) in enumerate(zip(records, sizes, strict=True))
     )
+    router: Router | None = None
+    parts: tuple[int, ...] = ()
+    if routed:
+        router, parts = _decode_router(record["router"], len(blocks), tensors)
     _expect_no_more(tensors)
     if check_projection:
         for i, (block, r) in enumerate(zip(blocks, records, strict=True)):
             if block.projection_digest != r["digest"]:
                 raise DamagedObject(f"block {i}: A is not the one that B was trained on")
-    return AdapterWeights(blocks), meta
+    return AdapterWeights(blocks, router, parts), meta
 
 
 def encode_mask(mask: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> bytes:
@@ -286,6 +309,40 @@ def _decode_projection(record: dict[str, Any], sizes: Sizes, at: str) -> Project
     if any(rank != record["rank"] for _, _, rank in sizes.values()):
         raise DamagedObject(f"{at} and its modules have different ranks")
     return ProjectionSpec.from_json(record, {n: columns for n, (_, columns, _) in sizes.items()})
+
+
+def _encode_router(router: Router, parts: tuple[int, ...], tensors: Tensors) -> dict[str, Any]:
+    if not _is_name(router.reads):
+        raise ValueError(f"what a router reads must be printable text, got {short(router.reads)}")
+    values = {"bias": router.bias[:, None], "weights": router.weights}
+    return {
+        "reads": router.reads,
+        "parts": list(parts),
+        "features": int(router.weights.shape[1]),
+        "held_out": [list(row) for row in router.held_out],
+        "values": _encode_values(values, "router", tensors),
+    }
+
+
+def _decode_router(record: Any, blocks: int, tensors: Tensors) -> tuple[Router, tuple[int, ...]]:
+    record = _fields(record, "the router", _ROUTER_FIELDS)
+    parts, features, held_out = record["parts"], record["features"], record["held_out"]
+    members = len(parts)
+    if any(type(n) is not int or n < 1 for n in parts) or members < 1 or sum(parts) != blocks:
+        raise DamagedObject(f"the router's members {short(parts)} do not make up {blocks} blocks")
+    tables = [row for row in held_out if isinstance(row, list) and len(row) == members]
+    if len(tables) != len(held_out) or len(tables) != members:
+        raise DamagedObject(f"the router's `held_out` is no table of {members} by {members}")
+    if any(type(n) is not int or not 0 <= n < _SIZE_LIMIT for row in tables for n in row):
+        raise DamagedObject("the router's `held_out` holds what is no count")
+    if not _is_name(record["reads"]) or not 0 < features < _SIZE_LIMIT:
+        raise DamagedObject("the router does not say what it reads")
+    sizes: Sizes = {"bias": (members, 1), "weights": (members, features)}
+    values = _decode_values(record["values"], sizes, "router", tensors)
+    if values["weights"].dtype != torch.float32:
+        raise DamagedObject("the router's values are not float32")
+    table = tuple(map(tuple, held_out))
+    return Router(record["reads"], values["weights"], values["bias"][:, 0], table), tuple(parts)
 
 
 # Matrices by name <-> one row of bits.

@@ -2,7 +2,8 @@
 
 A trained adapter is one block; an exact merge of three is three blocks with
 their weights in the scaling, so that a regenerable A stays regenerable and a
-sparse B stays sparse on disk.
+sparse B stays sparse on disk. A routed adapter holds its members side by side
+and a router that chooses one of them for each input.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from lori_manager.engine.projection import ProjectionSpec, projection_digest
+from lori_manager.engine.router import Router
 from lori_manager.engine.update import LowRankUpdate, concat_updates
+from lori_manager.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,25 @@ class Block:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """One or more blocks whose updates add up."""
+    """One or more blocks whose updates add up, or with a router: those of one member do.
+
+    Attributes:
+        blocks: all of them; a routed adapter's members one behind the other.
+        router: of a routed adapter.
+        parts: how many of the blocks each of its members has; empty without a router.
+    """
 
     blocks: tuple[Block, ...]
+    router: Router | None = None
+    parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.blocks:
             raise ValueError("an adapter has at least one block")
+        if len(self.parts) != (0 if self.router is None else self.router.members):
+            raise ValueError("`parts` must be one number for each member that a router knows")
+        if self.parts and (min(self.parts) < 1 or sum(self.parts) != len(self.blocks)):
+            raise ValueError(f"parts {self.parts} do not make up {len(self.blocks)} blocks")
 
     @property
     def modules(self) -> list[str]:
@@ -77,14 +92,40 @@ class AdapterWeights:
 
     @property
     def rank(self) -> int:
-        """The largest rank of the summed update of any module."""
+        """The largest rank of the summed update of any module; of any member, where routed."""
+        if self.router is not None:
+            return max(self.member(i).rank for i in range(len(self.parts)))
         return max(
             sum(int(b.B[name].shape[1]) for b in self.blocks if name in b.B)
             for name in self.modules
         )
 
+    def member(self, number: int) -> AdapterWeights:
+        """One member of a routed adapter, as it was before.
+
+        Raises:
+            IndexError: there is no such member, or the adapter is not routed.
+        """
+        if not 0 <= number < len(self.parts):
+            raise IndexError(f"there is no member {number} among {len(self.parts)}")
+        begin = sum(self.parts[:number])
+        return AdapterWeights(self.blocks[begin : begin + self.parts[number]])
+
+    def check_single(self) -> None:
+        """Raise InvalidInput where the adapter is routed: its blocks must not be summed."""
+        if self.router is not None:
+            raise InvalidInput(
+                f"a routed adapter has no single update: it is {len(self.parts)} adapters, of "
+                "which one acts on each input; use its members instead"
+            )
+
     def updates(self) -> dict[str, LowRankUpdate]:
-        """Module name -> the sum of the blocks' updates, as factors, float32."""
+        """Module name -> the sum of the blocks' updates, as factors, float32.
+
+        Raises:
+            InvalidInput: the adapter is routed.
+        """
+        self.check_single()
         out = {}
         for name in self.modules:
             parts = [
@@ -102,9 +143,12 @@ def concat_adapters(members: Sequence[AdapterWeights], weights: Sequence[float])
     Members may update different modules; ranks add where they meet.
     Raises:
         ValueError: no members, or not one weight per member.
+        InvalidInput: a member is routed.
     """
     if not members or len(members) != len(weights):
         raise ValueError(f"got {len(members)} members and {len(weights)} weights")
+    for member in members:
+        member.check_single()
     return AdapterWeights(
         tuple(
             replace(block, scaling=block.scaling * float(w))
@@ -112,3 +156,16 @@ def concat_adapters(members: Sequence[AdapterWeights], weights: Sequence[float])
             for block in member.blocks
         )
     )
+
+
+def routed_adapter(members: Sequence[AdapterWeights], router: Router) -> AdapterWeights:
+    """The members side by side, each with its own blocks as they are, and their router.
+
+    Raises:
+        ValueError: not the members that the router knows.
+        InvalidInput: a member is routed itself.
+    """
+    for member in members:
+        member.check_single()
+    blocks = tuple(block for member in members for block in member.blocks)
+    return AdapterWeights(blocks, router, tuple(len(m.blocks) for m in members))

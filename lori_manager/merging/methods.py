@@ -55,7 +55,7 @@ class MergeOptions:
     seed: int = 0
     grams: Grams | None = None
     eps: float = 1e-2
-    general: float = 0.0
+    general: float = 0.25
     answers: float = 0.9
     span: str = "free"
     iterations: int = 3

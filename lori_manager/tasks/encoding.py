@@ -69,10 +69,7 @@ def encode_rows(
             raise bad_row(where, problem, "mend or remove the row")
         if answer[-1] != eos:
             answer = [*answer, eos]
-        if bos is not None and prompt[:1] != [bos]:
-            prompt = [bos, *prompt]
-        elif not prompt:
-            prompt = [_stand_in(tokenizer, eos)]
+        prompt = _begun(tokenizer, prompt, bos, eos)
         room = limit - len(answer)
         if room < 1:
             name = "the model's context" if limit == context else "`max_length`"
@@ -82,12 +79,29 @@ def encode_rows(
                 f"{limit} must hold them and one token of prompt",
                 "shorten it" if limit == context else "shorten it or raise `max_length`",
             )
-        cut = max(0, len(prompt) - room)
-        if cut:
-            head = prompt[:1] if bos is not None else []
-            prompt = head + prompt[cut + len(head) :]
+        prompt, cut = _shortened(prompt, room, bos)
         ids = np.array(prompt + answer, np.int32)
         encoded.append(Encoded(ids, len(prompt), cut))
+    return encoded
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str], *, room: int | None = None
+) -> list[Encoded]:
+    """Prompts alone, with the tokens that `encode_rows` gives them.
+
+    Args:
+        room: tokens a prompt; what is too long loses its beginning. None: no limit.
+    """
+    eos = _end_of_text(tokenizer)
+    bos = begin_of_text(tokenizer)
+    tokens = _token_ids(tokenizer, prompts)
+    encoded = []
+    for text in prompts:
+        ids, cut = _begun(tokenizer, tokens[text], bos, eos), 0
+        if room is not None:
+            ids, cut = _shortened(ids, room, bos)
+        encoded.append(Encoded(np.array(ids, np.int32), len(ids), cut))
     return encoded
 
 
@@ -185,6 +199,22 @@ def _token_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, list[int
         )["input_ids"]
         out.update(zip(chunk, ids, strict=True))
     return out
+
+
+def _begun(tokenizer: Tokenizer, prompt: list[int], bos: int | None, eos: int) -> list[int]:
+    """The prompt with its begin-of-text token, and never empty."""
+    if bos is not None and prompt[:1] != [bos]:
+        return [bos, *prompt]
+    return prompt or [_stand_in(tokenizer, eos)]
+
+
+def _shortened(prompt: list[int], room: int, bos: int | None) -> tuple[list[int], int]:
+    """The prompt without what is too much at its beginning, and how many tokens that is."""
+    cut = max(0, len(prompt) - room)
+    if cut:
+        head = prompt[:1] if bos is not None else []
+        prompt = head + prompt[cut + len(head) :]
+    return prompt, cut
 
 
 def _end_of_text(tokenizer: Tokenizer) -> int:

@@ -121,9 +121,10 @@ def test_merge_methods_are_listed_outside_a_workspace(empty):
     told = empty("merge", "--list-methods").stdout
     names = [line.split()[0] for line in told.splitlines()[1:]]
     assert names == sorted(names)
-    assert {"concat", "layerwise", "linear", "regmean", "svd"} <= set(names)
-    (layerwise,) = [line for line in told.splitlines() if line.startswith("layerwise")]
-    assert "probe prompts" in layerwise
+    assert {"concat", "layerwise", "linear", "regmean", "routed", "svd"} <= set(names)
+    for name, reads in (("layerwise", "probe prompts"), ("routed", "probe rows")):
+        (line,) = [line for line in told.splitlines() if line.startswith(name)]
+        assert reads in line
 
 
 @pytest.mark.parametrize("method", ["layerwise", "regmean"])
@@ -141,6 +142,28 @@ def test_a_merge_by_probe_prompts_keeps_masks_and_says_what_it_read(trained, met
     )
     assert cut["merged"]["adapter"]["rank"] == 3
     assert cut["merged"]["adapter"]["config"]["options"]["max_rank"] == 3
+
+
+def test_a_routed_merge_shows_where_prompts_go_and_is_refused_where_it_cannot_go_on(
+    trained, tmp_path
+):
+    options = ("--tasks", "colour,shape", "--method", "routed", "--into", "all")
+    result = trained("merge", *options)
+    lines = result.stdout.splitlines()
+    assert lines[4].startswith("all@1: routed at rank 4, ")
+    assert lines[5].startswith("router: 100.0% of held-out probe prompts go to their own member")
+    assert [line.split()[0] for line in lines[7:9]] == ["colour@1", "shape@1"]
+    assert "all@1 on colour#1: rows go to colour 8" in result.stderr
+    assert trained.json("merge", *options)["merged"]["adapter"]["version"] == 2
+    trained("export", "all@1", tmp_path / "out")
+    for refused in (
+        ("merge", "--adapters", "all@1,colour@1"),
+        ("train", "colour", "--from", "all@1", "--line", "more"),
+        ("export", "all@1", tmp_path / "whole", "--format", "full"),
+        ("merge", *options, "--max-rank", "2"),
+        ("merge", *options, "--weights", "1,0"),
+    ):
+        trained.refuses(*refused, code=2)
 
 
 def test_auto_says_what_it_means(trained):
@@ -301,3 +324,16 @@ def test_ctrl_c_ends_the_process_with_130_and_one_line(lori):
     assert run.returncode == 128 + signal.SIGINT
     assert len(run.stderr.splitlines()) == 1
     assert run.stdout == ""
+
+
+def test_a_dry_run_tells_of_the_members_and_stores_nothing(trained):
+    before = trained("lines").stdout
+    options = ("merge", "--tasks", "colour,shape", "--dry-run", "--probe-rows", "2")
+    shown = trained(*options).stdout
+    assert "how loud a column's adapter speaks" in shown
+    assert "disturb each other most" in shown
+    found = trained.json(*options)
+    assert found["interference"]["response"][0][0] == pytest.approx(1)
+    assert found["weights"] == [0.5, 0.5]
+    assert trained("lines").stdout == before
+    assert "leave --from" in trained.refuses("merge", "--from", "x@1", "--dry-run", code=2)
