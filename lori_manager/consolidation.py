@@ -42,6 +42,18 @@ class ModelMethod(Protocol):
         """Merge; the model is left as it was, the members are not modified."""
 
 
+def check_counts(
+    members: Sequence[AdapterWeights],
+    weights: Sequence[float],
+    rows: Sequence[Sequence[Encoded]],
+) -> None:
+    """ValueError without members, or without one weight and one set of rows for each."""
+    if not members or not len(members) == len(weights) == len(rows):
+        raise ValueError(
+            f"got {len(members)} members and {len(weights)} weights, and rows for {len(rows)}"
+        )
+
+
 def taking_part(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],
@@ -53,10 +65,7 @@ def taking_part(
         ValueError: no members, or not one weight and one set of rows per member.
         InvalidInput: all weights are 0.
     """
-    if not members or not len(members) == len(weights) == len(rows):
-        raise ValueError(
-            f"got {len(members)} members and {len(weights)} weights, and rows for {len(rows)}"
-        )
+    check_counts(members, weights, rows)
     chosen = [i for i, weight in enumerate(weights) if weight]
     if not chosen:
         raise InvalidInput("`weights` must not all be 0: give one that is not")

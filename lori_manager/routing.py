@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lori_manager.blockwise import decoder_blocks
-from lori_manager.consolidation import ModelMethod, prompts_of
+from lori_manager.consolidation import ModelMethod, check_counts, prompts_of
 from lori_manager.engine.router import Router, fit_router
 from lori_manager.engine.weights import AdapterWeights, routed_adapter
 from lori_manager.errors import InvalidInput
@@ -165,7 +165,9 @@ def merge_routed(
         general, on_progress: not used: text of no task has no member, and it takes seconds.
     Raises:
         InvalidInput: weights or options that mean nothing here, too few rows.
+        ValueError: no members, or not one weight and one set of rows per member.
     """
+    check_counts(members, weights, rows)
     if options.max_rank is not None:
         raise InvalidInput("`routed` keeps every member whole: leave --max-rank out")
     if not min(weights) > 0:

@@ -107,7 +107,7 @@ def logits_on(ws, adapter, text):
 def test_general_text_keeps_the_merge_nearer_to_the_base_there(ws, tmp_path):
     text = "The quick brown fox jumps over the lazy dog, and then it sleeps a while. " * 40
     (tmp_path / "text.txt").write_text(text)
-    plain = ws.merge(PAIR, method="layerwise").adapter
+    plain = ws.merge(PAIR, method="layerwise", options={"general": 0.0}).adapter
     options = {"general": 2.0}
     kept = [
         ws.merge(PAIR, method="layerwise", options=options, general=tmp_path / "text.txt").adapter
@@ -125,7 +125,7 @@ def test_general_text_that_nothing_reads_or_that_is_none_is_refused(ws, tmp_path
     (tmp_path / "text.txt").write_text("short")
     text, count = tmp_path / "text.txt", len(ws.store.adapters())
     with pytest.raises(InvalidInput, match="--general above 0"):
-        ws.merge(PAIR, method="layerwise", general=text)
+        ws.merge(PAIR, method="layerwise", options={"general": 0.0}, general=text)
     for file, told in ((text, "5 tokens"), (tmp_path / "none.txt", "cannot read")):
         with pytest.raises(BadData, match=told):
             ws.merge(PAIR, method="layerwise", options={"general": 1.0}, general=file)

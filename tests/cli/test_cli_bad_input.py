@@ -238,11 +238,52 @@ def test_outcomes_that_cannot_be_used_end_with_5(lori, tmp_path, content, told):
         ("--tasks colour,shape --method ties --space dense", "one of core, full"),
         ("--tasks colour,shape --method concat --max-rank 0", "`max_rank` must be at least 1"),
         ("--tasks colour,shape --into a/b", "a/b"),
+        ("--tasks colour,shape --probe-rows 0", "`probe_rows` must be at least 1"),
+        ("--tasks colour,shape --method layerwise --span all", "one of free, members"),
+        ("--tasks colour,shape --method layerwise --answers 1", "`answers` must be a share"),
+        ("--tasks colour,shape --method layerwise --general -1", "`general` must be 0 or more"),
+        ("--tasks colour,shape --method layerwise --weights 0,0", "must not all be 0"),
+        ("--tasks colour,shape --general 0 --general-text x", "--general above 0"),
+        ("--tasks colour,shape --method iteris --iterations 0", "`iterations`"),
+        ("--tasks colour,shape --method repair --steps 0", "`steps`"),
+        ("--tasks colour,shape --method soups --rate 0", "`rate`"),
+        ("--tasks colour,shape --method soups --labels 2", "`labels`"),
+        ("--tasks colour,shape --method regmean --weights search", "reads probe rows itself"),
+        ("--tasks colour,shape --method auto", "3 probe rows, and `--method auto` needs 16"),
+        ("--tasks colour,shape --method auto --weights 1,1", "leave --weights out"),
+        ("--tasks colour,shape --method auto --weights search", "leave --weights out"),
+        ("--tasks colour,shape --method auto --probe-rows 8", "must be at least 16"),
+        ("--tasks colour,shape --drop shape", "go with --from"),
+        ("--tasks colour,shape --reweight shape=1", "go with --from"),
+        ("--from colour@1 --drop colour", "no merge"),
+        ("--from main@1 --drop colour,shape", "leave one"),
+        ("--from main@1 --drop main@1", "not one of main@1's members"),
+        ("--from main@1 --reweight shape", "such as a=0.3,b=1"),
+        ("--from main@1 --reweight shape=x", "such as a=0.3,b=1"),
+        ("--from main@1 --reweight shape=1,shape=2", "twice"),
+        ("--from main@1 --reweight shape=inf", "finite"),
+        ("--from main@1 --tasks colour", "give only --drop"),
+        ("--from main@1 --adapters colour@1", "give only --drop"),
+        ("--from main@1 --method concat", "give only --drop"),
+        ("--from main@1 --weights 1,1", "give only --drop"),
+        ("--from main@1 --max-rank 2", "give only --drop"),
+        ("--from main@1 --probe-rows 2", "give only --drop"),
     ],
 )
 def test_merges_that_cannot_be_made_end_with_2(trained, options, told):
     assert told in trained.refuses("merge", *options.split(), code=2)
     assert len(trained.json("log", "main")) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--replay 2", "--from or --sequence"),
+        ("--from shape@1 --line on --replay -1", "`replay` must be 0 or more"),
+    ],
+)
+def test_replays_that_cannot_be_end_with_2(trained, options, told):
+    assert told in trained.refuses("train", "colour", *options.split(), code=2)
 
 
 @pytest.mark.parametrize("drop", ["-1", "nan", "inf"])

@@ -1,7 +1,10 @@
 """What the command line says of itself, and what it leaves unloaded."""
 
+import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +12,9 @@ from lori_manager import __version__
 from lori_manager.cli.app import COMMANDS
 from lori_manager.cli.settings import TRAINING
 from lori_manager.errors import LoriError
+from lori_manager.merging.methods import MergeOptions
 
+README = Path(__file__).parents[2] / "README.md"
 HEAVY = ("torch", "transformers", "peft", "numpy", "alembic")
 WATCH = """
 import sys
@@ -53,6 +58,27 @@ def test_whatever_loads_the_base_can_be_told_its_precision_and_bits(empty, comma
     told = empty(command, "--help").stdout
     assert "--precision" in told
     assert "--base-bits" in told
+
+
+def test_help_of_merge_has_an_option_for_everything_that_methods_may_be_told(empty):
+    told = empty("merge", "--help").stdout
+    keys = {field.name for field in dataclasses.fields(MergeOptions)} - {"grams"}  # of the code
+    for key in (*keys, "from", "drop", "reweight", "general_text", "probe_rows", "list_methods"):
+        assert f"--{key.replace('_', '-')} " in told, key
+    assert "--replay " in empty("train", "--help").stdout
+
+
+def test_the_readme_tells_of_every_merge_method_and_of_no_option_that_is_not_there(empty):
+    text = re.sub(r"```.*?```", "", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    code = " ".join(re.findall(r"`([^`]+)`", text)).replace("\n", " ").split()
+    listed = empty("merge", "--list-methods").stdout.splitlines()[1:]
+    for name in ("auto", *(line.split()[0] for line in listed)):
+        assert name in code, name
+    for command in ("merge", "train"):
+        told = empty(command, "--help").stdout
+        for line in re.findall(rf"`lori {command} ([^`]*)`", text):
+            for option in re.findall(r"--[a-z-]+", line):
+                assert f"{option} " in told, (command, option)
 
 
 def test_help_names_every_exit_code(empty):

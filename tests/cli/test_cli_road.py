@@ -166,9 +166,48 @@ def test_a_routed_merge_shows_where_prompts_go_and_is_refused_where_it_cannot_go
         trained.refuses(*refused, code=2)
 
 
-def test_auto_says_what_it_means(trained):
+def test_a_merge_says_which_method_it_takes_by_itself(trained):
     """Two probe rows a task are too few to fit anything to."""
-    assert "auto means concat" in trained("merge", "--tasks", "colour,shape").stderr
+    assert "merging by concat" in trained("merge", "--tasks", "colour,shape").stderr
+
+
+def test_weights_are_searched_and_shown(trained):
+    result = trained(
+        "merge", "--tasks", "colour,shape", "--weights", "search", "--probe-rows", "2"
+    )  # fmt: skip
+    kept = trained.json("show", "main@2")["record"]["config"]
+    (weight,) = set(kept["weights"])
+    assert min(kept["searched"].values()) == kept["searched"][str(weight)]
+    assert f"weight {weight:g} each, of " in result.stderr
+    assert result.stdout.splitlines()[1].split() == ["colour@1", "colour", f"{weight:g}", "4"]
+
+
+def test_a_stored_merge_is_made_anew_with_fewer_members_or_other_weights(trained):
+    less = trained.json("merge", "--from", "main@1", "--drop", "shape")["merged"]
+    assert [p["ref"] for p in less["adapter"]["parents"]] == ["colour@1"]
+    assert less["adapter"]["ref"] == "main@2"
+    assert less["weights"] == [1.0]
+    other = trained.json("merge", "--from", "main@1", "--reweight", "shape=0.25,colour@1=-1",
+                         "--into", "more")["merged"]  # fmt: skip
+    assert other["weights"] == [-1.0, 0.25]
+    fresh = trained.json("merge", "--tasks", "colour,shape", "--weights", "-1,0.25")["merged"]
+    assert other["adapter"]["digest"] == fresh["adapter"]["digest"]
+    refused = trained.refuses("merge", "--from", "more@1", "--drop", "main", code=2)
+    assert "'main' is not one of more@1's members: colour@1, shape@1" in refused
+
+
+def test_general_text_is_read_from_a_file(trained, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("So it goes, and so it went, and so it will go on. " * 20)
+    options = ("merge", "--tasks", "colour,shape", "--method", "layerwise", "--probe-rows", "2")
+    made = [
+        trained.json(*options, *more)["merged"]["adapter"]["digest"]
+        for more in (("--general", "0"), (), ("--general-text", file))
+    ]
+    assert len(set(made)) == 3
+    file.write_text("So it goes.")
+    assert "11 tokens" in trained.refuses(*options, "--general-text", file, code=5)
+    assert "cannot read" in trained.refuses(*options, "--general-text", tmp_path / "no", code=5)
 
 
 def test_scores_are_measured_once(trained):

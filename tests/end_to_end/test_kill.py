@@ -18,12 +18,14 @@ from stored import assert_nothing_is_lost, everything, results
 TRAIN = ("train", "colour")
 APART = (*TRAIN, "size", "--sequence", "apart", "--projection", "nullspace",
          "--nullspace-energy", "0.9")  # fmt: skip
+REPLAYED = (*TRAIN, "size", "--sequence", "again", "--replay", "2")
 SEQUENCE = ("train", "colour", "size", "--sequence", "both")
 AT = {
     "training": ("training",),
     "storing": ("store/", "engine/codec", "engine/bits", "engine/container"),
     "scoring": ("scoring", "evaluation", "tasks/scorers", "metrics/"),
     "projecting": ("projecting", "avoiding", "engine/nullspace"),
+    "replaying": ("replaying", "distillation"),
     "anywhere": ("",),
 }
 
@@ -57,6 +59,11 @@ def apart(begun, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sequence(begun, tmp_path_factory):
     return Uninterrupted(begun, tmp_path_factory.mktemp("sequence"), SEQUENCE, "both")
+
+
+@pytest.fixture(scope="module")
+def replayed(begun, tmp_path_factory):
+    return Uninterrupted(begun, tmp_path_factory.mktemp("replayed"), REPLAYED, "again")
 
 
 def kill_and_go_on(ws, uninterrupted, moment):
@@ -99,6 +106,13 @@ def test_a_killed_sequence_of_nullspace_blocks_goes_on_to_the_same_ones(ws, apar
     code, ended = kill_and_go_on(ws, apart, apart.moment(where, number))
     assert code == (10 if ended else 0)
     assert results(ws, "apart") == apart.results
+
+
+@pytest.mark.parametrize("where", ["replaying", "training", "storing", "anywhere"])
+def test_a_killed_sequence_that_replays_goes_on_to_the_same_stages(ws, replayed, where):
+    code, ended = kill_and_go_on(ws, replayed, replayed.moment(where, 0))
+    assert code == (10 if ended else 0)
+    assert results(ws, "again") == replayed.results
 
 
 def test_a_training_that_is_killed_again_and_again_gets_to_its_end(ws, training):
