@@ -45,8 +45,8 @@ def merge_iteris(
     sum of the members' ranks (the paper merges into the weights); tasks count by their
     weights alone, not also by the size of their outputs; the pull towards the mean of the
     updates (`eps`) takes the place of shrinking what lies off the diagonal. Acts on
-    whole updates. One adapter at weight 1 returns itself where no general text counts; the order of
-    the members does not matter but for rounding. `answers` and `span` are not used.
+    whole updates. One adapter at weight 1 returns itself, general text or not; the order of the
+    members does not matter but for rounding. `answers` and `span` are not used.
 
     Args, errors: as of `merge_layerwise`.
     """

@@ -59,8 +59,8 @@ def merge_layerwise(
     RegMean++ (arXiv:2508.03121) does, with the cross moments of IterIS (arXiv:2411.15231);
     differs from them in fitting the whole output, and in counting the places that answers
     are read from for more (`answers`). Acts on whole updates. One adapter at weight 1
-    returns itself where no general text counts; the order of the members does not matter but
-    for rounding.
+    returns itself, general text or not; the order of the members does not matter but for
+    rounding.
 
     Args:
         base: the model; left as it was.

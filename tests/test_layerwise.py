@@ -217,8 +217,7 @@ def test_general_text_is_moved_less_where_it_counts(tmp_path, merge):
         merged = merge(base, members, [0.5, 0.5], rows, options, general=text)
         moved.append(distance(logits(base, merged, text), plain))
     assert moved[2] < moved[1] < 0.95 * moved[0]
-    unasked = merge(base, members[:1], [1.0], rows[:1], MergeOptions(general=0.0), general=text)
-    assert unasked is members[0]
+    assert merge(base, members[:1], [1.0], rows[:1], general=text) is members[0]
 
 
 def test_prompts_lose_their_completions():

@@ -49,6 +49,7 @@ def merge_lorm(
     if grams is None:
         raise InvalidInput("method `lorm` needs the inputs of every member's probe rows")
     first = blocks[0]
+    scaling = first.scaling or 1.0  # 0 of a merge with weight 0: no B could answer anything
     B: dict[str, Tensor] = {}
     for name, A in first.A.items():
         device = grams[0][name].device
@@ -65,5 +66,5 @@ def merge_lorm(
             own = block.B[name].to(device, torch.float64) * block.scaling
             target += own @ (H + e / len(blocks) * eye)
         found = torch.cholesky_solve(target.t(), torch.linalg.cholesky(whole + e * eye)).t()
-        B[name] = (found / first.scaling).to("cpu", first.B[name].dtype).contiguous()
-    return AdapterWeights((Block(B, first.scaling, first.projection, first.tensors),))
+        B[name] = (found / scaling).to("cpu", first.B[name].dtype).contiguous()
+    return AdapterWeights((Block(B, scaling, first.projection, first.tensors),))

@@ -61,3 +61,14 @@ def test_members_on_different_As_or_of_several_blocks_are_refused():
         merge_lorm([two, member(2)], [1, 1], options)
     with pytest.raises(InvalidInput, match="probe rows"):
         merge_lorm([member(1), member(2)], [1, 1])
+
+
+def test_a_member_without_scaling_does_not_turn_the_merge_to_numbers_that_are_none():
+    grams = [moments(s)[1] for s in (1, 2)]
+    options = MergeOptions(grams=grams, eps=1e-9)
+    silent, other = member(1, scaling=0.0), member(2)
+    found = merge_lorm([silent, other], [0.5, 0.5], options).blocks[0]
+    expected = merge_lorm([other, silent], [0.5, 0.5], MergeOptions(grams=grams[::-1], eps=1e-9))
+    delta = expected.updates()["m"].delta()
+    assert torch.allclose(found.updates()["m"].delta(), delta, atol=1e-5)
+    assert bool(delta.any())
