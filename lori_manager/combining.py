@@ -101,8 +101,9 @@ def merge(
     from lori_manager.merging.methods import MergeOptions
 
     config = config or ws.settings.config
-    given = dict(options or {})
-    told = MergeOptions(**given)
+    told = MergeOptions(**dict(options or {}))
+    usual = MergeOptions().settings()
+    given = {key: value for key, value in told.settings().items() if value != usual[key]}
     if probe_rows < 1:
         raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
     # Refused before anything is loaded.
@@ -140,6 +141,7 @@ def merge(
         ws.on_message(f"weight {weight:g} each, of {', '.join(f'{w:g}' for w in found)}")
     if chosen.facts.get("needs") is not None or {"searched", "tried"} & set(kept):
         kept["probe_rows"] = probe_rows
+    kept["settings"] = told.settings()  # defaults too: those of another version may differ
     merged = inputs.merged(chosen, shares, told)
     del inputs  # and the base in it: what scores may be another, and memory hold one alone
     adapter = _keep(ws, merged, members, shares, chosen.name, into, kept)
@@ -182,7 +184,8 @@ def merge_again(
     if old.origin != "merged":
         raise InvalidInput(f"{old.ref} is no merge, so it has no members to change")
     kept = dict(old.config)
-    if set(kept) - {"method", "weights", "options", "probe_rows", "general_text"}:
+    known = {"method", "weights", "options", "settings", "probe_rows", "general_text"}
+    if set(kept) - known:
         raise InvalidInput(
             f"{old.ref} was found by trying on probe rows: merge afresh, so that it is tried again"
         )
@@ -219,7 +222,7 @@ def merge_again(
         method=old.method,
         weights=None if equal and not changed else list(left.values()),
         into=into or old.line,
-        options=kept.get("options"),
+        options=kept.get("settings", kept.get("options")),
         probe_rows=int(kept.get("probe_rows", 32)),
         general=general,
         config=config,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -62,6 +62,10 @@ class MergeOptions:
     steps: int = 120
     rate: float = 1e-3
     labels: float = 0.5
+
+    def settings(self) -> dict[str, object]:
+        """All but the moments, by name: what makes the same merge again."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grams"}
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
