@@ -64,6 +64,8 @@ class _FrozenPlusLowRank(torch.autograd.Function):
         ys = _in_parts(x, W, b, z, Bs[0], widths) if len(Bs) == 1 else None
         if ys is not None:
             return ys
+        if x.device.type == "cpu" and len(Bs) == len(widths) > 1:
+            return _apart(x, W, b, z, Bs, widths)
         y = F.linear(x, W, b)
         _add_low_rank(y, z, Bs)
         return torch.split(y, list(widths), dim=1) if len(widths) > 1 else (y,)
@@ -78,6 +80,8 @@ class _FrozenPlusLowRank(torch.autograd.Function):
             for dy, B in zip(dys[1:], parts[1:], strict=True):
                 dz.addmm_(dy, B)
             dBs = [torch.cat([dy.t().mm(z) for dy in dys])]
+        elif len(dys) == len(Bs) > 1:
+            return _apart_backward(ctx, dys, z, A, W, Bs)
         else:
             dys = dys if len(dys) == 1 else (torch.cat(dys, dim=1),)
             dz, dBs = _dz(dys[0], z, Bs), _dBs(dys[0], z, Bs)
@@ -131,6 +135,35 @@ def _in_parts(
             return None
         ys.append(y)
     return tuple(ys)
+
+
+def _apart(
+    x: Tensor, W: Tensor, b: Tensor | None, z: Tensor, Bs: Sequence[Tensor], widths: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """y by one product a part: on a CPU, what follows is faster on parts of one piece each."""
+    biases = [None] * len(Bs) if b is None else torch.split(b, list(widths))
+    zs = torch.split(z, [B.shape[1] for B in Bs], dim=1)
+    return tuple(
+        F.linear(x, part, bias).addmm_(own, B.t())
+        for part, bias, own, B in zip(torch.split(W, list(widths)), biases, zs, Bs, strict=True)
+    )
+
+
+def _apart_backward(
+    ctx: Any, dys: Sequence[Tensor], z: Tensor, A: Tensor, W: Tensor, Bs: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients from those of the parts, which are not laid side by side for it."""
+    dz = torch.empty_like(z)
+    zs, dzs = (torch.split(t, [B.shape[1] for B in Bs], dim=1) for t in (z, dz))
+    for dy, own, B in zip(dys, dzs, Bs, strict=True):
+        torch.mm(dy, B, out=own)
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = dz.mm(A)
+        for dy, part in zip(dys, torch.split(W, [dy.shape[1] for dy in dys]), strict=True):
+            dx.addmm_(dy, part)
+    dBs = [dy.t().mm(own) for dy, own in zip(dys, zs, strict=True)]
+    return (dx, None, None, None, None, *dBs)
 
 
 def _add_low_rank(y: Tensor, z: Tensor, Bs: Sequence[Tensor]) -> None:
