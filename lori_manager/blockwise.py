@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lori_manager.engine.layers import attached
 from lori_manager.engine.siblings import inputs_watched
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import Forward, place
+from lori_manager.forward import Forward, place, real_tokens
 from lori_manager.models import BaseModel
 from lori_manager.tasks.encoding import Encoded
 
@@ -62,8 +62,7 @@ class Stream:
         return hidden
 
     def _flat(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        return flat if self.real is None else flat[self.real]
+        return real_tokens(x, self.real)
 
     def token_weights(self, rows: Sequence[Encoded], answers: float) -> Tensor:
         """The weight of every real token, (tokens,) float32 of sum 1.

@@ -13,7 +13,7 @@ from lori_manager.engine.siblings import inputs_watched
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import Forward, place
+from lori_manager.forward import Forward, place, real_tokens
 from lori_manager.generation import end_ids, generate, within_context
 from lori_manager.merging.methods import MergeOptions
 from lori_manager.models import BaseModel
@@ -76,6 +76,20 @@ def taking_part(
     )
 
 
+def regression_part(
+    members: Sequence[AdapterWeights],
+    weights: Sequence[float],
+    rows: Sequence[Sequence[Encoded]],
+) -> tuple[list[AdapterWeights], list[float], list[Sequence[Encoded]]]:
+    """`taking_part` for least squares, whose weights must not be negative (InvalidInput)."""
+    chosen = taking_part(members, weights, rows)
+    if min(chosen[1]) < 0:
+        raise InvalidInput(
+            "`weights` of a regression must not be negative: `--method concat` takes such"
+        )
+    return chosen
+
+
 def answered(
     base: BaseModel,
     updates: Mapping[str, LowRankUpdate],
@@ -134,9 +148,7 @@ def input_grams(
         shared[name] = first
         if name != first:
             return
-        flat = x.reshape(-1, x.shape[-1]).float()
-        if real is not None:
-            flat = flat[real]
+        flat = real_tokens(x, real).float()
         if name in sums:
             sums[name].addmm_(flat.t(), flat)
         else:

@@ -151,6 +151,12 @@ class Forward:
         return logits.reshape(-1, logits.shape[-1]).index_select(0, batch.wanted)
 
 
+def real_tokens(x: Tensor, real: Tensor | None) -> Tensor:
+    """x (..., d) by tokens, (tokens, d), without those that fill up; see `Forward.real`."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if real is None else flat[real]
+
+
 def _inputs(batch: DeviceBatch) -> Mapping[str, object]:
     if batch.bounds is None:  # causal: what pads a row at its end cannot reach it
         return {"input_ids": batch.ids, "use_cache": False}

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lori_manager.consolidation import ModelMethod, taking_part
+from lori_manager.consolidation import ModelMethod, regression_part
 from lori_manager.engine.layers import attached, linear_weight, low_rank_layers
 from lori_manager.engine.siblings import inputs_watched
 from lori_manager.engine.update import LowRankUpdate
-from lori_manager.engine.weights import AdapterWeights, Block
-from lori_manager.errors import InvalidInput
-from lori_manager.forward import Forward, place
+from lori_manager.engine.weights import AdapterWeights, one_block
+from lori_manager.forward import Forward, place, real_tokens
 from lori_manager.merging.least_squares import LeastSquares, Moments, Part
 from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
@@ -50,11 +49,7 @@ def merge_iteris(
 
     Args, errors: as of `merge_layerwise`.
     """
-    members, weights, rows = taking_part(members, weights, rows)
-    if min(weights) < 0:
-        raise InvalidInput(
-            "`weights` of a regression must not be negative: `--method concat` takes such"
-        )
+    members, weights, rows = regression_part(members, weights, rows)
     general = general if options.general else ()
     if len(members) == 1 and weights[0] == 1 and options.max_rank is None:
         return members[0]
@@ -75,10 +70,7 @@ def merge_iteris(
         merged = {name: fits[name].free(options.eps, options.max_rank) for name in names}
         if on_progress:
             on_progress(iteration + 1, options.iterations)
-    dtype = next(iter(members[0].blocks[0].B.values())).dtype
-    B = {name: u.B.to(dtype).contiguous() for name, u in merged.items()}
-    A = {name: u.A.to(dtype).contiguous() for name, u in merged.items()}
-    return AdapterWeights((Block(B, 1.0, tensors=A),))
+    return one_block(merged, next(iter(members[0].blocks[0].B.values())).dtype)
 
 
 ITERIS: Entry[ModelMethod] = Entry(
@@ -137,8 +129,7 @@ def _inputs(
 
     def see(name: str, x: Tensor, first: str) -> None:
         if name == first:
-            flat = x.reshape(-1, x.shape[-1])
-            seen[name] = ((flat if real is None else flat[real]).float(), [])
+            seen[name] = (real_tokens(x, real).float(), [])
         seen[first][1].append(name)
 
     layers = low_rank_layers(base.model, updates)

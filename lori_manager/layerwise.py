@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lori_manager.blockwise import Stream, decoder_blocks
-from lori_manager.consolidation import ModelMethod, taking_part
+from lori_manager.consolidation import ModelMethod, regression_part
 from lori_manager.engine.core import truncated_on_inputs
 from lori_manager.engine.layers import LowRankLinear, linear_weight, low_rank_layers
 from lori_manager.engine.update import LowRankUpdate, concat_updates
-from lori_manager.engine.weights import AdapterWeights, Block
-from lori_manager.errors import InvalidInput
+from lori_manager.engine.weights import AdapterWeights, Block, one_block
 from lori_manager.forward import Forward
 from lori_manager.merging.least_squares import LeastSquares, Moments, Part
 from lori_manager.merging.methods import DEFAULTS, MergeOptions
@@ -76,11 +75,7 @@ def merge_layerwise(
             all 0.
         ValueError: no members, or not one weight and one set of rows per member.
     """
-    members, weights, rows = taking_part(members, weights, rows)
-    if min(weights) < 0:
-        raise InvalidInput(
-            "`weights` of a regression must not be negative: `--method concat` takes such"
-        )
+    members, weights, rows = regression_part(members, weights, rows)
     general = general if options.general else ()
     if len(members) == 1 and weights[0] == 1 and options.max_rank is None:
         return members[0]
@@ -137,11 +132,7 @@ def merge_layerwise(
             if on_progress:
                 on_progress(number + 1, len(blocks))
     if smaller or free:
-        dtype = next(iter(members[0].blocks[0].B.values())).dtype
-        folded = {name: u.folded() for name, u in cut.items()}
-        Bs = {name: u.B.to(dtype).contiguous() for name, u in folded.items()}
-        As = {name: u.A.to(dtype).contiguous() for name, u in folded.items()}
-        return AdapterWeights((Block(Bs, 1.0, tensors=As),))
+        return one_block(cut, next(iter(members[0].blocks[0].B.values())).dtype)
     out, at = [], 0
     for member in members:
         for old in member.blocks:

@@ -19,7 +19,7 @@ from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
 from lori_manager.registry import Entry
 from lori_manager.tasks.encoding import Encoded
-from lori_manager.training import OnProgress, TrainResult, fit
+from lori_manager.training import OnProgress, TrainResult, fit, steps_told
 
 USUAL = 3**-0.5  # length of a row of a random A, whose entries are uniform in +-d_in ** -0.5
 
@@ -109,9 +109,7 @@ def merge_repair(
         steps=options.steps,
         peak=options.rate,
         labels=options.labels,
-        on_progress=None
-        if on_progress is None
-        else lambda told: on_progress(told.step, told.steps),
+        on_progress=steps_told(on_progress),
     )
     return found
 

@@ -14,7 +14,7 @@ from lori_manager.consolidation import ModelMethod, check_counts, prompts_of
 from lori_manager.engine.router import Router, fit_router
 from lori_manager.engine.weights import AdapterWeights, routed_adapter
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import Forward, place
+from lori_manager.forward import Forward, place, real_tokens
 from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
 from lori_manager.registry import Entry
@@ -63,8 +63,7 @@ def features_of(
             real = forward.real(given, chosen)
             states = _states(forward, place(given, base.device), names)
             for name, state in states.items():
-                flat = state.reshape(-1, state.shape[-1])
-                own = F.normalize((flat if real is None else flat[real]).float(), dim=1)
+                own = F.normalize(real_tokens(state, real).float(), dim=1)
                 parts = torch.split(own, [len(p.ids) for p in chosen])
                 vectors = [torch.cat([part.mean(0), part[-1]]) for part in parts]
                 found[name] += zip(numbers.tolist(), vectors, strict=True)

@@ -21,7 +21,7 @@ from lori_manager.merging.methods import DEFAULTS, MergeOptions, module_by_modul
 from lori_manager.models import BaseModel
 from lori_manager.registry import Entry
 from lori_manager.tasks.encoding import Encoded
-from lori_manager.training import fit
+from lori_manager.training import fit, steps_told
 
 
 class _Weighed(nn.Module):
@@ -100,9 +100,7 @@ def merge_soups(
             steps=options.steps,
             peak=options.rate * 10,
             soft=table,
-            on_progress=None
-            if on_progress is None
-            else lambda told: on_progress(told.step, told.steps),
+            on_progress=steps_told(on_progress),
         )
     found = [part.tolist() for part in torch.split(c.detach().cpu(), counts)]
     learned = dict(zip(names, found, strict=True))

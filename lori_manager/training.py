@@ -45,6 +45,11 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+def steps_told(tell: Callable[[int, int], None] | None) -> OnProgress | None:
+    """Progress for what is called with (steps done, steps in all)."""
+    return None if tell is None else lambda told: tell(told.step, told.steps)
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run leaves behind.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from lori_manager.engine.projection import ProjectionSpec, projection_digest
@@ -135,6 +136,16 @@ class AdapterWeights:
             ]
             out[name] = parts[0] if len(parts) == 1 else concat_updates(parts, [1.0] * len(parts))
         return out
+
+
+def one_block(
+    updates: Mapping[str, LowRankUpdate], dtype: torch.dtype | None = None
+) -> AdapterWeights:
+    """An adapter of one dense block of scaling 1, its factors in that dtype or their own."""
+    folded = {name: update.folded() for name, update in updates.items()}
+    B = {name: u.B.to(dtype or u.B.dtype).contiguous() for name, u in folded.items()}
+    A = {name: u.A.to(dtype or u.A.dtype).contiguous() for name, u in folded.items()}
+    return AdapterWeights((Block(B, 1.0, tensors=A),))
 
 
 def concat_adapters(members: Sequence[AdapterWeights], weights: Sequence[float]) -> AdapterWeights:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lori_manager.engine.core import truncated
 from lori_manager.engine.update import LowRankUpdate
-from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.engine.weights import AdapterWeights, one_block
 from lori_manager.errors import InvalidInput
 from lori_manager.registry import Registry
 
@@ -134,7 +134,7 @@ def module_by_module(
     if not members or len(members) != len(weights):
         raise ValueError(f"got {len(members)} members and {len(weights)} weights")
     updates = [member.updates() for member in members]
-    A, B = {}, {}
+    merged = {}
     for name in sorted({name for one in updates for name in one}):
         having = [(u[name], float(w)) for u, w in zip(updates, weights, strict=True) if name in u]
         part = [(u, w) for u, w in having if w]
@@ -144,6 +144,5 @@ def module_by_module(
             found = having[0][0].zero()
         if max_rank is not None:
             found, _ = truncated(found, max_rank)
-        folded = found.folded()
-        A[name], B[name] = folded.A.contiguous(), folded.B.contiguous()
-    return AdapterWeights((Block(B, 1.0, tensors=A),))
+        merged[name] = found
+    return one_block(merged)
