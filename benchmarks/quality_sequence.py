@@ -20,6 +20,7 @@ from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.layerwise import merge_layerwise
 from lori_manager.merging.methods import MergeOptions
 from lori_manager.repair import repair
+from lori_manager.tasks.encoding import Encoded
 from lori_manager.training import fit
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 def sequence(worker: Worker, spec: Mapping) -> dict:
     """Scores of all tasks after every stage.
 
-    `replay` puts so many rows of every earlier task among the new ones, `passes` times, with
-    what the adapter of that task's own stage says as teacher: training rows, or probe rows
-    with `replayed` "probe"; `protect` keeps masks apart; with `projection` "nullspace" every
-    stage has a block of its own whose A avoids `energy` of what earlier tasks' prompts span.
+    `replay` puts so many rows of every earlier task among the new ones, `passes` times, probe
+    rows first, with what the adapter of that task's own stage says as teacher, and `prose` so
+    many pieces of general text, taught by the base; `protect` keeps masks apart; with
+    `projection` "nullspace" every stage has a block of its own whose A avoids `energy` of what
+    earlier tasks' prompts span.
     With `consolidate` every stage merges the own adapters of all tasks so far instead.
     """
     if spec.get("consolidate"):
@@ -47,10 +49,13 @@ def sequence(worker: Worker, spec: Mapping) -> dict:
         parts = [own_words(rows)]
         if spec.get("replay"):
             for old, stage in earlier:
-                part = spec.get("replayed", "train")
-                kept = worker.task(old)[part].encoded[: spec["replay"]]
+                split = worker.task(old)
+                kept = [*split["probe"].encoded, *split["train"].encoded][: spec["replay"]]
                 parts.append(teacher_words(base, stage.updates(), kept, 128,
                                            labels=spec.get("labels", 0.5)))  # fmt: skip
+        if spec.get("prose"):
+            pieces = [Encoded(p.ids[i : i + 48], 1) for p in worker.general(120) for i in (0, 96)]
+            parts.append(teacher_words(base, {}, pieces[: spec["prose"]], 128))
         taught, table = taught_rows(parts, base.device)
         taught += taught[len(rows) :] * (spec.get("passes", 1) - 1)
         config = worker.config(spec, len(taught))

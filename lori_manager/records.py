@@ -207,6 +207,38 @@ class AliasMove:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a dry run expects of a merge on one task."""
+
+    member: str  # the adapter that stands for the task
+    task: str
+    task_revision: int
+    scorer: str
+    scorer_version: int
+    agrees: float  # share of probe prompts on which the merge says what the member says
+    rows: int  # so many prompts
+    own: float  # the member's score; NaN where not known, or not a share of right answers
+    score: float  # expected: own times agrees; NaN as `own`
+    error: float  # its standard error
+
+
+@dataclass(frozen=True)
+class Forecasted:
+    """A stored expectation: of which merge, known by a digest of what goes into it."""
+
+    merge: str
+    precision: str
+    expected: Expected
+    created_at: datetime = datetime.min
+
+    def comparable(self, score: Score) -> bool:
+        """Whether the score measures what was expected."""
+        names = ("task", "task_revision", "scorer", "scorer_version")
+        same = all(getattr(self.expected, name) == getattr(score, name) for name in names)
+        return same and self.precision == score.precision
+
+
+@dataclass(frozen=True)
 class Finding:
     """Something that `verify` or `audit` has to tell."""
 

@@ -12,7 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lori_manager import combining, evaluation, intake, integrity, models, teaching, transfer
+from lori_manager import (
+    combining,
+    evaluation,
+    forecasting,
+    intake,
+    integrity,
+    models,
+    teaching,
+    transfer,
+)
 from lori_manager.config import default_toml
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
@@ -101,7 +110,7 @@ class Workspace(Context):
     add_outcomes = evaluation.add_outcomes
     merge = combining.merge
     merge_again = combining.merge_again
-    forecast = combining.forecast
+    forecast = forecasting.forecast
     export = transfer.export
     routed = transfer.routed
     import_adapters = transfer.import_adapters

@@ -16,8 +16,9 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
+    ("forecasting",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
-    ("trials",),
+    ("trials", "rehearsal"),
     ("merge_inputs",),
     ("evaluation", "projecting", "replaying"),
     ("avoiding",),
@@ -48,7 +49,8 @@ PEFT = "adapters"
 # Imported at the top of a module, these make every command slow to start.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
-    "__main__", "cli", "workspace", "teaching", "combining", "transfer", "intake", "integrity",
+    "__main__", "cli", "workspace", "forecasting", "teaching", "combining", "transfer", "intake",
+    "integrity",
     "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "audit",
     "models", "store", "config",
     "records", "refs", "registry", "errors",

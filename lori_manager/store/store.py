@@ -18,6 +18,7 @@ from lori_manager.records import (
     AliasMove,
     Base,
     Finding,
+    Forecasted,
     Line,
     Mask,
     NewAdapter,
@@ -33,6 +34,7 @@ from lori_manager.store import (
     aliases,
     bases,
     database,
+    forecasts,
     integrity,
     lines,
     masks,
@@ -352,6 +354,16 @@ class Store:
                 scorer_version=scorer_version,
                 precision=precision,
             )
+
+    def add_forecasts(self, new: Sequence[Forecasted]) -> None:
+        """Keep what a dry run expected."""
+        with self._db.write() as c:
+            forecasts.add(c, new)
+
+    def forecasts(self) -> list[Forecasted]:
+        """What dry runs expected, oldest first."""
+        with self._db.read() as c:
+            return forecasts.every(c)
 
     def scores(
         self, *, subject: str | None = None, task: str | None = None, revision: int | None = None

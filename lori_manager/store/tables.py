@@ -331,3 +331,23 @@ alias_moves = Table(  # rows are only ever added
     Column("moved_at", UtcTime, nullable=False),
     Index("ix_alias_moves_line", "line"),
 )
+
+forecasts = Table(  # rows are only ever added
+    "forecasts",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("merge", Text, nullable=False),
+    Column("precision", Text, nullable=False),
+    Column("member", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("task_revision", Integer, nullable=False),
+    Column("scorer", Text, nullable=False),
+    Column("scorer_version", Integer, nullable=False),
+    Column("agrees", Float, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("own", Measured),
+    Column("score", Measured),
+    Column("error", Measured),
+    Column("created_at", UtcTime, nullable=False),
+    ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
+)
