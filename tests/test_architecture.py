@@ -22,7 +22,7 @@ ROWS = (
     ("evaluation", "projecting", "replaying"),
     ("avoiding",),
     ("context",),
-    ("audit",),
+    ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
@@ -49,7 +49,7 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "teaching", "combining", "transfer", "intake", "integrity",
-    "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "audit",
+    "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "auditing",
     "models", "store", "config",
     "records", "refs", "registry", "errors",
 }  # fmt: skip

@@ -6,7 +6,7 @@ kill -9 and a power cut, and an interruption leaves at most a file that no row n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -364,6 +364,15 @@ class Store:
         """Outcomes and weights of a score, each (eval rows,) float32."""
         with self._db.read() as c:
             return scores.arrays(c, score)
+
+    def scores_of(self, subjects: Collection[str]) -> list[Score]:
+        """`scores` of several subjects."""
+        found = [score for subject in subjects for score in self.scores(subject=subject)]
+        return sorted(found, key=lambda score: score.id)
+
+    def outcomes_of(self, scores: Sequence[Score]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """`outcomes` of many scores."""
+        return [self.outcomes(score) for score in scores]
 
     # aliases
 

@@ -1,0 +1,119 @@
+"""Which comparisons are looked at together, and what that does to their p.
+
+Whoever asks whether a version is worse anywhere looks at one p a task. For a judged
+version they are corrected by Holm over all its comparisons of one kind (with parents; with
+what stands under an alias) that the audit makes. They are read in bulk, apart from the
+tasks' own tables, so that the first table need not wait for the last task. All other
+comparisons, those with the best and those of earlier versions, are multiplied by the number
+of tasks (Bonferroni): stricter, and known without looking at the other tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property
+
+from lori_manager.auditing.comparing import Comparer, Loaded
+from lori_manager.auditing.groups import groups
+from lori_manager.auditing.lineage import Lineage
+from lori_manager.auditing.pairing import Against, parent_of
+from lori_manager.auditing.reading import AuditStore
+from lori_manager.auditing.results import BONFERRONI, HOLM, SIGNIFICANCE, Comparison
+from lori_manager.metrics.multiple import holm
+from lori_manager.metrics.paired import PairedDifference
+from lori_manager.records import Score, Task
+
+PARENT, BEST, AGAINST = "parent", "best", "against"
+Family = dict[tuple[int, int], float]  # (before.id, after.id) -> corrected p
+
+
+class Families:
+    """Corrects comparisons for those that are looked at together with them."""
+
+    def __init__(
+        self,
+        store: AuditStore,
+        lineage: Lineage,
+        against: Against,
+        judged: frozenset[str],
+        revision: Callable[[str, int], Task],
+        tasks: frozenset[str],
+    ) -> None:
+        """
+        Args:
+            judged: the subjects whose comparisons are corrected by Holm.
+            revision: name and revision -> the task.
+            tasks: names of all that are audited.
+        """
+        self._store = store
+        self._lineage = lineage
+        self._against = against
+        self._judged = judged
+        self._revision = revision
+        self.tasks = tasks
+
+    def p(self, kind: str, before: Score, after: Score, p: float) -> tuple[float, str, int]:
+        """Corrected p, by what, and for how many comparisons."""
+        several = len(self.tasks)
+        if several < 2:
+            return p, "", 1
+        if kind != BEST and after.subject in self._judged:
+            family = self._families.get((after.subject, kind), {})
+            found = family.get((before.id, after.id))
+            if found is not None:
+                return found, HOLM if len(family) > 1 else "", len(family)
+        return min(1.0, p * several), BONFERRONI, several
+
+    def correct(self, kind: str, before: Score, after: Score, c: Comparison) -> Comparison:
+        """The comparison with its corrected p and whether it is real."""
+        if math.isnan(c.p):
+            return c
+        p, correction, family = self.p(kind, before, after, c.p)
+        return replace(
+            c, real=p < SIGNIFICANCE, p_corrected=p, correction=correction, family=family
+        )
+
+    @cached_property
+    def _families(self) -> dict[tuple[str, str], Family]:
+        """By judged subject and kind: all of them in one reading."""
+        others = {
+            (subject, kind, task): self._candidates(subject, kind, task)
+            for subject in self._judged
+            for kind in (PARENT, AGAINST)
+            for task in self.tasks
+        }
+        wanted = self._judged.union(*others.values())
+        found = groups(s for s in self._store.scores_of(wanted) if s.task in self.tasks)
+        loaded = Loaded(self._store)
+        pairs: dict[tuple[str, str], list[tuple[Comparer, Score, Score]]] = defaultdict(list)
+        for group in [g for own in found.values() for g in own]:
+            comparer = Comparer(loaded, group, self._revision(group.task, group.revision))
+            for subject in self._judged & group.scores.keys():
+                for score in group.scores[subject]:
+                    for kind in (PARENT, AGAINST):
+                        candidates = others[subject, kind, group.task]
+                        before = parent_of(score, group, candidates, comparer)
+                        if before is not None:
+                            pairs[subject, kind].append((comparer, before, score))
+        loaded.load(
+            s for own in pairs.values() for _, before, after in own for s in (before, after)
+        )
+        return {key: _corrected(own) for key, own in pairs.items()}
+
+    def _candidates(self, subject: str, kind: str, task: str) -> list[str]:
+        if kind == PARENT:
+            return self._lineage.compared_with(subject, task)
+        target = self._against.target(subject)
+        return [] if target is None else [target]
+
+
+def _corrected(pairs: Iterable[tuple[Comparer, Score, Score]]) -> Family:
+    ps: dict[tuple[int, int], float] = {}
+    for comparer, before, after in pairs:
+        (d,) = comparer.differences([(before, after)])
+        if isinstance(d, PairedDifference) and not math.isnan(d.p):
+            ps[before.id, after.id] = d.p
+    return dict(zip(ps, holm(list(ps.values())).tolist(), strict=True))
