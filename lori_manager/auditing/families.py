@@ -1,11 +1,12 @@
 """Which comparisons are looked at together, and what that does to their p.
 
 Whoever asks whether a version is worse anywhere looks at one p a task. For a judged
-version they are corrected by Holm over all its comparisons of one kind (with parents; with
-what stands under an alias) that the audit makes. They are read in bulk, apart from the
-tasks' own tables, so that the first table need not wait for the last task. All other
-comparisons, those with the best and those of earlier versions, are multiplied by the number
-of tasks (Bonferroni): stricter, and known without looking at the other tasks.
+version they are corrected by Holm over all its comparisons of one kind that the audit
+makes: with parents, with the version before it, with what stands under an alias. They are
+read in bulk, apart from the tasks' own tables, so that the first table need not wait for
+the last task. All other comparisons, those with the best and those of earlier versions,
+are multiplied by the number of tasks (Bonferroni): stricter, and known without looking at
+the other tasks.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from functools import cached_property
 from lori_manager.auditing.comparing import Comparer, Loaded
 from lori_manager.auditing.groups import groups
 from lori_manager.auditing.lineage import Lineage
-from lori_manager.auditing.pairing import Against, parent_of
+from lori_manager.auditing.pairing import Against, parent_of, told_once
 from lori_manager.auditing.reading import AuditStore
 from lori_manager.auditing.results import BONFERRONI, HOLM, SIGNIFICANCE, Comparison
 from lori_manager.metrics.multiple import holm
 from lori_manager.metrics.paired import PairedDifference
 from lori_manager.records import Score, Task
 
-PARENT, BEST, AGAINST = "parent", "best", "against"
+PARENT, PREVIOUS, BEST, AGAINST = "parent", "previous", "best", "against"
+_TOGETHER = (PARENT, PREVIOUS, AGAINST)  # kinds that are corrected by Holm
 Family = dict[tuple[int, int], float]  # (before.id, after.id) -> corrected p
 
 
@@ -82,7 +84,7 @@ class Families:
         others = {
             (subject, kind, task): self._candidates(subject, kind, task)
             for subject in self._judged
-            for kind in (PARENT, AGAINST)
+            for kind in _TOGETHER
             for task in self.tasks
         }
         wanted = self._judged.union(*others.values())
@@ -93,9 +95,14 @@ class Families:
             comparer = Comparer(loaded, group, self._revision(group.task, group.revision))
             for subject in self._judged & group.scores.keys():
                 for score in group.scores[subject]:
-                    for kind in (PARENT, AGAINST):
+                    parent: Score | None = None
+                    for kind in _TOGETHER:
                         candidates = others[subject, kind, group.task]
                         before = parent_of(score, group, candidates, comparer)
+                        if kind == PARENT:
+                            parent = before
+                        elif kind == PREVIOUS and told_once(parent, before):
+                            before = None
                         if before is not None:
                             pairs[subject, kind].append((comparer, before, score))
         loaded.load(
@@ -106,8 +113,9 @@ class Families:
     def _candidates(self, subject: str, kind: str, task: str) -> list[str]:
         if kind == PARENT:
             return self._lineage.compared_with(subject, task)
-        target = self._against.target(subject)
-        return [] if target is None else [target]
+        find = self._lineage.previous if kind == PREVIOUS else self._against.target
+        other = find(subject)
+        return [] if other is None else [other]
 
 
 def _corrected(pairs: Iterable[tuple[Comparer, Score, Score]]) -> Family:

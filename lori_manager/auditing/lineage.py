@@ -69,6 +69,12 @@ class Lineage:
         indirect = [m for m in members if task in self._trained[m.ref]]
         return [m.ref for m in direct or indirect] or [BASE]
 
+    def previous(self, subject: str) -> str | None:
+        """The version before it on its line."""
+        line, _, version = subject.partition("@")
+        before = f"{line}@{int(version) - 1}" if version else ""
+        return before if before in self.adapters else None
+
     def own(self, task: str) -> Adapter | None:
         """What stands for a task's own line: its champion, else its latest that only ever
         trained on that task; None without such a line or adapter.

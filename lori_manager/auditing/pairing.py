@@ -79,3 +79,8 @@ def parent_of(
         for s in alike(score, group.scores.get(subject, []))[-1:]:
             chosen = s if comparer.better(s, chosen) else chosen or s
     return chosen
+
+
+def told_once(parent: Score | None, previous: Score | None) -> bool:
+    """Whether the version before is the parent too, and need not be compared twice."""
+    return parent is not None and previous is not None and parent.subject == previous.subject

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from lori_manager.auditing.families import AGAINST, PARENT
+from lori_manager.auditing.families import AGAINST, PARENT, PREVIOUS
 from lori_manager.auditing.groups import Group
 from lori_manager.auditing.results import HOLM, Comparison, Entry
 from lori_manager.records import Finding
@@ -13,10 +13,14 @@ REGRESSION = "regression"
 
 
 def regressions(entries: Iterable[Entry], group: Group) -> Iterator[Finding]:
-    """Those of `entries` that are really worse than their parent or what they are held against."""
+    """Where `entries` are really worse than anything but the best that was before."""
     for entry in entries:
         said = set()
-        for kind, comparison in ((PARENT, entry.parent), (AGAINST, entry.against)):
+        for kind, comparison in (
+            (PARENT, entry.parent),
+            (PREVIOUS, entry.previous),
+            (AGAINST, entry.against),
+        ):
             if comparison is None or not (comparison.real and comparison.worse):
                 continue
             if comparison.against not in said:

@@ -67,6 +67,7 @@ class Entry:
     precision: str
     parent: Comparison | None  # None for the base
     best: Comparison | None  # None where nothing came before
+    previous: Comparison | None = None  # the version before it on its line; None: the parent is
     against: Comparison | None = None  # None where there is nothing to hold it against
     aliases: tuple[str, ...] = ()  # those that point at it
 
@@ -77,7 +78,7 @@ class Sensitivity:
 
     Found means p below `alpha`, two-sided, with the probability `power`. It depends on how
     much the outcomes of two versions differ from row to row, which is assumed to be as in
-    the comparisons with parents that the audit made (their median).
+    the task's own steps, each version against the one before it or its parent (the median).
     """
 
     drop: float  # in the score's own units, positive; NaN where even the largest is missed
@@ -105,7 +106,7 @@ class TaskAudit:
     own: str | None = None  # the adapter that stands for the task's own line
     precisions: tuple[str, ...] = ()  # of all scores in scope
     omitted: int = 0  # entries in scope and within the filters that are not told
-    regressions_omitted: int = 0  # those of them that are real regressions from their parent
+    regressions_omitted: int = 0  # those of them that really lost against what they came after
     sensitivity: Sensitivity | None = None  # None where no two versions were compared
 
     @property
@@ -148,7 +149,7 @@ class Audit:
     max_drop: float | None
     findings: tuple[Finding, ...]  # drops beyond `max_drop`
     notes: tuple[str, ...]  # what could not be judged, and why
-    regressions: tuple[Finding, ...] = ()  # real ones of judged adapters, from parent or `against`
+    regressions: tuple[Finding, ...] = ()  # real ones of judged adapters, not from the best
     against: tuple[str, ...] = ()  # the refs behind `Entry.against`
     asked: Mapping[str, Any] | None = None  # the filters, as they were given
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from lori_manager.auditing.choosing import RECENT, Filters, what_matters
 from lori_manager.auditing.comparing import Comparer
-from lori_manager.auditing.families import AGAINST, BEST, PARENT, Families
+from lori_manager.auditing.families import AGAINST, BEST, PARENT, PREVIOUS, Families
 from lori_manager.auditing.groups import Group
 from lori_manager.auditing.lineage import Lineage
-from lori_manager.auditing.pairing import Against, parent_of
+from lori_manager.auditing.pairing import Against, parent_of, told_once
 from lori_manager.auditing.regressions import regressions
 from lori_manager.auditing.results import (
     SIGNIFICANCE,
@@ -46,8 +46,14 @@ class _Scored:
     score: Score
     candidates: list[str]  # the subjects that may be its parent here
     parent: Score | None
+    previous: Score | None  # where the version before it is not its parent
     best: Score | None
     against: Score | None
+
+    @property
+    def step(self) -> tuple[str, Score | None]:
+        """What it came after: the version before it on its line, else its parent."""
+        return (PREVIOUS, self.previous) if self.previous is not None else (PARENT, self.parent)
 
     @property
     def key(self) -> _Key:
@@ -73,11 +79,11 @@ def audit_group(group: Group, current: Task, view: View, comparer: Comparer) -> 
     scored, best = _scored(group, view, comparer)
     within = [s for s in scored if view.filters.keep(s.score.subject, view.lineage)]
     own = view.lineage.own(group.task)
-    changes = _changes(within, comparer)
+    steps = _steps(within, comparer)
     dropped = {
         s.key: abs(d.difference)
         for s in within
-        if (d := changes.get(s.key)) is not None and _really_worse(s, d, view, comparer)
+        if (d := steps.get(s.key)) is not None and _really_worse(s, d, view, comparer)
     }
     shown = within
     if view.most is not None and len(within) > view.most:
@@ -106,9 +112,7 @@ def audit_group(group: Group, current: Task, view: View, comparer: Comparer) -> 
         precisions=tuple(sorted({s.score.precision for s in scored})),
         omitted=len(within) - len(shown),
         regressions_omitted=len(dropped.keys() - keys),
-        sensitivity=_sensitivity(
-            list(changes.values()), comparer.all_rows, len(view.families.tasks)
-        ),
+        sensitivity=_sensitivity(list(steps.values()), comparer.all_rows, len(view.families.tasks)),
     )
     of_judged = [e for e in entries if e.subject in view.judged]
     return Told(found, tuple(regressions(of_judged, group)))
@@ -138,18 +142,17 @@ def _scored(group: Group, view: View, comparer: Comparer) -> tuple[list[_Scored]
     best_of: dict[str, Score] = {}  # by precision
     for subject in view.lineage.in_time(view.scope & group.scores.keys()):
         candidates = view.lineage.compared_with(subject, group.task)
-        target = view.against.target(subject)
         own = group.scores[subject]
-        found += [
-            _Scored(
-                score,
-                candidates,
-                parent_of(score, group, candidates, comparer),
-                best_of.get(score.precision, best),
-                parent_of(score, group, [target] if target else [], comparer),
+        for score in own:
+            parent = parent_of(score, group, candidates, comparer)
+            previous, against = (
+                parent_of(score, group, [other] if other is not None else [], comparer)
+                for other in (view.lineage.previous(subject), view.against.target(subject))
             )
-            for score in own
-        ]
+            if told_once(parent, previous):
+                previous = None
+            before = best_of.get(score.precision, best)
+            found.append(_Scored(score, candidates, parent, previous, before, against))
         # Only now, so that a subject scored twice is not compared with itself.
         for score in own:
             best = score if comparer.better(score, best) else best
@@ -158,9 +161,9 @@ def _scored(group: Group, view: View, comparer: Comparer) -> tuple[list[_Scored]
     return found, best
 
 
-def _changes(scored: list[_Scored], comparer: Comparer) -> dict[_Key, PairedDifference]:
-    """How far each is from its parent, where that can be said."""
-    of = [(s.key, (s.parent, s.score)) for s in scored if s.parent is not None]
+def _steps(scored: list[_Scored], comparer: Comparer) -> dict[_Key, PairedDifference]:
+    """How far each is from what it came after, where that can be said."""
+    of = [(s.key, (before, s.score)) for s in scored if (before := s.step[1]) is not None]
     found = comparer.differences([pair for _, pair in of])
     return {
         key: d for (key, _), d in zip(of, found, strict=True) if isinstance(d, PairedDifference)
@@ -168,9 +171,10 @@ def _changes(scored: list[_Scored], comparer: Comparer) -> dict[_Key, PairedDiff
 
 
 def _really_worse(s: _Scored, d: PairedDifference, view: View, comparer: Comparer) -> bool:
-    if s.parent is None or not d.p < SIGNIFICANCE or not comparer.worse(d):
+    kind, before = s.step
+    if before is None or not d.p < SIGNIFICANCE or not comparer.worse(d):
         return False
-    return view.families.p(PARENT, s.parent, s.score, d.p)[0] < SIGNIFICANCE
+    return view.families.p(kind, before, s.score, d.p)[0] < SIGNIFICANCE
 
 
 def _sensitivity(
@@ -187,7 +191,12 @@ def _entries(shown: list[_Scored], group: Group, view: View, comparer: Comparer)
     pairs = [
         (kind, before, s)
         for s in shown
-        for kind, before in ((PARENT, s.parent), (BEST, s.best), (AGAINST, s.against))
+        for kind, before in (
+            (PARENT, s.parent),
+            (PREVIOUS, s.previous),
+            (BEST, s.best),
+            (AGAINST, s.against),
+        )
         if before is not None
     ]
     compared = comparer.compare([(before, s.score) for _, before, s in pairs])
@@ -221,6 +230,7 @@ def _entry(
         score.precision,
         held(PARENT, first),
         made.get((BEST, *s.key)),
+        made.get((PREVIOUS, *s.key)),
         held(AGAINST, view.against.target(score.subject)),
         view.lineage.aliases(score.subject),
     )

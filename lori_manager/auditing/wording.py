@@ -91,7 +91,7 @@ def notes(task: TaskAudit) -> list[str]:
     """What has to be known about the table: rows on one side only, unequal precision, cuts."""
     told: dict[str, None] = {}
     for entry in task.entries:
-        for comparison in filter(None, (entry.parent, entry.best, entry.against)):
+        for comparison in filter(None, (entry.parent, entry.previous, entry.best, entry.against)):
             pair = f"{entry.subject} to {comparison.against}"
             if comparison.note:
                 told[f"{pair}: {comparison.note}"] = None

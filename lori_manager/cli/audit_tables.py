@@ -44,7 +44,9 @@ def _show_task(task: TaskAudit) -> None:
     against = {entry.against.against for entry in task.entries if entry.against is not None}
     columns = ["subject", "", ">score"]
     columns += [">rows"] * rows + ["precision"] * precisions
-    columns += [">change [95%]", ">p", "from", "", ">to best [95%]", ""]
+    previous = any(entry.previous is not None for entry in task.entries)
+    columns += [">change [95%]", ">p", "from", ""]
+    columns += [">to previous [95%]", ""] * previous + [">to best [95%]", ""]
     columns += [f">to {min(against)} [95%]" if len(against) == 1 else ">against [95%]"] * bool(
         against
     )
@@ -56,6 +58,7 @@ def _show_task(task: TaskAudit) -> None:
         found += [output.count(entry.rows)] * rows + [entry.precision or wording.NONE] * precisions
         found += [wording.change(parent), wording.p(parent)]
         found += [parent.against if parent else wording.NONE, wording.verdict(parent)]
+        found += [wording.change(entry.previous), wording.verdict(entry.previous)] * previous
         found += [wording.change(entry.best), wording.verdict(entry.best)]
         if against:
             found.append(wording.change(to))

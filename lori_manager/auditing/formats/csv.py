@@ -21,7 +21,7 @@ _COMPARISON = (
     "against", "change", "low", "high", "p", "p_corrected", "correction", "family", "rows",
     "rows_only_before", "rows_only_after", "gained", "lost", "worse", "real", "note",
 )  # fmt: skip
-_KINDS = ("parent", "best", "against")
+_KINDS = ("parent", "previous", "best", "against")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 

@@ -74,7 +74,7 @@ def _suite(
 def _told(entry: Entry) -> str:
     compared = [
         f"{wording.change(c)} from {c.against}, p {wording.p(c)}"
-        for c in (entry.parent, entry.against)
+        for c in (entry.parent, entry.previous, entry.against)
         if c is not None
     ]
     precision = f" ({entry.precision})" if entry.precision else ""

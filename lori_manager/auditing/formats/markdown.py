@@ -60,12 +60,13 @@ def _judged(found: Audit) -> Iterator[str]:
 
 
 _COLUMNS = (
-    "version", "", ">score", ">change (95%)", ">p", "from", "", ">against", "what", "", ">best",
+    "version", "", ">score", ">change (95%)", ">p", "from", "", ">to previous", "",
+    ">against", "what", "", ">to best",
 )  # fmt: skip
 
 
 def _cells(entry: Entry, task: TaskAudit) -> list[str]:
-    parent, against = entry.parent, entry.against
+    parent, previous, against = entry.parent, entry.previous, entry.against
     precision = f" {entry.precision}" if len(task.precisions) > 1 else ""
     return [
         wording.name(entry) + precision,
@@ -75,6 +76,8 @@ def _cells(entry: Entry, task: TaskAudit) -> list[str]:
         wording.p(parent),
         parent.against if parent else "",
         wording.verdict(parent),
+        wording.change(previous) if previous else "",
+        wording.verdict(previous),
         wording.change(against) if against else "",
         against.against if against else "",
         wording.verdict(against),
