@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 from lori_manager.auditing.groups import Group
 from lori_manager.auditing.reading import AuditStore, Outcomes
 from lori_manager.auditing.results import Comparison
+from lori_manager.metrics.bounds import Bounds, graded_bounds, score_bounds
 from lori_manager.metrics.paired import MCNEMAR, PairedDifference, mcnemar_exact, paired_difference
 from lori_manager.records import Score, Task
 
 Pair = tuple[Score, Score]  # before, after
-_mcnemar = lru_cache(maxsize=65536)(mcnemar_exact)  # few counts, met again and again
+# Few counts are met again and again.
+_mcnemar = lru_cache(maxsize=65536)(mcnemar_exact)
+_score_bounds = lru_cache(maxsize=65536)(score_bounds)
+_ONE_SIDED = 0.975  # confidence of each end of a 95% interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,9 @@ class Comparer:
             return Comparison(before.subject, note=note, precision=before.precision)
         if d.rows == 0:
             notes.append("no row was measured in both")
-        low, high, interval = math.nan, math.nan, ""
+        bounds = self._bounds(before, after, d)
+        if bounds is not None and bounds.note:
+            notes.append(f"interval: {bounds.note}")
         return Comparison(
             before.subject,
             d.difference,
@@ -155,11 +161,29 @@ class Comparer:
             lost=d.only_a_right,
             worse=self.worse(d),
             note="; ".join(notes),
-            low=low,
-            high=high,
-            interval=interval,
+            low=bounds.lower if bounds is not None else math.nan,
+            high=bounds.upper if bounds is not None else math.nan,
+            interval=bounds.method if bounds is not None else "",
             precision=before.precision,
         )
+
+    def _bounds(self, before: Score, after: Score, d: PairedDifference) -> Bounds | None:
+        """The 95% interval of the change: two one-sided bounds, 2.5% on either side."""
+        if d.rows == 0:
+            return None
+        if d.only_a_right is not None and d.only_b_right is not None:
+            return _score_bounds(d.only_a_right, d.only_b_right, d.rows, _ONE_SIDED)
+        (a, weights_a), (b, weights_b) = self._loaded.of(before), self._loaded.of(after)
+        w = weights_a if weights_b is None else weights_b
+        both = ~(np.isnan(a) | np.isnan(b))
+        if w is not None:
+            both &= w > 0
+            w = w[both]
+        if self.higher_is_better:
+            return graded_bounds(a[both], b[both], w, confidence=_ONE_SIDED)
+        # The lower bound is the careful one, and has to be that of a gain.
+        gain = graded_bounds(b[both], a[both], w, confidence=_ONE_SIDED)
+        return replace(gain, lower=-gain.upper, upper=-gain.lower)
 
 
 def _of_bits(before: Sequence[_Bits], after: Sequence[_Bits]) -> list[PairedDifference]:

@@ -76,17 +76,19 @@ class Entry:
 class Sensitivity:
     """The smallest true drop that a comparison of two versions on these rows finds.
 
-    Found means p below `alpha`, two-sided, with the probability `power`. It depends on how
-    much the outcomes of two versions differ from row to row, which is assumed to be as in
-    the task's own steps, each version against the one before it or its parent (the median).
+    Found means a two-sided p of at most `alpha`, .05 over the number of tasks, which is
+    Holm's first step; with the probability `power`. It depends on how much the outcomes of
+    two versions differ from row to row, which is taken from the task's own steps, each
+    version against the one before it or its parent (the median).
     """
 
-    drop: float  # in the score's own units, positive; NaN where even the largest is missed
+    drop: float  # in the score's own units, positive; infinite where no drop would be found
     rows: int
-    discordance: float | None  # assumed share of rows that change; None unless right/wrong
-    deviation: float | None  # assumed standard deviation of the rows' differences, else None
+    discordance: float  # assumed share of rows that change; NaN unless right/wrong
+    deviation: float  # assumed standard deviation of the rows' differences; else NaN
     alpha: float
     power: float
+    assumption: str  # in words
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from statistics import median
 
 from lori_manager.auditing.choosing import RECENT, Filters, what_matters
 from lori_manager.auditing.comparing import Comparer
@@ -13,6 +15,7 @@ from lori_manager.auditing.lineage import Lineage
 from lori_manager.auditing.pairing import Against, parent_of, told_once
 from lori_manager.auditing.regressions import regressions
 from lori_manager.auditing.results import (
+    POWER,
     SIGNIFICANCE,
     Comparison,
     Entry,
@@ -20,6 +23,7 @@ from lori_manager.auditing.results import (
     TaskAudit,
 )
 from lori_manager.metrics.paired import PairedDifference
+from lori_manager.metrics.power import smallest_drop, smallest_mean_drop
 from lori_manager.records import Finding, Score, Task
 from lori_manager.refs import BASE
 
@@ -177,14 +181,24 @@ def _really_worse(s: _Scored, d: PairedDifference, view: View, comparer: Compare
     return view.families.p(kind, before, s.score, d.p)[0] < SIGNIFICANCE
 
 
-def _sensitivity(
-    changes: Sequence[PairedDifference], rows: int, several: int
-) -> Sensitivity | None:
-    """What a comparison on these rows can show, corrected for `several` tasks."""
-    measured = [d for d in changes if d.rows > 0]
+def _sensitivity(steps: Sequence[PairedDifference], rows: int, several: int) -> Sensitivity | None:
+    """What a comparison on these rows can show, at the strictest level of `several` tasks."""
+    measured = [d for d in steps if d.rows > 0 and not math.isnan(d.error)]
     if not measured:
         return None
-    return None
+    alpha = SIGNIFICANCE / several
+    pairs = [d.only_a_right + d.only_b_right for d in measured
+             if d.only_a_right is not None and d.only_b_right is not None]  # fmt: skip
+    if len(pairs) == len(measured):
+        shares = [pair / d.rows for pair, d in zip(pairs, measured, strict=True)]
+        # Rounded, so that one task's figure serves another's.
+        found = smallest_drop(rows, round(median(shares), 3), alpha=alpha / 2, power=POWER)
+    else:
+        spread = median(d.error * math.sqrt(d.rows) for d in measured)
+        found = smallest_mean_drop(rows, spread, alpha=alpha / 2, power=POWER)
+    return Sensitivity(
+        found.drop, rows, found.discordance, found.deviation, alpha, POWER, found.assumption
+    )
 
 
 def _entries(shown: list[_Scored], group: Group, view: View, comparer: Comparer) -> list[Entry]:

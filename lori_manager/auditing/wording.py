@@ -77,14 +77,11 @@ def sensitivity(task: TaskAudit) -> str | None:
     found = task.sensitivity
     if found is None:
         return None
-    if found.discordance is not None:
-        assumed = f"where {found.discordance:.1%} of rows change"
-    else:
-        assumed = f"where rows change by {found.deviation:.3g} (standard deviation)"
-    told = f"with power {found.power:g} at p < {found.alpha:.2g}, {assumed}"
-    if math.isnan(found.drop):
-        return f"no drop could have been shown {told}"
-    return f"smallest drop that could have been shown {told}: {found.drop:.3f}"
+    told = f"with power {found.power:g} at p < {found.alpha:.2g}"
+    if math.isinf(found.drop):
+        return f"no drop could have been shown {told}: {found.assumption}"
+    drop = f"{found.drop:.3f}"
+    return f"smallest drop that could have been shown {told}: {drop}, where {found.assumption}"
 
 
 def notes(task: TaskAudit) -> list[str]:
