@@ -7,6 +7,7 @@ are a few operations on whole arrays; everything else is compared pair by pair.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from lori_manager.auditing.groups import Group
+from lori_manager.auditing.groups import Group, Ranking
 from lori_manager.auditing.reading import AuditStore, Outcomes
 from lori_manager.auditing.results import Comparison
 from lori_manager.metrics.bounds import Bounds, graded_bounds, score_bounds
@@ -72,32 +73,14 @@ class Loaded:
         return self._bits.get(score.id)
 
 
-class Comparer:
+class Comparer(Ranking):
     """Compares scores of one group."""
 
     def __init__(self, loaded: Loaded, group: Group, task: Task) -> None:
         """`task` is the revision that the group is on."""
+        super().__init__(group, task)
         self._loaded = loaded
-        self.higher_is_better = group.higher_is_better
-        split = task.splits.get("eval")
-        self.all_rows = split.rows if split is not None else 0
         self._differences: dict[tuple[int, int], PairedDifference | str] = {}
-
-    def goodness(self, score: Score) -> float:
-        """The value, turned so that more is better."""
-        return score.value if self.higher_is_better else -score.value
-
-    def complete(self, score: Score) -> bool:
-        """Whether every row was measured."""
-        return score.rows >= self.all_rows
-
-    def better(self, a: Score, b: Score | None) -> bool:
-        """Whether `a` takes the place of `b` as the best so far; the earlier one keeps a tie."""
-        if math.isnan(a.value):
-            return False
-        if b is None or self.complete(a) != self.complete(b):
-            return b is None or self.complete(a)
-        return self.goodness(a) > self.goodness(b)
 
     def worse(self, d: PairedDifference) -> bool:
         """Whether a difference is to the worse."""
@@ -106,33 +89,14 @@ class Comparer:
     def differences(self, pairs: Sequence[Pair]) -> list[PairedDifference | str]:
         """How far each pair's second is from its first; a reason where that cannot be said."""
         new = {(a.id, b.id): (a, b) for a, b in pairs if (a.id, b.id) not in self._differences}
-        self._loaded.load(score for pair in new.values() for score in pair)
-        binary = []
-        for key, (a, b) in new.items():
-            bits = self._loaded.bits(a), self._loaded.bits(b)
-            if bits[0] is not None and bits[1] is not None:
-                binary.append((key, bits[0], bits[1]))
-            else:
-                self._differences[key] = self._difference(a, b)
-        if binary:
-            before = [a for _, a, _ in binary]
-            after = [b for _, _, b in binary]
-            for (key, *_), d in zip(binary, _of_bits(before, after), strict=True):
-                self._differences[key] = d
+        found = differences(self._loaded, list(new.values()))
+        self._differences |= zip(new, found, strict=True)
         return [self._differences[a.id, b.id] for a, b in pairs]
 
     def compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
         """The paired comparisons of each pair's second against its first, p not corrected."""
         found = self.differences(pairs)
         return [self._comparison(a, b, d) for (a, b), d in zip(pairs, found, strict=True)]
-
-    def _difference(self, before: Score, after: Score) -> PairedDifference | str:
-        (a, weights_a), (b, weights_b) = self._loaded.of(before), self._loaded.of(after)
-        if weights_a is not None and weights_b is not None and a.shape == b.shape:
-            common = ~(np.isnan(a) | np.isnan(b))
-            if not np.array_equal(weights_a[common], weights_b[common]):
-                return "the rows are weighted differently, so nothing can be compared"
-        return paired_difference(a, b, weights_a if weights_b is None else weights_b)
 
     def _comparison(self, before: Score, after: Score, d: PairedDifference | str) -> Comparison:
         notes = []
@@ -184,6 +148,35 @@ class Comparer:
         # The lower bound is the careful one, and has to be that of a gain.
         gain = graded_bounds(b[both], a[both], w, confidence=_ONE_SIDED)
         return replace(gain, lower=-gain.upper, upper=-gain.lower)
+
+
+def differences(loaded: Loaded, pairs: Sequence[Pair]) -> list[PairedDifference | str]:
+    """How far each pair's second is from its first; a reason where that cannot be said.
+
+    The two of a pair are on the same rows; other pairs may be on other tasks.
+    """
+    loaded.load(score for pair in pairs for score in pair)
+    found: dict[int, PairedDifference | str] = {}
+    binary: dict[int, list[tuple[int, _Bits, _Bits]]] = defaultdict(list)  # by their size
+    for i, (a, b) in enumerate(pairs):
+        bits_a, bits_b = loaded.bits(a), loaded.bits(b)
+        if bits_a is None or bits_b is None:
+            found[i] = _difference(loaded.of(a), loaded.of(b))
+        else:
+            binary[bits_a.right.size].append((i, bits_a, bits_b))
+    for own in binary.values():
+        places, before, after = zip(*own, strict=True)
+        found |= zip(places, _of_bits(before, after), strict=True)
+    return [found[i] for i in range(len(pairs))]
+
+
+def _difference(before: Outcomes, after: Outcomes) -> PairedDifference | str:
+    (a, weights_a), (b, weights_b) = before, after
+    if weights_a is not None and weights_b is not None and a.shape == b.shape:
+        common = ~(np.isnan(a) | np.isnan(b))
+        if not np.array_equal(weights_a[common], weights_b[common]):
+            return "the rows are weighted differently, so nothing can be compared"
+    return paired_difference(a, b, weights_a if weights_b is None else weights_b)
 
 
 def _of_bits(before: Sequence[_Bits], after: Sequence[_Bits]) -> list[PairedDifference]:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from lori_manager.auditing.comparing import Comparer, Loaded
-from lori_manager.auditing.groups import groups
+from lori_manager.auditing.comparing import Loaded, Pair, differences
+from lori_manager.auditing.groups import Group, Ranking, groups
 from lori_manager.auditing.lineage import Lineage
 from lori_manager.auditing.pairing import Against, parent_of, told_once
 from lori_manager.auditing.reading import AuditStore
@@ -81,47 +81,52 @@ class Families:
     @cached_property
     def _families(self) -> dict[tuple[str, str], Family]:
         """By judged subject and kind: all of them in one reading."""
-        others = {
-            (subject, kind, task): self._candidates(subject, kind, task)
-            for subject in self._judged
-            for kind in _TOGETHER
-            for task in self.tasks
-        }
-        wanted = self._judged.union(*others.values())
+        candidates = {subject: self._candidates(subject) for subject in self._judged}
+        wanted = self._judged.union(*(refs for of in candidates.values() for refs in of.values()))
         found = groups(s for s in self._store.scores_of(wanted) if s.task in self.tasks)
-        loaded = Loaded(self._store)
-        pairs: dict[tuple[str, str], list[tuple[Comparer, Score, Score]]] = defaultdict(list)
+        pairs: dict[tuple[str, str], list[Pair]] = defaultdict(list)
         for group in [g for own in found.values() for g in own]:
-            comparer = Comparer(loaded, group, self._revision(group.task, group.revision))
             for subject in self._judged & group.scores.keys():
                 for score in group.scores[subject]:
-                    parent: Score | None = None
-                    for kind in _TOGETHER:
-                        candidates = others[subject, kind, group.task]
-                        before = parent_of(score, group, candidates, comparer)
-                        if kind == PARENT:
-                            parent = before
-                        elif kind == PREVIOUS and told_once(parent, before):
-                            before = None
-                        if before is not None:
-                            pairs[subject, kind].append((comparer, before, score))
-        loaded.load(
-            s for own in pairs.values() for _, before, after in own for s in (before, after)
-        )
-        return {key: _corrected(own) for key, own in pairs.items()}
+                    for kind, before in self._pairs(score, group, candidates[subject]):
+                        pairs[subject, kind].append((before, score))
+        every = [pair for own in pairs.values() for pair in own]
+        told = iter(differences(Loaded(self._store), every))
+        return {key: _corrected(own, [next(told) for _ in own]) for key, own in pairs.items()}
 
-    def _candidates(self, subject: str, kind: str, task: str) -> list[str]:
-        if kind == PARENT:
-            return self._lineage.compared_with(subject, task)
-        find = self._lineage.previous if kind == PREVIOUS else self._against.target
-        other = find(subject)
-        return [] if other is None else [other]
+    def _candidates(self, subject: str) -> dict[tuple[str, str], list[str]]:
+        """By kind and task, which is empty where all are the same, what it may be held against."""
+        found: dict[tuple[str, str], list[str]] = {}
+        if self._lineage.is_merge(subject):
+            for task in self.tasks:
+                found[PARENT, task] = self._lineage.compared_with(subject, task)
+        else:
+            found[PARENT, ""] = self._lineage.compared_with(subject, "")
+        for kind, other in (
+            (PREVIOUS, self._lineage.previous(subject)),
+            (AGAINST, self._against.target(subject)),
+        ):
+            found[kind, ""] = [other] if other is not None else []
+        return found
+
+    def _pairs(
+        self, score: Score, group: Group, candidates: Mapping[tuple[str, str], list[str]]
+    ) -> Iterator[tuple[str, Score]]:
+        ranking = Ranking(group, self._revision(group.task, group.revision))
+        parent: Score | None = None
+        for kind in _TOGETHER:
+            refs = candidates.get((kind, group.task)) or candidates.get((kind, ""), [])
+            before = parent_of(score, group, refs, ranking)
+            if kind == PARENT:
+                parent = before
+            if before is not None and not (kind == PREVIOUS and told_once(parent, before)):
+                yield kind, before
 
 
-def _corrected(pairs: Iterable[tuple[Comparer, Score, Score]]) -> Family:
-    ps: dict[tuple[int, int], float] = {}
-    for comparer, before, after in pairs:
-        (d,) = comparer.differences([(before, after)])
-        if isinstance(d, PairedDifference) and not math.isnan(d.p):
-            ps[before.id, after.id] = d.p
+def _corrected(pairs: Sequence[Pair], told: Sequence[PairedDifference | str]) -> Family:
+    ps = {
+        (before.id, after.id): d.p
+        for (before, after), d in zip(pairs, told, strict=True)
+        if isinstance(d, PairedDifference) and not math.isnan(d.p)
+    }
     return dict(zip(ps, holm(list(ps.values())).tolist(), strict=True))

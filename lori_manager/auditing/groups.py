@@ -55,6 +55,32 @@ class Group:
         return ""
 
 
+class Ranking:
+    """Which of a group's scores is the better one."""
+
+    def __init__(self, group: Group, task: Task) -> None:
+        """`task` is the revision that the group is on."""
+        self.higher_is_better = group.higher_is_better
+        split = task.splits.get("eval")
+        self.all_rows = split.rows if split is not None else 0
+
+    def goodness(self, score: Score) -> float:
+        """The value, turned so that more is better."""
+        return score.value if self.higher_is_better else -score.value
+
+    def complete(self, score: Score) -> bool:
+        """Whether every row was measured."""
+        return score.rows >= self.all_rows
+
+    def better(self, a: Score, b: Score | None) -> bool:
+        """Whether `a` takes the place of `b` as the best so far; the earlier one keeps a tie."""
+        if math.isnan(a.value):
+            return False
+        if b is None or self.complete(a) != self.complete(b):
+            return b is None or self.complete(a)
+        return self.goodness(a) > self.goodness(b)
+
+
 def groups(scores: Iterable[Score]) -> dict[str, list[Group]]:
     """Task name -> its groups, the latest revision first and there the newest scores first."""
     found: dict[tuple[str, int, str, int], Group] = {}

@@ -56,6 +56,10 @@ class Lineage:
             self._histories[last.ref] = frozenset(refs & self._order.keys())
         return self._histories[last.ref]
 
+    def is_merge(self, subject: str) -> bool:
+        """Whether what it is compared with depends on the task."""
+        return subject != BASE and self.adapters[subject].origin == "merged"
+
     def compared_with(self, subject: str, task: str) -> list[str]:
         """What `subject` is measured against on `task`: one ref, or several equal members."""
         if subject == BASE:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lori_manager.auditing.comparing import Comparer
-from lori_manager.auditing.groups import Group, alike
+from lori_manager.auditing.groups import Group, Ranking, alike
 from lori_manager.auditing.lineage import CHAMPION, Lineage
 from lori_manager.auditing.reading import AuditStore
 from lori_manager.errors import NotFound
@@ -67,7 +66,7 @@ class Against:
 
 
 def parent_of(
-    score: Score, group: Group, candidates: Sequence[str], comparer: Comparer
+    score: Score, group: Group, candidates: Sequence[str], ranking: Ranking
 ) -> Score | None:
     """The score of the parent, or of the best of several candidates; None where none has one.
 
@@ -77,7 +76,7 @@ def parent_of(
     chosen: Score | None = None
     for subject in candidates:
         for s in alike(score, group.scores.get(subject, []))[-1:]:
-            chosen = s if comparer.better(s, chosen) else chosen or s
+            chosen = s if ranking.better(s, chosen) else chosen or s
     return chosen
 
 
