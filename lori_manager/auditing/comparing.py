@@ -110,7 +110,7 @@ class Comparer(Ranking):
         if d.rows == 0:
             notes.append("no row was measured in both")
         bounds = self._bounds(before, after, d)
-        if bounds is not None and bounds.note:
+        if bounds is not None and math.isinf(bounds.lower):
             notes.append(f"interval: {bounds.note}")
         return Comparison(
             before.subject,

@@ -89,6 +89,9 @@ class FakeStore:
             raise NotFound(f"no adapter is called {ref}")
         return self._adapters[f"{ref.line}@{version}"]
 
+    def adapter_at(self, ref):
+        return self._adapters[ref]
+
     def adapters(self, line=None):
         return [a for a in self._adapters.values() if line in (None, a.line)]
 
