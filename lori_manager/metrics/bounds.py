@@ -47,7 +47,14 @@ def _level(confidence: float) -> float:
     return 1.0 - confidence
 
 
-def score_bounds(lost: int, gained: int, rows: int, confidence: float = CONFIDENCE) -> Bounds:
+def score_bounds(
+    lost: int,
+    gained: int,
+    rows: int,
+    confidence: float = CONFIDENCE,
+    *,
+    correction: float | None = None,
+) -> Bounds:
     """Bounds of the difference of two paired shares of right answers.
 
     Tango's score bounds with a continuity correction of half a pair (a whole one below 20
@@ -61,6 +68,7 @@ def score_bounds(lost: int, gained: int, rows: int, confidence: float = CONFIDEN
         lost: rows right before and wrong after.
         gained: rows wrong before and right after.
         rows: all rows, at least 1.
+        correction: of continuity, in pairs, in place of those; 0 gives Tango's own bounds.
     Raises:
         ValueError: counts that are negative or do not fit; confidence outside (.5, 1).
     Source: Tango 1998, Statistics in Medicine 17, 891-908. Differs: the correction, and
@@ -78,11 +86,12 @@ def score_bounds(lost: int, gained: int, rows: int, confidence: float = CONFIDEN
             "`lost` and `gained` must be at least 0 and together at most `rows`, at least 1: "
             f"got {lost}, {gained} and {rows}"
         )
-    if lost == gained == 0:
+    if correction is None and lost == gained == 0:
         reach = 1.0 - level ** (1.0 / rows)
         return Bounds(-reach, reach, confidence, SCORE, "no row changed: the exact binomial bound")
     z = normal_quantile(confidence)
-    correction = 1.0 if rows < SMALL else 0.5
+    if correction is None:
+        correction = 1.0 if rows < SMALL else 0.5
     return Bounds(
         _score_lower(lost, gained, rows, z, correction),
         -_score_lower(gained, lost, rows, z, correction),

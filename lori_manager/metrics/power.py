@@ -191,15 +191,15 @@ def rows_to_decide(
         if not 0 < margin < reach:
             return 1 if margin >= reach > 0 else None
         return math.floor(math.log(alpha) / math.log1p(-margin / reach)) + 1
+    level = alpha / tests
+    fewest = math.ceil(-math.log2(level)) / changed  # below that no split is rare enough
     beta, wanted = normal_quantile(power), []
-    for gap, level in ((difference + margin, alpha), (-difference, alpha / tests)):
+    for gap, tail, least in ((difference + margin, alpha, 1.0), (-difference, level, fewest)):
         if gap > 0:
-            spread = (normal_quantile(1 - level) + beta) * deviation
+            spread = (normal_quantile(1 - tail) + beta) * deviation
             # The root of: gap rows - correction = spread sqrt(rows).
             root = (spread + math.sqrt(spread * spread + 4 * gap * correction)) / (2 * gap)
-            # Below so many changed rows no split of them is rare enough.
-            fewest = math.ceil(-math.log2(level)) / changed if gap == -difference else 0.0
-            wanted.append(math.ceil(max(root * root, fewest)))
+            wanted.append(math.ceil(max(root * root, least)))
     return min(wanted, default=None)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -84,12 +84,13 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """What one task says before the family is looked at."""
+class Measured:
+    """What one task says by itself, before the family is looked at."""
 
     paired: PairedDifference  # of the gain
     bounds: Bounds
-    p: float
+    p: float  # one-sided, against no drop
+    margin: float
     reach: float  # how far a row can fall
     changed: float  # share of rows that differ
 
@@ -133,37 +134,42 @@ def judge_family(
         ValueError: shapes that differ, infinite outcomes, weights that are negative, a
             margin that is negative or not finite, a confidence outside (.5, 1).
     """
-    measured = [_measure(task, resamples, seed) for task in tasks]
-    adjusted = holm([m.p for m in measured])
-    tests = sum(not math.isnan(m.p) for m in measured)
-    return [
-        _judged(task, m, float(p), tests)
-        for task, m, p in zip(tasks, measured, adjusted, strict=True)
-    ]
+    return decide([measure(task, resamples=resamples, seed=seed) for task in tasks])
 
 
-def _measure(task: Compared, resamples: int, seed: int) -> _Measured:
+def decide(family: Sequence[Measured]) -> list[Judged]:
+    """The verdicts of tasks that were measured one by one: Holm over all of them."""
+    adjusted = holm([m.p for m in family])
+    tests = sum(not math.isnan(m.p) for m in family)
+    return [_judged(m, float(p), tests) for m, p in zip(family, adjusted, strict=True)]
+
+
+def measure(task: Compared, *, resamples: int = RESAMPLES, seed: int = 0) -> Measured:
+    """The difference, its bounds and p of one task; raises as `judge_family`."""
     if not (math.isfinite(task.margin) and task.margin >= 0):
         raise ValueError(f"`margin` must be a finite number of at least 0, got {task.margin}")
     if not 0.5 < task.confidence < 1:
         raise ValueError(f"`confidence` must be above .5 and below 1, got {task.confidence}")
     a, b = np.asarray(task.before, dtype=np.float64), np.asarray(task.after, dtype=np.float64)
-    if not task.higher_is_better:
-        a, b = b, a  # a lower loss is a gain
     paired = paired_difference(a, b, task.weights)
+    if not task.higher_is_better:  # a lower outcome is a gain: the sides change places
+        only_before, only_after = paired.rows_only_a, paired.rows_only_b
+        a, b = b, a
+        paired = paired_difference(a, b, task.weights)
+        paired = replace(paired, rows_only_a=only_before, rows_only_b=only_after)
     if paired.rows == 0:
         nothing = Bounds(math.nan, math.nan, task.confidence, "")
-        return _Measured(paired, nothing, math.nan, math.nan, math.nan)
+        return Measured(paired, nothing, math.nan, task.margin, math.nan, math.nan)
     lost, gained = paired.only_a_right, paired.only_b_right
     if paired.test == MCNEMAR and lost is not None and gained is not None:
         bounds = score_bounds(lost, gained, paired.rows, task.confidence)
         p, changed = mcnemar_exact(lost, gained, "less"), (lost + gained) / paired.rows
-        return _Measured(paired, bounds, p, 1.0, changed)
+        return Measured(paired, bounds, p, task.margin, 1.0, changed)
     x, y, w = _common(a, b, task.weights)
     bounds = graded_bounds(x, y, w, confidence=task.confidence, resamples=resamples, seed=seed)
     p = sign_flip(y - x if w is None else w * (y - x), "less")
     reach, changed = float(np.ptp(np.concatenate([x, y]))), float(np.mean(x != y))
-    return _Measured(paired, bounds, p, reach, changed)
+    return Measured(paired, bounds, p, task.margin, reach, changed)
 
 
 def _common(
@@ -178,17 +184,17 @@ def _common(
     return a[both], b[both], w[both]
 
 
-def _judged(task: Compared, m: _Measured, p_holm: float, tests: int) -> Judged:
+def _judged(m: Measured, p_holm: float, tests: int) -> Judged:
     paired, bounds = m.paired, m.bounds
     verdict, needed, notes = UNDECIDED, None, [bounds.note]
     if paired.rows == 0:
         notes = ["no row was measured on both sides"]
-    elif bounds.lower > -task.margin:
+    elif bounds.lower > -m.margin:
         verdict = SAFE
-    elif p_holm <= 1 - task.confidence and bounds.upper < 0:
+    elif p_holm <= 1 - bounds.confidence and bounds.upper < 0:
         verdict = REGRESSED
     else:
-        needed, words = _rows_needed(task, m, tests)
+        needed, words = _rows_needed(m, tests)
         notes.append(words)
     return Judged(
         verdict,
@@ -197,19 +203,19 @@ def _judged(task: Compared, m: _Measured, p_holm: float, tests: int) -> Judged:
         bounds.upper,
         m.p,
         p_holm,
-        task.margin,
-        task.confidence,
+        m.margin,
+        bounds.confidence,
         paired.rows,
         needed,
         paired.test,
         "; ".join(filter(None, notes)),
         bounds.method,
-        paired.rows_only_a if task.higher_is_better else paired.rows_only_b,
-        paired.rows_only_b if task.higher_is_better else paired.rows_only_a,
+        paired.rows_only_a,
+        paired.rows_only_b,
     )
 
 
-def _rows_needed(task: Compared, m: _Measured, tests: int) -> tuple[int | None, str]:
+def _rows_needed(m: Measured, tests: int) -> tuple[int | None, str]:
     """Rows for a verdict with the difference and the spread that were seen, and that in words."""
     rows, error = m.paired.rows, m.paired.error
     if math.isnan(error):
@@ -217,8 +223,8 @@ def _rows_needed(task: Compared, m: _Measured, tests: int) -> tuple[int | None, 
     needed = rows_to_decide(
         m.paired.difference,
         error * math.sqrt(rows),
-        task.margin,
-        confidence=task.confidence,
+        m.margin,
+        confidence=m.bounds.confidence,
         tests=tests,
         changed=m.changed,
         reach=m.reach,
