@@ -156,9 +156,7 @@ def main() -> None:
                 f"({min(firsts):.2f} - {max(firsts):.2f}) | {statistics.median(spent):.2f} | "
                 f"{every:.1f} | {printed / 1e3:,.0f} |"
             )
-        print(
-            f"\ngoal: first output of `lori audit` in {GOAL:g} s; all s: processor seconds to the end"
-        )
+        print(f"\ngoal: first output of `lori audit` in {GOAL:g} s; all s: processor's, to the end")
     print(f"\nload of the machine at the end: {os.getloadavg()[0]:.1f}")
 
 

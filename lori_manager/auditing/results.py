@@ -138,6 +138,7 @@ class SequenceAudit:
     kind: str = "sequence"  # or "merges"
     introduced: tuple[int, ...] = ()  # per taught task, the row of R that brought it in
     outside: tuple[str, ...] = ()  # the columns that are only scored
+    variants: tuple[Figure, ...] = ()  # what others report under the same names; of a sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 from lori_manager.auditing.groups import Group
 from lori_manager.auditing.lineage import Lineage
 from lori_manager.auditing.results import SequenceAudit
-from lori_manager.metrics.continual import Figure, continual_figures
+from lori_manager.metrics.continual import Figure, continual_figures, other_figures
 from lori_manager.metrics.merge_line import merge_line_figures
 from lori_manager.records import Adapter, Line
 from lori_manager.refs import BASE
@@ -143,6 +143,7 @@ def _matrix(
     counted = [i for i, t in enumerate(every) if t not in coming]
     directions = columns.directions([every[i] for i in counted])
     figures: tuple[Figure, ...] = ()
+    variants: tuple[Figure, ...] = ()
     if len(directions) <= 1:
         reference = [columns.value(r, t) for r, t in zip(references, taught, strict=True)]
         up = directions != {False}
@@ -150,6 +151,7 @@ def _matrix(
             figures = continual_figures(
                 R[:, counted], base[counted], reference, higher_is_better=up
             )
+            variants = other_figures(R[:, counted], higher_is_better=up)
         else:
             figures = merge_line_figures(R, introduced, base, reference, higher_is_better=up)
     return SequenceAudit(
@@ -165,4 +167,5 @@ def _matrix(
         kind,
         tuple(introduced),
         tuple(outside),
+        variants,
     )

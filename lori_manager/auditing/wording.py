@@ -128,6 +128,12 @@ def figure(found: Figure) -> str:
     return f"{found.value:+.3f}" if signed else number(found.value)
 
 
+def matrix(sequence: SequenceAudit) -> str:
+    """`support: R, every stage on every task`."""
+    rows = "stage" if sequence.kind == "sequence" else "version"
+    return f"{sequence.line}: R, every {rows} on every task"
+
+
 def about_references(sequence: SequenceAudit) -> list[str]:
     """What intransigence stands on."""
     missing = [t for t, r in zip(sequence.tasks, sequence.references, strict=False) if not r]

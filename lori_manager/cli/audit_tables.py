@@ -7,8 +7,8 @@ import sys
 
 import typer
 
-from lori_manager.auditing import AuditRun, wording
-from lori_manager.auditing.results import Entry, SequenceAudit, TaskAudit
+from lori_manager.auditing import AuditRun, layout, wording
+from lori_manager.auditing.results import SequenceAudit, TaskAudit
 from lori_manager.cli import output
 
 _MOST_TASKS = 12  # columns of a matrix; more tasks become lines
@@ -39,34 +39,7 @@ def _show_task(task: TaskAudit) -> None:
         typer.echo(f"note: {task.note}")
     if not task.entries:
         return
-    rows = any(entry.rows != task.rows for entry in task.entries)
-    precisions = len(task.precisions) > 1
-    against = {entry.against.against for entry in task.entries if entry.against is not None}
-    columns = ["subject", "", ">score"]
-    columns += [">rows"] * rows + ["precision"] * precisions
-    previous = any(entry.previous is not None for entry in task.entries)
-    columns += [">change [95%]", ">p", "from", ""]
-    columns += [">to previous [95%]", ""] * previous + [">to best [95%]", ""]
-    columns += [f">to {min(against)} [95%]" if len(against) == 1 else ">against [95%]"] * bool(
-        against
-    )
-    columns += ["what"] * (len(against) > 1) + [""] * bool(against)
-
-    def cells(entry: Entry) -> list[str | None]:
-        parent, to = entry.parent, entry.against
-        found = [wording.name(entry), wording.marks(entry, task), wording.score(entry)]
-        found += [output.count(entry.rows)] * rows + [entry.precision or wording.NONE] * precisions
-        found += [wording.change(parent), wording.p(parent)]
-        found += [parent.against if parent else wording.NONE, wording.verdict(parent)]
-        found += [wording.change(entry.previous), wording.verdict(entry.previous)] * previous
-        found += [wording.change(entry.best), wording.verdict(entry.best)]
-        if against:
-            found.append(wording.change(to))
-            found += [to.against if to else wording.NONE] * (len(against) > 1)
-            found.append(wording.verdict(to))
-        return list(found)
-
-    output.table(columns, [cells(entry) for entry in task.entries])
+    output.table(*layout.history(task))
     told = wording.sensitivity(task)
     if told is not None:
         typer.echo(told)
@@ -75,7 +48,7 @@ def _show_task(task: TaskAudit) -> None:
 
 
 def _show_sequence(sequence: SequenceAudit, *, whole: bool) -> None:
-    output.title(f"{sequence.line}: R, every {_WORDS[sequence.kind]} on every task")
+    output.title(wording.matrix(sequence))
     if whole or len(sequence.tasks) <= _MOST_TASKS:
         _show_matrix(sequence, whole=whole)
     else:
@@ -87,42 +60,20 @@ def _show_sequence(sequence: SequenceAudit, *, whole: bool) -> None:
     if not sequence.figures:
         return
     typer.echo()
-    output.table(
-        ["figure", "symbol", ">value", ">of", "better", "formula", "source"],
-        [
-            [
-                figure.name,
-                figure.symbol,
-                wording.figure(figure),
-                figure.denominator,
-                "higher" if figure.higher_is_better else "lower",
-                figure.formula,
-                figure.source,
-            ]
-            for figure in sequence.figures
-        ],
-    )
+    output.table(*layout.figures((*sequence.figures, *(sequence.variants if whole else ()))))
     for told in wording.about_references(sequence):
         typer.echo(told)
 
 
-_WORDS = {"sequence": "stage", "merges": "version"}
-
-
 def _show_matrix(sequence: SequenceAudit, *, whole: bool) -> None:
     """A line for each version; of a long line the ends."""
-    rows = [
-        [stage, *map(wording.number, scores)]
-        for stage, scores in zip(sequence.stages, sequence.R, strict=True)
-    ]
-    hidden = 0 if whole else max(0, len(rows) - 2 * (_FIRST + _LAST))
-    if hidden:
-        hidden = len(rows) - _FIRST - _LAST
+    columns, (base, *rows) = layout.matrix(sequence)
+    hidden = len(rows) - _FIRST - _LAST
+    if whole or hidden <= _FIRST + _LAST:
+        hidden = 0
+    else:
         rows = [*rows[:_FIRST], *rows[-_LAST:]]
-    output.table(
-        [_WORDS[sequence.kind], *(f">{task}" for task in sequence.tasks)],
-        [["base", *map(wording.number, sequence.base)], *rows],
-    )
+    output.table(columns, [base, *rows])
     if hidden:
         typer.echo(f"{hidden:,} versions between them: --all shows all")
 

@@ -85,5 +85,5 @@ def test_with_one_new_task_a_version_they_are_those_of_a_sequence(up, T, extra, 
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(R, introduced, base, own):
-    with pytest.raises(ValueError, match="expected|must be"):
+    with pytest.raises(ValueError, match=r"expected|must be"):
         merge_line_figures(R, introduced, base, own)

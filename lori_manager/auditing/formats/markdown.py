@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-from lori_manager.auditing import wording
-from lori_manager.auditing.results import Audit, Entry, SequenceAudit, TaskAudit
+from lori_manager.auditing import layout, wording
+from lori_manager.auditing.results import Audit, SequenceAudit, TaskAudit
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~<>&@$-])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]|~<>&$])")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_LINKED = re.compile(r"#(?=\d)|(?<!\w)@(?=\w)")  # GitHub makes links of nlu#1 and @name
 
 
 def text(found: Audit) -> str:
@@ -20,10 +21,11 @@ def text(found: Audit) -> str:
 def escape(told: str) -> str:
     """`told` as plain words: no markup, link, mention, cell or line of its own.
 
-    >>> escape("a|b <c>")
-    'a\\\\|b \\\\<c\\\\>'
+    >>> print(escape("a|b <c> nlu#1"))
+    a\\|b \\<c\\> nlu#<!-- -->1
     """
-    return _SPECIAL.sub(r"\\\1", _CONTROL.sub(" ", told))
+    plain = _SPECIAL.sub(r"\\\1", _CONTROL.sub(" ", told))
+    return _LINKED.sub(lambda found: f"{found[0]}<!-- -->", plain)
 
 
 def _lines(found: Audit) -> Iterator[str]:
@@ -34,55 +36,18 @@ def _lines(found: Audit) -> Iterator[str]:
     findings = [*found.regressions, *found.findings]
     yield from (f"- {escape(f'{finding.kind}: {finding.message}')}" for finding in findings)
     yield from [""] * bool(findings)
-    yield from _judged(found)
+    judged = layout.judged(found)
+    if judged.rows:
+        yield from _table(judged)
+        yield ""
     yield escape(wording.corrections(found.adapters, len({t.task for t in found.tasks})))
     for task in found.tasks:
         yield from _folded(wording.heading(task), _task(task))
     for sequence in found.sequences:
-        title = f"{sequence.line}: R, every version on every task"
-        yield from _folded(title, _sequence(sequence))
+        yield from _folded(wording.matrix(sequence), _sequence(sequence))
     if found.notes:
         yield ""
         yield from (f"- note: {escape(note)}" for note in found.notes)
-
-
-def _judged(found: Audit) -> Iterator[str]:
-    """One line for each judged version and task."""
-    rows = [
-        [task.ref, *_cells(entry, task)[:-1]]
-        for task in found.tasks
-        for entry in task.entries
-        if entry.subject in found.adapters
-    ]
-    if rows:
-        yield from _table(["task", *_COLUMNS[:-1]], rows)
-        yield ""
-
-
-_COLUMNS = (
-    "version", "", ">score", ">change (95%)", ">p", "from", "", ">to previous", "",
-    ">against", "what", "", ">to best",
-)  # fmt: skip
-
-
-def _cells(entry: Entry, task: TaskAudit) -> list[str]:
-    parent, previous, against = entry.parent, entry.previous, entry.against
-    precision = f" {entry.precision}" if len(task.precisions) > 1 else ""
-    return [
-        wording.name(entry) + precision,
-        wording.marks(entry, task),
-        wording.score(entry),
-        wording.change(parent),
-        wording.p(parent),
-        parent.against if parent else "",
-        wording.verdict(parent),
-        wording.change(previous) if previous else "",
-        wording.verdict(previous),
-        wording.change(against) if against else "",
-        against.against if against else "",
-        wording.verdict(against),
-        wording.change(entry.best) if entry.best else "",
-    ]
 
 
 def _task(task: TaskAudit) -> Iterator[str]:
@@ -90,40 +55,27 @@ def _task(task: TaskAudit) -> Iterator[str]:
         yield escape(f"note: {task.note}")
         yield ""
     if task.entries:
-        yield from _table(_COLUMNS, [_cells(entry, task) for entry in task.entries])
+        yield from _table(layout.history(task))
         yield ""
     told = wording.sensitivity(task)
     yield from (f"- {escape(note)}" for note in [*([told] if told else []), *wording.notes(task)])
 
 
 def _sequence(sequence: SequenceAudit) -> Iterator[str]:
-    rows = [
-        [stage, *map(wording.number, scores)]
-        for stage, scores in zip(
-            ("base", *sequence.stages), (sequence.base, *sequence.R), strict=True
-        )
-    ]
-    yield from _table(["version", *(f">{task}" for task in sequence.tasks)], rows)
+    yield from _table(layout.matrix(sequence))
     yield ""
     if sequence.note:
         yield escape(f"note: {sequence.note}")
     if sequence.figures:
-        yield from _table(
-            ["figure", "symbol", ">value", ">of", "better", "formula"],
-            [
-                [f.name, f.symbol, wording.figure(f), str(f.denominator),
-                 "higher" if f.higher_is_better else "lower", f.formula]
-                for f in sequence.figures
-            ],
-        )  # fmt: skip
+        yield from _table(layout.figures(sequence.figures))
         yield ""
         yield from (f"- {escape(told)}" for told in wording.about_references(sequence))
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield _row(escape(c.removeprefix(">")) or " " for c in columns)
-    yield _row("--:" if c.startswith(">") else "---" for c in columns)
-    yield from (_row(map(escape, row)) for row in rows)
+def _table(table: layout.Table) -> Iterator[str]:
+    yield _row(escape(c.removeprefix(">")) or " " for c in table.columns)
+    yield _row("--:" if c.startswith(">") else "---" for c in table.columns)
+    yield from (_row(map(escape, row)) for row in table.rows)
 
 
 def _row(cells: Iterable[str]) -> str:
