@@ -44,7 +44,7 @@ def fill(folder: Path, tasks: int, versions: int, rows: int, seed: int) -> None:
         names = [f"task-{i:03d}" for i in range(tasks)]
         for name in names:
             store.add_task(
-                name, scorer="exact_match", scorer_version=1, description="",
+                name, scorer="exact_match", scorer_version="1", description="",
                 splits={"eval": split}, options={}, eval_keys=keys,
             )  # fmt: skip
 
@@ -88,7 +88,7 @@ def history(random: np.random.Generator, versions: int, rows: int) -> Iterator[n
 def score(task: str, subject: Parent, outcomes: np.ndarray) -> NewScore:
     value, error, rows = summarize(outcomes)
     return NewScore(
-        subject.ref, subject.digest, task, 1, "exact_match", 1, "fp32", value, error, rows
+        subject.ref, subject.digest, task, 1, "exact_match", "1", "fp32", value, error, rows
     )
 
 

@@ -104,6 +104,8 @@ class Comparer(Ranking):
             notes.append(f"in {after.precision}, {before.subject} in {before.precision}")
         if before.origin != after.origin:
             notes.append(f"{after.origin}, {before.subject} {before.origin}")
+        if before.encoding != after.encoding and before.encoding and after.encoding:
+            notes.append(f"{before.subject}'s rows were cut or made into tokens in another way")
         if isinstance(d, str):
             note = "; ".join([*notes, d])
             return Comparison(before.subject, note=note, precision=before.precision)

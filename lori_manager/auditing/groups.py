@@ -17,7 +17,7 @@ class Group:
     task: str
     revision: int
     scorer: str
-    scorer_version: int
+    scorer_version: str
     scores: dict[str, list[Score]] = field(default_factory=dict)  # by subject
     last: int = 0  # position of its newest score
 
@@ -83,7 +83,7 @@ class Ranking:
 
 def groups(scores: Iterable[Score]) -> dict[str, list[Group]]:
     """Task name -> its groups, the latest revision first and there the newest scores first."""
-    found: dict[tuple[str, int, str, int], Group] = {}
+    found: dict[tuple[str, int, str, str], Group] = {}
     for position, s in enumerate(scores):
         key = (s.task, s.task_revision, s.scorer, s.scorer_version)
         group = found.get(key)
@@ -100,7 +100,7 @@ def groups(scores: Iterable[Score]) -> dict[str, list[Group]]:
 def alike(score: Score, own: Sequence[Score]) -> Sequence[Score]:
     """Those of a subject's scores that `score` may be compared with.
 
-    Like with like: another precision or origin only for want of the same.
+    Like with like: another precision, origin or tokens only for want of the same.
     """
-    same = [s for s in own if (s.precision, s.origin) == (score.precision, score.origin)]
-    return same or own
+    same = [s for s in own if (s.precision, s.origin) == (score.precision, score.origin)] or own
+    return [s for s in same if s.encoding == score.encoding] or same

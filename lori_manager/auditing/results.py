@@ -99,7 +99,7 @@ class TaskAudit:
     revision: int
     latest: bool  # whether it is the task's latest revision
     scorer: str
-    scorer_version: int
+    scorer_version: str
     higher_is_better: bool | None  # None where nothing was scored
     entries: tuple[Entry, ...]
     best: str | None  # the subject with the best value in scope

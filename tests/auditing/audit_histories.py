@@ -25,7 +25,7 @@ class FakeStore:
     def add_task(self, name, rows=10, scorer="exact_match"):
         revision = len(self._tasks.setdefault(name, [])) + 1
         split = {"eval": Split("0" * 64, rows)}
-        self._tasks[name].append(Task(name, revision, scorer, 1, "", split, {}, self._now()))
+        self._tasks[name].append(Task(name, revision, scorer, "1", "", split, {}, self._now()))
 
     def add_adapter(self, line, task=None, *, parents=(), origin="trained", sequence=False):
         version = 1 + sum(a.line == line for a in self._adapters.values())

@@ -255,7 +255,7 @@ def test_versions_of_a_scorer_are_never_compared():
     store = FakeStore()
     store.add_task("nlu")
     ref = store.add_adapter("nlu", "nlu")
-    store.right("base", "nlu", 3, scorer_version=0)
+    store.right("base", "nlu", 3, scorer_version="0")
     store.right(ref, "nlu", 9)
     new, old = audit(store).tasks
     assert [e.subject for e in new.entries] == [ref]
@@ -401,6 +401,20 @@ def test_scores_at_other_precisions_are_compared_for_want_of_better_and_never_in
     assert e.parent.note == e.best.note == "in bf16-nf4, nlu@1 in fp32"
 
 
+def test_scores_on_rows_cut_in_another_way_are_compared_for_want_of_better_and_that_is_told():
+    store = FakeStore()
+    store.add_task("nlu")
+    one = store.add_adapter("nlu", "nlu")
+    two = store.add_adapter("nlu", "nlu", parents=[one])
+    store.right(one, "nlu", 6, encoding="old")
+    store.right(two, "nlu", 7, encoding="new")
+    parent = entry(audit(store), "nlu", two).parent
+    assert parent.note == "nlu@1's rows were cut or made into tokens in another way"
+    store.right(one, "nlu", 5, encoding="new")
+    store.right(one, "nlu", 6, encoding="")
+    assert entry(audit(store), "nlu", two).parent.change == pytest.approx(0.2)
+
+
 def test_a_drop_is_measured_at_the_same_precision_where_there_is_one():
     store = FakeStore()
     store.add_task("nlu")
@@ -505,12 +519,10 @@ def test_the_fake_store_reads_refs_as_the_real_one_does(road):
 def test_the_real_store_gives_what_an_audit_reads(tmp_path):
     store = Store.create(tmp_path / ".lori")
     store.set_base(Base("f" * 64, "here", None, "here", "llama", datetime.now(UTC)))
-    keys = [bytes([i]) * 16 for i in range(4)]
     digest = store.objects.put(b"{}\n" * 4)
     split = {"eval": Split(digest, 4), "train": Split(digest, 4)}
     store.add_task(
-        "wiki", scorer="perplexity", scorer_version=1, description="", splits=split, options={},
-        eval_keys=keys,
+        "wiki", scorer="perplexity", scorer_version="1", description="", splits=split, options={},
     )  # fmt: skip
 
     def adapter(line, blob, task, parents=(), origin="trained"):
@@ -531,7 +543,7 @@ def test_the_real_store_gives_what_an_audit_reads(tmp_path):
         facts = {"higher_is_better": False}
         store.add_score(
             NewScore(
-                subject, of, "wiki", 1, "perplexity", 1, "fp32", value, error, rows, facts=facts
+                subject, of, "wiki", 1, "perplexity", "1", "fp32", value, error, rows, facts=facts
             ),
             outcomes,
             tokens,

@@ -30,7 +30,7 @@ class Outcomes:
 
 def scored(i, rows, **changes):
     fields = {"subject": f"m@{i}", "digest": "", "task": "t", "task_revision": 1,
-              "scorer": "s", "scorer_version": 1, "precision": "fp32", "value": 0.0,
+              "scorer": "s", "scorer_version": "1", "precision": "fp32", "value": 0.0,
               "error": 0.0, "rows": rows, "id": i, "created_at": NOW}  # fmt: skip
     return Score(**(fields | changes))
 
@@ -82,8 +82,8 @@ def comparer(arrays, *, higher=True):
     rows = len(arrays[0][0])
     facts = {"higher_is_better": higher}
     scores = [scored(i, rows, facts=facts) for i in range(len(arrays))]
-    group = Group("t", 1, "s", 1, {s.subject: [s] for s in scores})
-    task = Task("t", 1, "s", 1, "", {"eval": Split("", rows)}, {}, NOW)
+    group = Group("t", 1, "s", "1", {s.subject: [s] for s in scores})
+    task = Task("t", 1, "s", "1", "", {"eval": Split("", rows)}, {}, NOW)
     return Comparer(Loaded(Outcomes(arrays)), group, task), scores
 
 

@@ -62,7 +62,7 @@ def test_chosen_tasks_are_the_family(line):
 
 
 def test_a_comparison_that_cannot_be_made_is_no_member(line):
-    line.add_score("main@2", "d", [1] * 20, revision=1, scorer_version=7)
+    line.add_score("main@2", "d", [1] * 20, revision=1, scorer_version="7")
     line._scores = [s for s in line._scores if (s.subject, s.task) != ("main@1", "d")]
     result = audit(line)
     assert entry(result, "c", "main@2").parent.family == 3
