@@ -40,12 +40,11 @@ def fill(folder: Path, tasks: int, versions: int, rows: int, seed: int) -> None:
     with Store.create(folder / ".lori") as store:
         store.set_base(Base(mark, "none", None, str(folder), "llama", datetime.now(UTC)))
         split = Split(store.objects.put(b"{}\n" * rows), rows)
-        keys = [i.to_bytes(16, "big") for i in range(rows)]
         names = [f"task-{i:03d}" for i in range(tasks)]
         for name in names:
             store.add_task(
                 name, scorer="exact_match", scorer_version="1", description="",
-                splits={"eval": split}, options={}, eval_keys=keys,
+                splits={"eval": split}, options={},
             )  # fmt: skip
 
         def adapter(line: str, task: str | None, parents: list[Parent]) -> Parent:
