@@ -6,10 +6,11 @@ lower is, so that a drop is negative whichever way the scorer points.
 - `safe`: the lower bound of the difference, one-sided at `confidence`, is above -margin.
   Each task on its own: with a true drop of exactly the margin it is said with probability
   at most 1 - confidence (non-inferiority).
-- else `regressed`: the exact one-sided test against "no drop" has a p of at most
-  1 - confidence after Holm's step-down over all tasks judged together, and the upper
-  bound is below 0. Where no task has changed, a family of any size is told that
-  something regressed with probability at most 1 - confidence.
+- else `regressed`: the one-sided test against "no drop" has a p of at most 1 - confidence
+  after Holm's step-down over all tasks judged together. Where no task has changed, a
+  family of any size is told that something regressed with probability at most
+  1 - confidence. The test alone decides, because it is exact: for right/wrong outcomes
+  the upper bound then is below 0 as well, for others a bootstrap's may reach just above.
 - else `undecided`, with the rows that would decide it.
 
 No verdict spends the other's error: `safe` uses the lower tail of one task, `regressed` the
@@ -28,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lori_manager.metrics.bounds import (
     CONFIDENCE,
-    GAFFKE,
+    FEW,
     RESAMPLES,
     Bounds,
     graded_bounds,
@@ -42,7 +43,7 @@ from lori_manager.metrics.paired import (
     paired_difference,
     sign_flip,
 )
-from lori_manager.metrics.power import POWER, rows_to_decide
+from lori_manager.metrics.power import POWER, rows_to_decide, rows_to_decide_mean
 
 Verdict = Literal["safe", "regressed", "undecided"]
 SAFE: Verdict = "safe"
@@ -91,7 +92,7 @@ class Measured:
     bounds: Bounds
     p: float  # one-sided, against no drop
     margin: float
-    reach: float  # how far a row can fall
+    fall: float  # how far the row falls that the lower bound imagines
     changed: float  # share of rows that differ
 
 
@@ -168,8 +169,10 @@ def measure(task: Compared, *, resamples: int = RESAMPLES, seed: int = 0) -> Mea
     x, y, w = _common(a, b, task.weights)
     bounds = graded_bounds(x, y, w, confidence=task.confidence, resamples=resamples, seed=seed)
     p = sign_flip(y - x if w is None else w * (y - x), "less")
-    reach, changed = float(np.ptp(np.concatenate([x, y]))), float(np.mean(x != y))
-    return Measured(paired, bounds, p, task.margin, reach, changed)
+    moved = int(np.count_nonzero(x != y))
+    reach, worst = float(np.ptp(np.concatenate([x, y]))), float(np.min(y - x))
+    fall = reach if moved < FEW else max(0.0, -worst)
+    return Measured(paired, bounds, p, task.margin, fall, moved / paired.rows)
 
 
 def _common(
@@ -191,8 +194,10 @@ def _judged(m: Measured, p_holm: float, tests: int) -> Judged:
         notes = ["no row was measured on both sides"]
     elif bounds.lower > -m.margin:
         verdict = SAFE
-    elif p_holm <= 1 - bounds.confidence and bounds.upper < 0:
+    elif p_holm <= 1 - bounds.confidence:
         verdict = REGRESSED
+        if bounds.upper >= 0:
+            notes.append("the bootstrap's upper bound reaches 0, the exact test does not")
     else:
         needed, words = _rows_needed(m, tests)
         notes.append(words)
@@ -217,22 +222,25 @@ def _judged(m: Measured, p_holm: float, tests: int) -> Judged:
 
 def _rows_needed(m: Measured, tests: int) -> tuple[int | None, str]:
     """Rows for a verdict with the difference and the spread that were seen, and that in words."""
-    rows, error = m.paired.rows, m.paired.error
-    if math.isnan(error):
+    paired, confidence = m.paired, m.bounds.confidence
+    if math.isnan(paired.error):
         return None, "a single row shows no spread"
-    needed = rows_to_decide(
-        m.paired.difference,
-        error * math.sqrt(rows),
-        m.margin,
-        confidence=m.bounds.confidence,
-        tests=tests,
-        changed=m.changed,
-        reach=m.reach,
-        correction=m.reach if m.bounds.method == GAFFKE else m.reach / 2,
-    )
+    if paired.only_a_right is not None and paired.only_b_right is not None:
+        lost, gained = paired.only_a_right / paired.rows, paired.only_b_right / paired.rows
+        needed = rows_to_decide(lost, gained, m.margin, confidence=confidence, tests=tests)
+    else:
+        needed = rows_to_decide_mean(
+            paired.difference,
+            paired.error * math.sqrt(paired.rows),
+            m.margin,
+            confidence=confidence,
+            tests=tests,
+            changed=m.changed,
+            fall=m.fall,
+        )
     if needed is None:
         return None, "more rows like these would not decide it"
-    needed = max(needed, rows + 1)
+    needed = max(needed, paired.rows + 1)
     if m.changed == 0:
         return needed, f"{needed} rows would decide it if still none changed"
     return needed, (
