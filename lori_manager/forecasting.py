@@ -93,7 +93,7 @@ def forecast(
     if expected:
         key = merge_key(members, shares, entry.name, told.settings())
         precision = models.score_precision(config)
-        ws.store.add_forecasts([Forecasted(key, precision, e) for e in expected])
+        ws.store.add_forecasts([Forecasted(key, precision, ws.encoding, e) for e in expected])
     return Forecast(
         tuple(members), tuple(shares), entry.name, found, loudest, tuple(expected), past
     )

@@ -99,6 +99,7 @@ def _expected(
         scorer=task.scorer,
         scorer_version=scorer.version,
         precision=models.score_precision(inputs.config),
+        encoding=inputs.ws.encoding,
     )
     score = own.value if own is not None and scorer.binary else math.nan
     # Agresti and Coull's shrunken share, so that 32 of 32 is not held for certain.

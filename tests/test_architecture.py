@@ -23,7 +23,7 @@ ROWS = (
     ("evaluation", "projecting", "replaying"),
     ("avoiding",),
     ("context",),
-    ("audit",),
+    ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
@@ -51,7 +51,7 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "teaching", "combining", "transfer", "intake",
     "integrity",
-    "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "audit",
+    "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "auditing",
     "models", "store", "config",
     "records", "refs", "registry", "errors",
 }  # fmt: skip

@@ -9,13 +9,13 @@ import typer
 
 from lori_manager.cli import complete, output
 from lori_manager.cli.output import Json
-from lori_manager.cli.scores import names, verdict
+from lori_manager.cli.scores import names
 from lori_manager.cli.session import workspace
 from lori_manager.cli.settings import SCORING, Changes, configured, with_settings
 from lori_manager.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from lori_manager.audit import Audit, Entry
+    from lori_manager.auditing import Audit, Entry
     from lori_manager.combining import Merged
     from lori_manager.forecasting import Forecast
     from lori_manager.records import Adapter
@@ -335,11 +335,13 @@ def _show_routing(adapter: Adapter) -> None:
 
 
 def _comparison(entry: Entry, own: Entry | None) -> list[str | None]:
+    from lori_manager.auditing import wording
+
     change = entry.parent
     return [
         own.subject if own else None,
         output.with_error(own.value, own.error) if own else None,
         output.with_error(entry.value, entry.error),
-        output.change(change.change, change.error) if change else None,
-        verdict(change),
+        wording.change(change),
+        wording.verdict(change),
     ]

@@ -15,7 +15,11 @@ from lori_manager.store.tables import now
 def add(connection: Connection, forecasts: Sequence[Forecasted]) -> None:
     """Note them, with the time."""
     for one in forecasts:
-        values = asdict(one.expected) | {"merge": one.merge, "precision": one.precision}
+        values = asdict(one.expected) | {
+            "merge": one.merge,
+            "precision": one.precision,
+            "encoding": one.encoding,
+        }
         connection.execute(insert(t.forecasts).values(**values, created_at=now()))
 
 
@@ -27,6 +31,7 @@ def every(connection: Connection) -> list[Forecasted]:
         Forecasted(
             row["merge"],
             row["precision"],
+            row["encoding"],
             Expected(**{name: row[name] for name in names}),
             row["created_at"],
         )

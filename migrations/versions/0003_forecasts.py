@@ -3,8 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade() -> None:
@@ -17,7 +17,8 @@ def upgrade() -> None:
         sa.Column("task", sa.Text(), nullable=False),
         sa.Column("task_revision", sa.Integer(), nullable=False),
         sa.Column("scorer", sa.Text(), nullable=False),
-        sa.Column("scorer_version", sa.Integer(), nullable=False),
+        sa.Column("scorer_version", sa.Text(), nullable=False),
+        sa.Column("encoding", sa.Text(), nullable=False),
         sa.Column("agrees", sa.Float(), nullable=False),
         sa.Column("rows", sa.Integer(), nullable=False),
         sa.Column("own", sa.Float()),
