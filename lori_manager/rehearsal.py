@@ -97,7 +97,7 @@ def _expected(
         digest=member.digest,
         task=task,
         scorer=task.scorer,
-        scorer_version=scorer.version,
+        scorer_version=str(scorer.version),
         precision=models.score_precision(inputs.config),
         encoding=inputs.ws.encoding,
     )
@@ -106,6 +106,6 @@ def _expected(
     shrunk = (agrees * rows + 2) / (rows + 4)
     error = score * math.sqrt(shrunk * (1 - shrunk) / (rows + 4))
     return Expected(
-        member.ref, task.name, task.revision, task.scorer, scorer.version, agrees, rows, score,
+        member.ref, task.name, task.revision, task.scorer, str(scorer.version), agrees, rows, score,
         score * agrees, error,
     )  # fmt: skip

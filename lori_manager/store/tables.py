@@ -75,6 +75,21 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+class Measured(TypeDecorator[float]):
+    """A figure that may be NaN, which is kept as NULL because SQLite has no NaN."""
+
+    impl = Float
+    cache_ok = True
+
+    def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
+        """NaN to NULL."""
+        return None if value is None or value != value else float(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> float:
+        """NULL to NaN."""
+        return float("nan") if value is None else float(value)
+
+
 class UtcTime(TypeDecorator[datetime]):
     """ISO 8601 text in UTC with microseconds: it sorts like the time it tells."""
 
