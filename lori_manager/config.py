@@ -154,12 +154,81 @@ def _check_type(key: str, value: object, default: object) -> None:
         raise InvalidInput(f"`{key}` must be {names[expected]}, got {value!r}")
 
 
+UNDECIDED = ("warn", "refuse")
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """What a task must keep before an alias may move."""
+
+    margin: float = 0.02  # in the scorer's unit: a drop up to this is tolerated
+    confidence: float = 0.95
+    minimum: float | None = None  # of the score; of one that is better when lower, the maximum
+    must_stay: str | None = None  # a file of examples that have to stay right
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "confidence", "minimum"):
+            value = getattr(self, name)
+            if type(value) is int:
+                object.__setattr__(self, name, float(value))
+                value = float(value)
+            optional = name == "minimum" and value is None
+            if not optional and (type(value) is not float or not math.isfinite(value)):
+                raise InvalidInput(f"`{name}` of a gate must be a number, got {value!r}")
+        if self.margin < 0:
+            raise InvalidInput(f"`margin` of a gate must be at least 0, got {self.margin}")
+        if not 0.5 < self.confidence < 1:
+            raise InvalidInput(
+                f"`confidence` of a gate must be above 0.5 and below 1, got {self.confidence}"
+            )
+        if self.must_stay is not None and not isinstance(self.must_stay, str):
+            raise InvalidInput(f"`must_stay` of a gate must be a file, got {self.must_stay!r}")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`[gate]` of `lori.toml`: rules for all tasks, and for some of their own."""
+
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    undecided: str = "warn"
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def rule(self, task: str) -> GateRule:
+        """Of one task: its own settings, then those for all."""
+        return GateRule(**{**self.rules, **self.tasks.get(task, {})})
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Gate:
+        """Check every key; raises InvalidInput."""
+        rules = dict(values)
+        undecided, tasks = rules.pop("undecided", "warn"), rules.pop("tasks", {})
+        if undecided not in UNDECIDED:
+            known_words = ", ".join(UNDECIDED)
+            raise InvalidInput(f"`undecided` must be one of {known_words}, got {undecided!r}")
+        tables = tasks.values() if isinstance(tasks, Mapping) else (None,)
+        if not all(isinstance(table, Mapping) for table in tables):
+            raise InvalidInput("[gate.tasks] must hold a table a task, such as [gate.tasks.safety]")
+        known = {f.name for f in dataclasses.fields(GateRule)}
+        own = ((f"[gate.tasks.{name}]", table) for name, table in tasks.items())
+        for where, given in (("[gate]", rules), *own):
+            for key in given:
+                if key not in known or (where == "[gate]" and key == "must_stay"):
+                    raise InvalidInput(
+                        f"unknown key {key!r} in {where}; known: {', '.join(sorted(known))}"
+                    )
+        found = cls(rules, undecided, tasks)
+        for name in ("", *tasks):
+            found.rule(name)
+        return found
+
+
 @dataclass(frozen=True)
 class Settings:
-    """A workspace's `lori.toml`: defaults for training and where tasks' files lie."""
+    """A workspace's `lori.toml`: training's defaults, where tasks' files lie, and the gate."""
 
     config: Config = field(default_factory=Config)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gate: Gate = field(default_factory=Gate)
 
 
 TASK_KEYS = frozenset(
@@ -186,12 +255,14 @@ def load_settings(path: Path) -> Settings:
         raise InvalidInput(f"{path} is not TOML: {e}") from e
     tasks = data.pop("tasks", {})
     defaults = data.pop("defaults", {})
+    gate = data.pop("gate", {})
     if data:
         raise InvalidInput(
-            f"{path}: unknown section {next(iter(data))!r}; expected [defaults] and [tasks.NAME]"
+            f"{path}: unknown section {next(iter(data))!r}; expected [defaults], [tasks.NAME] "
+            "and [gate]"
         )
-    if not isinstance(tasks, dict) or not isinstance(defaults, dict):
-        raise InvalidInput(f"{path}: `defaults` and `tasks` must be tables")
+    if not all(isinstance(table, dict) for table in (tasks, defaults, gate)):
+        raise InvalidInput(f"{path}: `defaults`, `tasks` and `gate` must be tables")
     for name, entry in tasks.items():
         if not isinstance(entry, dict):
             raise InvalidInput(f"{path}: [tasks.{name}] must be a table")
@@ -200,7 +271,7 @@ def load_settings(path: Path) -> Settings:
                 known = ", ".join(sorted(TASK_KEYS))
                 raise InvalidInput(f"{path}: unknown key {key!r} in [tasks.{name}]; known: {known}")
     try:
-        return Settings(Config.from_json(defaults), tasks)
+        return Settings(Config.from_json(defaults), tasks, Gate.from_json(gate))
     except InvalidInput as e:
         raise InvalidInput(f"{path}: {e}") from e
 
@@ -260,6 +331,14 @@ def default_toml() -> str:
         '# train = "data/safety/train.jsonl"',
         '# eval = "data/safety/eval.jsonl"',
         '# scorer = "exact_match"',
+        "",
+        "# [gate]  # before `lori promote`; [gate.tasks.NAME] for one task",
+        "# margin = 0.02  # a drop up to this is tolerated",
+        "# confidence = 0.95",
+        "# minimum = 0.8  # of the score",
+        '# undecided = "warn"  # or "refuse": what the rows cannot tell',
+        "# [gate.tasks.safety]",
+        '# must_stay = "data/safety/must_stay.jsonl"  # examples that have to stay right',
         "",
     ]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from lori_manager import (
     combining,
     evaluation,
     forecasting,
+    gating,
     intake,
     integrity,
     models,
@@ -112,6 +113,9 @@ class Workspace(Context):
     merge = combining.merge
     merge_again = combining.merge_again
     forecast = forecasting.forecast
+    gate = gating.gate
+    promote = gating.promote
+    rollback = gating.rollback
     export = transfer.export
     routed = transfer.routed
     import_adapters = transfer.import_adapters

@@ -16,7 +16,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
-    ("forecasting",),
+    ("forecasting", "gating"),
     ("teaching", "combining", "transfer", "intake", "integrity"),
     ("trials", "rehearsal"),
     ("merge_inputs",),
@@ -49,10 +49,9 @@ PEFT = "adapters"
 # Imported at the top of a module, these make every command slow to start.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
-    "__main__", "cli", "workspace", "forecasting", "teaching", "combining", "transfer", "intake",
-    "integrity",
-    "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "auditing",
-    "models", "store", "config",
+    "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
+    "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
+    "context", "auditing", "models", "store", "config",
     "records", "refs", "registry", "errors",
 }  # fmt: skip
 

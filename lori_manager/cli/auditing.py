@@ -11,7 +11,7 @@ import typer
 from lori_manager.cli import complete
 from lori_manager.cli.output import Json
 from lori_manager.cli.session import workspace
-from lori_manager.errors import AuditFailed, InvalidInput
+from lori_manager.errors import AuditFailed, InvalidInput, NotFound
 
 
 class Format(StrEnum):
@@ -68,6 +68,14 @@ def audit(
             metavar="X", help="Exit with 3 where a task is more than X below its line's best."
         ),
     ] = None,
+    gate: Annotated[
+        bool,
+        typer.Option(
+            "--gate",
+            help="Judge REF by [gate] in lori.toml against --against, production by default, and "
+            "exit with 12 where it is refused. Without REF: the latest of every line that has it.",
+        ),
+    ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Every version, also where a task has many.")
     ] = False,
@@ -86,6 +94,12 @@ def audit(
     """
     if json and format is not Format.TABLE:
         raise InvalidInput("--json and --format exclude each other: leave one out")
+    if gate:
+        given = (task, since, until, alias, max_drop)
+        if any(option is not None for option in given) or format is not Format.TABLE or everything:
+            raise InvalidInput("--gate goes with REF, --against and --json alone")
+        _gate(ctx, ref, against, json)
+        return
     from lori_manager.auditing import MOST
 
     names = None if task is None else [n.strip() for part in task for n in part.split(",")]
@@ -123,6 +137,37 @@ def audit(
     if findings:
         fell = ", ".join(dict.fromkeys(str(f.facts["task"]) for f in findings))
         raise AuditFailed(f"more than {max_drop:g} below the best: {fell}")
+
+
+def _gate(ctx: typer.Context, ref: str | None, against: str | None, json: bool) -> None:
+    from lori_manager.cli import output
+    from lori_manager.cli.promoting import show_gate
+    from lori_manager.errors import GateRefused
+    from lori_manager.gating import PRODUCTION
+
+    held = against or PRODUCTION
+    with workspace(ctx) as ws:
+        if ref is None:
+            lines = [x for x in ws.store.lines() if held in x.aliases and x.latest is not None]
+            refs = [line.latest.ref for line in lines if line.latest is not None]
+            if not refs:
+                raise NotFound(f"no line has the alias {held!r}: name a REF and --against")
+        else:
+            refs = [ws.adapter(ref).ref]
+        found = []
+        for one in refs:
+            line = ws.adapter(one).line
+            named = "@" in held or held == "base"
+            found.append(ws.gate(one, held if named else f"{line}@{held}"))
+    if json:
+        output.print_json([told.to_json() for told in found])
+    else:
+        for told in found:
+            show_gate(told)
+    refused = [told for told in found if not told.passed]
+    if refused:
+        said = "; ".join(f"{told.candidate}: {', '.join(told.refusals)}" for told in refused)
+        raise GateRefused(said)
 
 
 def _write(pieces: object) -> None:

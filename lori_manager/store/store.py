@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lori_manager.errors import NotFound
 from lori_manager.records import (
@@ -458,6 +458,7 @@ class Store:
         reason: str = "",
         forced: bool = False,
         verdict: Mapping[str, Any] | None = None,
+        expected: int | Literal["any"] | None = "any",
     ) -> Alias:
         """Point an alias at a version of its line; the move goes into the journal.
 
@@ -466,11 +467,14 @@ class Store:
             reason: the user's words.
             forced: against the verdict.
             verdict: what the gate said, as JSON; None where it was not asked.
+            expected: the version that it must point at before, None for none.
+        Raises:
+            Conflict: it points elsewhere.
         """
         with self._db.write() as c:
             return aliases.point(
-                c, line, name, version,
-                action=action, reason=reason, forced=forced, verdict=verdict,
+                c, line, name, version, action=action, reason=reason, forced=forced,
+                verdict=verdict, expected=expected,
             )  # fmt: skip
 
     def aliases(self, line: str | None = None) -> list[Alias]:
