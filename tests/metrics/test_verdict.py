@@ -103,11 +103,14 @@ def test_perplexity_weighs_rows_by_their_tokens():
     j = judge(before, worse, 0.01, **lower)
     assert j.verdict == "regressed"
     assert j.test == "sign-flip"
-    assert j.p == sign_flip(tokens * (before - worse), "less")
     assert j.difference == pytest.approx(-np.average(worse - before, weights=tokens))
     assert j.lower < j.difference < j.upper < 0
     assert judge(worse, before, 0.01, **lower).verdict == "safe"
     assert judge(before, worse, 0.08, **lower).verdict == "safe"
+    moved = random.normal(0, 0.05, 150)
+    p = judge(before, before + moved, 0.01, **lower).p
+    assert p == pytest.approx(sign_flip(-tokens * moved, "less"), rel=0.05) != 1.0
+    assert p != pytest.approx(sign_flip(-moved, "less"), rel=0.05)
     # A row of weight 0 counts as not measured.
     weights = np.append(tokens, 0)
     assert judge([*before, 0.0], [*worse, 9.0], 0.01, weights=weights, higher_is_better=False) == j
