@@ -99,8 +99,9 @@ def audit_group(group: Group, current: Task, view: View, comparer: Comparer) -> 
         kept = what_matters(subjects, always, sizes, view.lineage)
         shown = [s for s in within if s.score.subject in kept]
     keys = {s.key for s in shown}
-    judged = [s for s in within if s.score.subject in view.judged]
-    entries = _entries([*shown, *(s for s in judged if s.key not in keys)], group, view, comparer)
+    looked_at = [s for s in within if s.key in keys or s.score.subject in view.judged]
+    entries = _entries(looked_at, group, view, comparer)
+    told = [e for s, e in zip(looked_at, entries, strict=True) if s.key in keys]
     found = TaskAudit(
         group.task,
         group.revision,
@@ -108,7 +109,7 @@ def audit_group(group: Group, current: Task, view: View, comparer: Comparer) -> 
         group.scorer,
         group.scorer_version,
         comparer.higher_is_better,
-        tuple(entries[: len(shown)]),
+        tuple(told),
         best.subject if best is not None else None,
         group.note(current),
         rows=comparer.all_rows,

@@ -40,6 +40,22 @@ def test_a_long_history_is_cut_to_what_matters_and_says_so(long):
     assert len(subjects(audit(long, most=61))) == 61
 
 
+def test_versions_with_an_alias_are_told_wherever_they_stand(long):
+    long.alias("main@12", "production")
+    long.alias("main@20", "candidate")
+    assert {"main@12", "main@20"} <= set(subjects(audit(long, most=24)))
+
+
+def test_regressions_of_judged_versions_are_found_though_the_table_has_no_room_for_them(long):
+    for i in range(9):
+        ref = long.add_adapter(f"side-{i}", "nlu", parents=["main@1"])
+        long.right(ref, "nlu", 80 - i, of=100)
+    result = audit(long, most=24)
+    assert "side-0@1" not in subjects(result)
+    assert [f.subject for f in result.regressions] == [f"side-{i}@1" for i in range(9)]
+    assert result.regressions == audit(long).regressions
+
+
 def test_of_many_regressions_the_largest_are_told_and_the_others_counted():
     store = FakeStore()
     store.add_task("nlu", rows=200)
