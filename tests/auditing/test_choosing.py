@@ -142,6 +142,19 @@ def test_the_smallest_drop_that_could_have_been_shown_follows_rows_changes_and_t
     assert told(4, 2).drop == np.inf
 
 
+def test_what_learning_the_task_changed_is_not_what_others_are_assumed_to_change():
+    store = FakeStore()
+    for name in "ab":
+        store.add_task(name, rows=400)
+    store.right("base", "a", 0, of=400)
+    one = store.add_adapter("s", "a", sequence=True)
+    two = store.add_adapter("s", "b", parents=[one], sequence=True)
+    store.right(one, "a", 380, of=400)
+    assert audit(store, one, task="a").tasks[0].sensitivity.discordance == pytest.approx(0.95)
+    store.right(two, "a", 360, of=400)
+    assert audit(store, two, task="a").tasks[0].sensitivity.discordance == pytest.approx(0.05)
+
+
 def test_the_smallest_drop_of_graded_outcomes_is_in_their_units():
     store = FakeStore()
     store.add_task("t", rows=50)
