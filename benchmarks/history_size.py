@@ -83,7 +83,7 @@ def write(root: Path, kind: str, versions: int, seed: int) -> tuple[float, float
                 value, error, rows = summarize(values)
                 new = NewScore(
                     adapter.ref, adapter.digest, task.name, task.revision, task.scorer,
-                    task.scorer_version, "bf16", value, error, rows, facts=FACTS,
+                    task.scorer_version, "fp32", value, error, rows, facts=FACTS,
                 )  # fmt: skip
                 batch.append((new, values, None))
                 if 0 < value < 1:
@@ -177,6 +177,7 @@ def main() -> None:
             "python: open, first task listed and loaded": [sys.executable, "-c", FIRST],
             "lori lines": [*lori, "lines"],
             "lori show main@1": [*lori, "show", "main@1"],
+            "lori score main@1, all known": [*lori, "score", "main@1", "--precision", "fp32"],
         }.items():
             print(f"{label}: {process(command, folder)}")
 

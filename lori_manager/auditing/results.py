@@ -78,8 +78,9 @@ class Sensitivity:
 
     Found means a two-sided p of at most `alpha`, .05 over the number of tasks, which is
     Holm's first step; with the probability `power`. It depends on how much the outcomes of
-    two versions differ from row to row, which is taken from the task's own steps, each
-    version against the one before it or its parent (the median).
+    two versions differ from row to row, which is taken from the steps that were told, each
+    version against the one before it or its parent (the median of those not trained on the
+    task itself, if there are any).
     """
 
     drop: float  # in the score's own units, positive; infinite where no drop would be found

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from statistics import median
 
 from lori_manager.auditing.choosing import RECENT, Filters, what_matters
 from lori_manager.auditing.comparing import Comparer
@@ -15,15 +13,13 @@ from lori_manager.auditing.lineage import Lineage
 from lori_manager.auditing.pairing import Against, parent_of, told_once
 from lori_manager.auditing.regressions import regressions
 from lori_manager.auditing.results import (
-    POWER,
     SIGNIFICANCE,
     Comparison,
     Entry,
-    Sensitivity,
     TaskAudit,
 )
+from lori_manager.auditing.sensitivity import sensitivity
 from lori_manager.metrics.paired import PairedDifference
-from lori_manager.metrics.power import smallest_drop, smallest_mean_drop
 from lori_manager.records import Finding, Score, Task
 from lori_manager.refs import BASE
 
@@ -99,8 +95,9 @@ def audit_group(group: Group, current: Task, view: View, comparer: Comparer) -> 
         kept = what_matters(subjects, always, sizes, view.lineage)
         shown = [s for s in within if s.score.subject in kept]
     keys = {s.key for s in shown}
-    judged = [s for s in within if s.score.subject in view.judged]
-    entries = _entries([*shown, *(s for s in judged if s.key not in keys)], group, view, comparer)
+    looked_at = [s for s in within if s.key in keys or s.score.subject in view.judged]
+    entries = _entries(looked_at, group, view, comparer)
+    told = [e for s, e in zip(looked_at, entries, strict=True) if s.key in keys]
     found = TaskAudit(
         group.task,
         group.revision,
@@ -108,7 +105,7 @@ def audit_group(group: Group, current: Task, view: View, comparer: Comparer) -> 
         group.scorer,
         group.scorer_version,
         comparer.higher_is_better,
-        tuple(entries[: len(shown)]),
+        tuple(told),
         best.subject if best is not None else None,
         group.note(current),
         rows=comparer.all_rows,
@@ -116,7 +113,9 @@ def audit_group(group: Group, current: Task, view: View, comparer: Comparer) -> 
         precisions=tuple(sorted({s.score.precision for s in scored})),
         omitted=len(within) - len(shown),
         regressions_omitted=len(dropped.keys() - keys),
-        sensitivity=_sensitivity(list(steps.values()), comparer.all_rows, len(view.families.tasks)),
+        sensitivity=sensitivity(
+            _typical(steps, group.task, view.lineage), comparer.all_rows, len(view.families.tasks)
+        ),
     )
     of_judged = [e for e in entries if e.subject in view.judged]
     return Told(found, tuple(regressions(of_judged, group)))
@@ -174,31 +173,22 @@ def _steps(scored: list[_Scored], comparer: Comparer) -> dict[_Key, PairedDiffer
     }
 
 
+def _typical(
+    steps: Mapping[_Key, PairedDifference], task: str, lineage: Lineage
+) -> list[PairedDifference]:
+    """The steps of versions that were not trained on the task itself; all where there is none.
+
+    What learning a task changes says nothing of what teaching another one does to it.
+    """
+    others = [d for (ref, _), d in steps.items() if lineage.adapters[ref].task != task]
+    return others or list(steps.values())
+
+
 def _really_worse(s: _Scored, d: PairedDifference, view: View, comparer: Comparer) -> bool:
     kind, before = s.step
     if before is None or not d.p < SIGNIFICANCE or not comparer.worse(d):
         return False
     return view.families.p(kind, before, s.score, d.p)[0] < SIGNIFICANCE
-
-
-def _sensitivity(steps: Sequence[PairedDifference], rows: int, several: int) -> Sensitivity | None:
-    """What a comparison on these rows can show, at the strictest level of `several` tasks."""
-    measured = [d for d in steps if d.rows > 0 and not math.isnan(d.error)]
-    if not measured:
-        return None
-    alpha = SIGNIFICANCE / several
-    pairs = [d.only_a_right + d.only_b_right for d in measured
-             if d.only_a_right is not None and d.only_b_right is not None]  # fmt: skip
-    if len(pairs) == len(measured):
-        shares = [pair / d.rows for pair, d in zip(pairs, measured, strict=True)]
-        # Rounded, so that one task's figure serves another's.
-        found = smallest_drop(rows, round(median(shares), 3), alpha=alpha / 2, power=POWER)
-    else:
-        spread = median(d.error * math.sqrt(d.rows) for d in measured)
-        found = smallest_mean_drop(rows, spread, alpha=alpha / 2, power=POWER)
-    return Sensitivity(
-        found.drop, rows, found.discordance, found.deviation, alpha, POWER, found.assumption
-    )
 
 
 def _entries(shown: list[_Scored], group: Group, view: View, comparer: Comparer) -> list[Entry]:

@@ -19,7 +19,7 @@ from sqlalchemy import ColumnElement, Connection, Row, select
 from lori_manager.errors import DamagedObject, NotFound
 from lori_manager.records import Finding, Score, Task
 from lori_manager.refs import BASE
-from lori_manager.store import adapters, bases, outcomes, tasks
+from lori_manager.store import adapters, bases, outcomes, tasks, varints
 from lori_manager.store import pages as paging
 from lori_manager.store import tables as t
 from lori_manager.store.pages import DamagedPage, Directory
@@ -63,8 +63,6 @@ def every(
         subject: a reference, which is looked up.
         subjects: names as records bear them; not looked up.
     """
-    import numpy as np
-
     where: list[ColumnElement[bool]] = []
     if task is not None:
         tasks.one(connection, task, revision)
@@ -73,18 +71,24 @@ def every(
         where.append(t.settings.c.task_revision == revision)
     of_subject = None if subject is None else subject_of(connection, subject)
     settings = _settings(connection, *where)
-    stored, found = _directories(connection, settings, all_settings=not where)
+    if not settings:
+        return []
+    import numpy as np
+
     names = _names(connection)
-    wanted = np.ones(len(found.page), bool)
+    only = None
     if of_subject is not None:
         digest, ref = of_subject
         names = {key: (d, [ref]) for key, (d, _) in names.items() if d == digest}
-        wanted &= np.isin(found.subject, list(names))
+        only = next(iter(names), 0)
     if subjects is not None:
         asked = frozenset(subjects)
         own = ((key, d, [ref for ref in refs if ref in asked]) for key, (d, refs) in names.items())
         names = {key: (d, refs) for key, d, refs in own if refs}
-        wanted &= np.isin(found.subject, list(names))
+    stored, found = _directories(connection, settings, all_settings=not where, subject=only)
+    wanted = np.ones(len(found.page), bool)
+    if subject is not None or subjects is not None:
+        wanted = np.isin(found.subject, list(names))
     if since is not None:
         wanted &= found.at >= micros(since)
     if until is not None:
@@ -130,7 +134,7 @@ def known(
     out: list[Score | None] = [None] * len(keys)
     if subject is None or not fitting:
         return out
-    stored, found = _directories(connection, fitting, tolerant=True)
+    stored, found = _directories(connection, fitting, subject=subject, tolerant=True)
     hits = np.flatnonzero(found.subject == subject)
     pages = page_rows(connection, {stored[int(i)].id for i in found.page[hits]})
     whole = [i for i in hits.tolist() if _intact(connection, found, i, pages, stored)]
@@ -147,14 +151,16 @@ def arrays(connection: Connection, scores: Sequence[Score]) -> list[_Outcomes]:
     import numpy as np
 
     pages = page_rows(connection, {score.id >> SLOTS for score in scores})
-    settings = _settings(connection)
+    settings = _settings(connection, t.settings.c.id.in_({page.setting for page in pages.values()}))
     digests = {row.id: row.digest for row in connection.execute(select(t.subjects))}
     by_rows: dict[int, list[int]] = defaultdict(list)
     for i, score in enumerate(scores):
         page = pages.get(score.id >> SLOTS)
-        if page is None or page.setting not in settings:
+        setting = None if page is None else settings.get(page.setting)
+        task = score.task, score.task_revision
+        if setting is None or (setting.task, setting.task_revision) != task:
             raise _gone(score)
-        by_rows[settings[page.setting].rows].append(i)
+        by_rows[setting.rows].append(i)
     out: dict[int, _Outcomes] = {}
     weights: dict[int, NDArray[np.float32]] = {}
     for rows, positions in by_rows.items():
@@ -282,12 +288,14 @@ def _directories(
     settings: dict[int, Row[*tuple[Any, ...]]],
     *,
     all_settings: bool = False,
+    subject: int | None = None,
     tolerant: bool = False,
 ) -> tuple[Sequence[Row[*tuple[Any, ...]]], Directory]:
     """The pages of settings without their bodies, by setting and number, and what they list.
 
     Args:
         all_settings: all there are, so that they need not be named.
+        subject: leave out pages where its key stands nowhere.
         tolerant: leave out damaged ones.
     """
     query = select(*WHERE, t.score_pages.c.directory).order_by(
@@ -296,8 +304,12 @@ def _directories(
     if not all_settings:
         query = query.where(t.score_pages.c.setting.in_(list(settings)))
     stored: list[Row[*tuple[Any, ...]]] = list(connection.execute(query))
+    damaged = {page.id for page in stored if paging.opened(page.directory) is None}
     if tolerant:
-        stored = [page for page in stored if paging.opened(page.directory) is not None]
+        stored = [page for page in stored if page.id not in damaged]
+    if subject is not None:
+        trace = varints.encode([subject])
+        stored = [page for page in stored if trace in page.directory or page.id in damaged]
     return stored, _read(stored, settings)
 
 

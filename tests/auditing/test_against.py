@@ -145,3 +145,23 @@ def test_a_single_merge_has_no_matrix_and_merges_of_merges_keep_their_order(merg
     (found,) = audit(merges, "x").sequences
     assert found.tasks == ("c#1", "a#1", "b#1")
     assert found.introduced == (0, 1, 1)
+
+
+def test_a_version_before_that_is_a_member_too_is_no_second_comparison(merges):
+    ref = merges.add_adapter("main", parents=["main@3", "c@1"], origin="merged")
+    for name, n in (("a", 20), ("b", 8), ("c", 20)):
+        merges.right(ref, name, n, of=40)
+    result = audit(merges, "main")
+    assert [entry(result, n, ref).previous for n in "ab"] == [None, None]
+    # Only c has another member, so only c is held against main@3 as what was before.
+    c = entry(result, "c", ref)
+    assert (c.parent.against, c.previous.against) == ("c@1", "main@3")
+    assert (c.parent.family, c.previous.family) == (3, 1)
+
+
+def test_one_regression_is_told_once_though_parent_and_production_are_one(road):
+    road.right(road.add_adapter("clinc", "clinc", parents=["clinc@1"]), "clinc", 0)
+    road.alias("clinc@1", "production")
+    result = audit(road, "clinc", task="clinc")
+    assert entry(result, "clinc", "clinc@2").against.real
+    assert [f.facts["kind"] for f in result.regressions] == ["parent"]

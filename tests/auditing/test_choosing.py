@@ -40,6 +40,22 @@ def test_a_long_history_is_cut_to_what_matters_and_says_so(long):
     assert len(subjects(audit(long, most=61))) == 61
 
 
+def test_versions_with_an_alias_are_told_wherever_they_stand(long):
+    long.alias("main@12", "production")
+    long.alias("main@20", "candidate")
+    assert {"main@12", "main@20"} <= set(subjects(audit(long, most=24)))
+
+
+def test_regressions_of_judged_versions_are_found_though_the_table_has_no_room_for_them(long):
+    for i in range(9):
+        ref = long.add_adapter(f"side-{i}", "nlu", parents=["main@1"])
+        long.right(ref, "nlu", 80 - i, of=100)
+    result = audit(long, most=24)
+    assert "side-0@1" not in subjects(result)
+    assert [f.subject for f in result.regressions] == [f"side-{i}@1" for i in range(9)]
+    assert result.regressions == audit(long).regressions
+
+
 def test_of_many_regressions_the_largest_are_told_and_the_others_counted():
     store = FakeStore()
     store.add_task("nlu", rows=200)
@@ -124,6 +140,19 @@ def test_the_smallest_drop_that_could_have_been_shown_follows_rows_changes_and_t
     assert three.alpha == pytest.approx(0.05 / 3)
     assert three.drop > plain.drop
     assert told(4, 2).drop == np.inf
+
+
+def test_what_learning_the_task_changed_is_not_what_others_are_assumed_to_change():
+    store = FakeStore()
+    for name in "ab":
+        store.add_task(name, rows=400)
+    store.right("base", "a", 0, of=400)
+    one = store.add_adapter("s", "a", sequence=True)
+    two = store.add_adapter("s", "b", parents=[one], sequence=True)
+    store.right(one, "a", 380, of=400)
+    assert audit(store, one, task="a").tasks[0].sensitivity.discordance == pytest.approx(0.95)
+    store.right(two, "a", 360, of=400)
+    assert audit(store, two, task="a").tasks[0].sensitivity.discordance == pytest.approx(0.05)
 
 
 def test_the_smallest_drop_of_graded_outcomes_is_in_their_units():

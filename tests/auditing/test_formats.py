@@ -153,6 +153,13 @@ def test_words_from_outside_stay_words(rich, render):
     assert "<b>" not in told
 
 
+def test_junit_keeps_what_xml_cannot_write_out_of_messages(road):
+    road.right(road.add_adapter("clinc", "clinc"), "clinc", 0, origin=NASTY)
+    told = junit.text(audit(road, "clinc", max_drop=0.1))
+    (failure,) = ElementTree.fromstring(told.encode()).iterfind(".//failure[@type='drop']")
+    assert "]]>`*[x](y)" in failure.get("message")
+
+
 def test_markdown_mentions_nobody_and_links_nothing():
     told = markdown.escape("by @user, nlu#12, user@host, https://x.y/<z>")
     assert told == r"by @<!-- -->user, nlu#<!-- -->12, user@host, https://x.y/\<z\>"

@@ -14,7 +14,6 @@ from xml.etree import ElementTree
 import jsonschema
 import numpy as np
 import pytest
-from conftest import Lori
 
 from lori_manager.metrics.summary import summarize
 from lori_manager.records import Base, NewAdapter, NewScore, Parent, Split
@@ -66,8 +65,9 @@ def stored(tmp_path_factory):
 
 
 @pytest.fixture
-def audited(stored):
-    return Lori(stored)
+def audited(empty, stored):
+    empty.folder = stored
+    return empty
 
 
 def test_every_task_is_told_with_what_matters_of_a_long_line(audited):

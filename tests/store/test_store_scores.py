@@ -306,7 +306,7 @@ def test_scores_added_together_are_those_added_one_by_one(store: Store, tmp_path
     with Store.open(tmp_path / "other") as other:
         apart = [other.add_score(*one) for one in given]
         for a, b in zip(together, apart, strict=True):
-            assert dataclasses.replace(a, created_at=b.created_at) == b
+            assert dataclasses.replace(a, id=b.id, created_at=b.created_at) == b
             np.testing.assert_array_equal(store.outcomes(a)[0], other.outcomes(b)[0])
     assert store.add_scores(given) == together
     assert sql(store, "SELECT count(*) > 1 FROM score_pages") == (1,)  # or it shows little
@@ -337,7 +337,10 @@ def test_reuse_counts_the_weights_that_were_ever_scored(
 
 def test_a_score_that_is_gone_is_told(store: Store, task: Task, adapter: Adapter) -> None:
     score = build.score_base(store, task, RIGHT)
-    for other in ({"id": score.id + 1}, {"id": score.id + (1 << 16)}, {"digest": adapter.digest}):
+    for other in (
+        {"id": score.id + 1}, {"id": score.id + (1 << 16)}, {"digest": adapter.digest},
+        {"task": "nlu"},
+    ):  # fmt: skip
         with pytest.raises(NotFound, match="score base again"):
             store.outcomes(dataclasses.replace(score, **other))
 
@@ -395,7 +398,7 @@ def test_damaged_outcomes_are_found_and_healed_by_scoring_again(
 
 
 def test_every_flipped_bit_of_a_page_is_noticed(store: Store) -> None:
-    given = history(store, versions=12, rows=50)
+    given = history(store, versions=4, rows=50)
     stored = store.add_scores(given)
     whole = (store.root / "registry.db").read_bytes()
     for column in ("directory", "reference", "bodies"):
@@ -406,7 +409,7 @@ def test_every_flipped_bit_of_a_page_is_noticed(store: Store) -> None:
                 store.outcomes_of(stored)
             assert {f.kind for f in store.verify()} == {"damaged"}
             (store.root / "registry.db").write_bytes(whole)
-    assert len(store.outcomes_of(stored)) == 12
+    assert len(store.outcomes_of(stored)) == 4
 
 
 def test_a_damaged_body_is_that_score_s_alone(store: Store) -> None:
