@@ -31,6 +31,7 @@ from lori_manager.refs import AdapterRef
 from lori_manager.store import (
     adapters,
     aliases,
+    answers,
     bases,
     database,
     integrity,
@@ -39,6 +40,7 @@ from lori_manager.store import (
     runs,
     scores,
     tasks,
+    trials,
 )
 from lori_manager.store import outcomes as codec
 from lori_manager.store.files import ObjectStore, private_folder, storing
@@ -364,6 +366,58 @@ class Store:
         """Outcomes and weights of a score, each (eval rows,) float32."""
         with self._db.read() as c:
             return scores.arrays(c, score)
+
+    # what can be made again, kept so that no model runs for it twice
+
+    def answers(
+        self, *, digest: str, task: Task, precision: str, rows: Sequence[int]
+    ) -> dict[int, str]:
+        """Row -> what those weights answered to it, of the rows that are known."""
+        with self._db.read() as c:
+            return answers.find(c, digest=digest, task=task, precision=precision, rows=rows)
+
+    def add_answers(
+        self, *, digest: str, task: Task, precision: str, found: Mapping[int, str]
+    ) -> None:
+        """Keep what those weights answered, by row."""
+        with self._db.write() as c:
+            answers.add(c, digest=digest, task=task, precision=precision, answers=found)
+
+    def trial(
+        self, *, recipe: str, task: Task, precision: str
+    ) -> tuple[str, np.ndarray, np.ndarray | None] | None:
+        """Digest, outcomes and weights of an adapter that was tried, if they are whole."""
+        with self._db.read() as c:
+            return trials.find(c, recipe=recipe, task=task, precision=precision)
+
+    def add_trial(
+        self,
+        *,
+        recipe: str,
+        digest: str,
+        task: Task,
+        precision: str,
+        outcomes: np.ndarray,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        """Keep the outcomes of an adapter that is not kept, by what it was made of.
+
+        Args:
+            recipe: a digest of what it was made of. digest: of its weights.
+            outcomes, weights: as of `add_score`.
+        """
+        encoding, content = codec.encode(outcomes)
+        with self._db.write() as c:
+            trials.add(
+                c,
+                recipe=recipe,
+                digest=digest,
+                task=task,
+                precision=precision,
+                encoding=encoding,
+                outcomes=content,
+                weights=None if weights is None else codec.encode_floats(weights),
+            )
 
     # aliases
 

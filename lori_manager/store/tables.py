@@ -331,3 +331,57 @@ alias_moves = Table(  # rows are only ever added
     Column("moved_at", UtcTime, nullable=False),
     Index("ix_alias_moves_line", "line"),
 )
+
+# What the model wrote or chose for single rows, kept so that it is asked once.
+answers = Table(
+    "answers",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("digest", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("task_revision", Integer, nullable=False),
+    Column("scorer", Text, nullable=False),
+    Column("scorer_version", Integer, nullable=False),
+    Column("precision", Text, nullable=False),
+    Column("row", BigInteger, nullable=False),  # of the eval rows, from 0
+    Column("answer", Checked, nullable=False),
+    ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
+    UniqueConstraint(
+        "digest",
+        "task",
+        "task_revision",
+        "scorer",
+        "scorer_version",
+        "precision",
+        "row",
+        name="uq_answers_key",
+    ),
+)
+
+# Outcomes of adapters that were made to be tried and not kept, by what they were made of.
+trials = Table(
+    "trials",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("recipe", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("task_revision", Integer, nullable=False),
+    Column("scorer", Text, nullable=False),
+    Column("scorer_version", Integer, nullable=False),
+    Column("precision", Text, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("encoding", Text, nullable=False),
+    Column("outcomes", Checked, nullable=False),
+    Column("weights", Checked),
+    ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
+    UniqueConstraint(
+        "recipe",
+        "task",
+        "task_revision",
+        "scorer",
+        "scorer_version",
+        "precision",
+        name="uq_trials_key",
+    ),
+)

@@ -137,7 +137,7 @@ def create_store(root: Path, said: Path) -> None:
 def upgrade_store(root: Path, migrations: Path, said: Path) -> None:
     from lori_manager.store import database
 
-    database.HEAD = "0002"
+    database.HEAD = "0003"
     database.migrations_folder = lambda: migrations
     done = database.upgrade(root)
     said.write_text(f"{done.before} {done.after}")

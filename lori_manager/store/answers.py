@@ -1,0 +1,70 @@
+"""What weights answered to single rows of a task: kept, so that no row is run twice.
+
+Answers can be made again, so a damaged one counts as none and is replaced when it is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import ColumnElement, Connection, delete, insert, select
+
+from lori_manager.errors import DamagedObject
+from lori_manager.records import Task
+from lori_manager.store import tables as t
+from lori_manager.store import tasks
+
+
+def find(
+    connection: Connection, *, digest: str, task: Task, precision: str, rows: Sequence[int]
+) -> dict[int, str]:
+    """Row -> answer, of those rows that are known."""
+    found: dict[int, str] = {}
+    where = _of(digest, task, precision)
+    for row in sorted(set(rows)):
+        query = select(t.answers.c.answer).where(*where, t.answers.c.row == row)
+        try:
+            content = connection.execute(query).scalar_one_or_none()
+        except DamagedObject:
+            continue
+        if content is not None:
+            found[row] = content.decode()
+    return found
+
+
+def add(
+    connection: Connection,
+    *,
+    digest: str,
+    task: Task,
+    precision: str,
+    answers: Mapping[int, str],
+) -> None:
+    """Keep answers by row; they take the place of those known before."""
+    tasks.one(connection, task.name, task.revision)
+    where = _of(digest, task, precision)
+    for row, answer in answers.items():
+        connection.execute(delete(t.answers).where(*where, t.answers.c.row == row))
+        connection.execute(
+            insert(t.answers).values(
+                digest=digest,
+                task=task.name,
+                task_revision=task.revision,
+                scorer=task.scorer,
+                scorer_version=task.scorer_version,
+                precision=precision,
+                row=row,
+                answer=answer.encode(),
+            )
+        )
+
+
+def _of(digest: str, task: Task, precision: str) -> tuple[ColumnElement[bool], ...]:
+    return (
+        t.answers.c.digest == digest,
+        t.answers.c.task == task.name,
+        t.answers.c.task_revision == task.revision,
+        t.answers.c.scorer == task.scorer,
+        t.answers.c.scorer_version == task.scorer_version,
+        t.answers.c.precision == precision,
+    )
