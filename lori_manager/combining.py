@@ -58,7 +58,8 @@ def methods() -> list[Entry[Any]]:
     return sorted(every, key=lambda entry: entry.name)
 
 
-def _method(name: str) -> Entry[Any]:
+def method_named(name: str) -> Entry[Any]:
+    """The method of that name; NotFound with those that there are."""
     known = {entry.name: entry for entry in methods()}
     if name not in known:
         listed = ", ".join([AUTO, *known])
@@ -107,7 +108,7 @@ def merge(
     if probe_rows < 1:
         raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
     # Refused before anything is loaded.
-    chosen = None if method in (None, AUTO) else _method(str(method))
+    chosen = None if method in (None, AUTO) else method_named(str(method))
     members = _members(ws, refs, names)
     shares = _shares(members, weights)
     if method == AUTO and weights is not None:
@@ -117,7 +118,7 @@ def merge(
         raise InvalidInput("a general text counts only with --general above 0: give both")
     ws.check_line(into)
     if method is None:
-        chosen = _method("concat" if weights == SEARCH else _usual(ws, members))
+        chosen = method_named("concat" if weights == SEARCH else _usual(ws, members))
         ws.on_message(f"merging by {chosen.name}")
     if weights == SEARCH and chosen is not None and chosen.facts.get("needs") is not None:
         raise InvalidInput(
@@ -127,7 +128,7 @@ def merge(
     inputs = MergeInputs(ws, members, config, probe_rows, text)
     kept: dict[str, Any] = {"weights": shares, "options": given}
     if text is not None:
-        kept["general_text"] = _digest(text)
+        kept["general_text"] = general_digest(text)
     if chosen is None:
         chosen, changes, shares, trials = _tried(inputs, told)
         told = replace(told, **changes)
@@ -189,12 +190,7 @@ def merge_again(
         raise InvalidInput(
             f"{old.ref} was found by trying on probe rows: merge afresh, so that it is tried again"
         )
-    if (wanted := kept.get("general_text")) != (None if general is None else _digest(general)):
-        raise InvalidInput(
-            f"{old.ref} read no general text of its own: leave --general-text out"
-            if wanted is None
-            else f"{old.ref} read the text of SHA-256 {wanted[:12]}: --general-text must be that"
-        )
+    check_general(old, general)
     members = {parent.ref: float(parent.weight or 0.0) for parent in old.parents}
 
     def member(name: str) -> str:
@@ -308,7 +304,7 @@ def _tried(
     for name, changes in CANDIDATES:
         # A smaller rank is tried where it is smaller than what is allowed anyway.
         if changes.get("max_rank", 0) < most:
-            candidates.append((_method(name), changes))
+            candidates.append((method_named(name), changes))
     number, trials = measured(inputs, candidates, told)
     entry, changes = candidates[number]
     best = trials[number]
@@ -356,7 +352,20 @@ def _keep(
     )
 
 
-def _digest(text: str | Path) -> str:
+def check_general(old: Adapter, general: str | Path | None) -> None:
+    """Refuse another general text than a merge had; None is the usual one."""
+    if (wanted := old.config.get("general_text")) != (
+        None if general is None else general_digest(general)
+    ):
+        raise InvalidInput(
+            f"{old.ref} read no general text of its own: leave --general-text out"
+            if wanted is None
+            else f"{old.ref} read the text of SHA-256 {wanted[:12]}: --general-text must be that"
+        )
+
+
+def general_digest(text: str | Path) -> str:
+    """SHA-256 of a general text, by which a merge knows it; BadData where it cannot be read."""
     try:
         return hashlib.sha256(Path(text).read_bytes()).hexdigest()
     except OSError as e:

@@ -16,11 +16,14 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
+    ("blaming", "differing"),
+    ("remerging",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
     ("trials",),
     ("merge_inputs",),
+    ("answering",),
     ("evaluation", "projecting", "replaying"),
-    ("avoiding",),
+    ("avoiding", "changes"),
     ("context",),
     ("audit",),
     ("repair", "routed"),
@@ -32,9 +35,10 @@ ROWS = (
     ("adapters", "models", "packing", "acceleration"),
     ("tasks",),
     ("store",),
+    ("comparing",),
     ("merging", "metrics"),
     ("engine",),
-    ("config", "records", "refs", "registry", "errors"),
+    ("config", "records", "refs", "registry", "errors", "plain"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -49,6 +53,7 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "teaching", "combining", "transfer", "intake", "integrity",
+    "blaming", "differing", "remerging", "answering", "changes", "comparing", "plain",
     "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "audit",
     "models", "store", "config",
     "records", "refs", "registry", "errors",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lori_manager.cli import (
+    comparing,
     history,
     merging,
     scores,
@@ -32,6 +33,8 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "score": scores.group,
     "merge": merging.merge,
     "audit": scores.audit,
+    "diff": comparing.diff,
+    "blame": comparing.blame,
     "lines": history.lines,
     "show": history.show,
     "log": history.log,

@@ -16,11 +16,17 @@ from lori_manager.store import tasks
 
 
 def find(
-    connection: Connection, *, digest: str, task: Task, precision: str, rows: Sequence[int]
+    connection: Connection,
+    *,
+    digest: str,
+    task: Task,
+    scorer_version: int,
+    precision: str,
+    rows: Sequence[int],
 ) -> dict[int, str]:
     """Row -> answer, of those rows that are known."""
     found: dict[int, str] = {}
-    where = _of(digest, task, precision)
+    where = _of(digest, task, scorer_version, precision)
     for row in sorted(set(rows)):
         query = select(t.answers.c.answer).where(*where, t.answers.c.row == row)
         try:
@@ -37,12 +43,13 @@ def add(
     *,
     digest: str,
     task: Task,
+    scorer_version: int,
     precision: str,
     answers: Mapping[int, str],
 ) -> None:
     """Keep answers by row; they take the place of those known before."""
     tasks.one(connection, task.name, task.revision)
-    where = _of(digest, task, precision)
+    where = _of(digest, task, scorer_version, precision)
     for row, answer in answers.items():
         connection.execute(delete(t.answers).where(*where, t.answers.c.row == row))
         connection.execute(
@@ -51,7 +58,7 @@ def add(
                 task=task.name,
                 task_revision=task.revision,
                 scorer=task.scorer,
-                scorer_version=task.scorer_version,
+                scorer_version=scorer_version,
                 precision=precision,
                 row=row,
                 answer=answer.encode(),
@@ -59,12 +66,14 @@ def add(
         )
 
 
-def _of(digest: str, task: Task, precision: str) -> tuple[ColumnElement[bool], ...]:
+def _of(
+    digest: str, task: Task, scorer_version: int, precision: str
+) -> tuple[ColumnElement[bool], ...]:
     return (
         t.answers.c.digest == digest,
         t.answers.c.task == task.name,
         t.answers.c.task_revision == task.revision,
         t.answers.c.scorer == task.scorer,
-        t.answers.c.scorer_version == task.scorer_version,
+        t.answers.c.scorer_version == scorer_version,
         t.answers.c.precision == precision,
     )

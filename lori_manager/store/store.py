@@ -370,25 +370,47 @@ class Store:
     # what can be made again, kept so that no model runs for it twice
 
     def answers(
-        self, *, digest: str, task: Task, precision: str, rows: Sequence[int]
+        self, *, digest: str, task: Task, scorer_version: int, precision: str, rows: Sequence[int]
     ) -> dict[int, str]:
         """Row -> what those weights answered to it, of the rows that are known."""
         with self._db.read() as c:
-            return answers.find(c, digest=digest, task=task, precision=precision, rows=rows)
+            return answers.find(
+                c,
+                digest=digest,
+                task=task,
+                scorer_version=scorer_version,
+                precision=precision,
+                rows=rows,
+            )
 
     def add_answers(
-        self, *, digest: str, task: Task, precision: str, found: Mapping[int, str]
+        self,
+        *,
+        digest: str,
+        task: Task,
+        scorer_version: int,
+        precision: str,
+        found: Mapping[int, str],
     ) -> None:
         """Keep what those weights answered, by row."""
         with self._db.write() as c:
-            answers.add(c, digest=digest, task=task, precision=precision, answers=found)
+            answers.add(
+                c,
+                digest=digest,
+                task=task,
+                scorer_version=scorer_version,
+                precision=precision,
+                answers=found,
+            )
 
     def trial(
-        self, *, recipe: str, task: Task, precision: str
+        self, *, recipe: str, task: Task, scorer_version: int, precision: str
     ) -> tuple[str, np.ndarray, np.ndarray | None] | None:
         """Digest, outcomes and weights of an adapter that was tried, if they are whole."""
         with self._db.read() as c:
-            return trials.find(c, recipe=recipe, task=task, precision=precision)
+            return trials.find(
+                c, recipe=recipe, task=task, scorer_version=scorer_version, precision=precision
+            )
 
     def add_trial(
         self,
@@ -396,6 +418,7 @@ class Store:
         recipe: str,
         digest: str,
         task: Task,
+        scorer_version: int,
         precision: str,
         outcomes: np.ndarray,
         weights: np.ndarray | None = None,
@@ -413,6 +436,7 @@ class Store:
                 recipe=recipe,
                 digest=digest,
                 task=task,
+                scorer_version=scorer_version,
                 precision=precision,
                 encoding=encoding,
                 outcomes=content,

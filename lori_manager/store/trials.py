@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def find(
-    connection: Connection, *, recipe: str, task: Task, precision: str
+    connection: Connection, *, recipe: str, task: Task, scorer_version: int, precision: str
 ) -> tuple[str, np.ndarray, np.ndarray | None] | None:
     """The digest of the weights, outcomes and weights by row, if they are known and whole."""
     rows = tasks.one(connection, task.name, task.revision).splits["eval"].rows
-    query = select(t.trials).where(*_of(recipe, task, precision))
+    query = select(t.trials).where(*_of(recipe, task, scorer_version, precision))
     try:
         row = connection.execute(query).one_or_none()
         if row is None:
@@ -46,13 +46,14 @@ def add(
     recipe: str,
     digest: str,
     task: Task,
+    scorer_version: int,
     precision: str,
     encoding: str,
     outcomes: bytes,
     weights: bytes | None,
 ) -> None:
     """Keep encoded outcomes; they take the place of those known before."""
-    connection.execute(delete(t.trials).where(*_of(recipe, task, precision)))
+    connection.execute(delete(t.trials).where(*_of(recipe, task, scorer_version, precision)))
     connection.execute(
         insert(t.trials).values(
             recipe=recipe,
@@ -60,7 +61,7 @@ def add(
             task=task.name,
             task_revision=task.revision,
             scorer=task.scorer,
-            scorer_version=task.scorer_version,
+            scorer_version=scorer_version,
             precision=precision,
             created_at=now(),
             encoding=encoding,
@@ -70,12 +71,14 @@ def add(
     )
 
 
-def _of(recipe: str, task: Task, precision: str) -> tuple[ColumnElement[bool], ...]:
+def _of(
+    recipe: str, task: Task, scorer_version: int, precision: str
+) -> tuple[ColumnElement[bool], ...]:
     return (
         t.trials.c.recipe == recipe,
         t.trials.c.task == task.name,
         t.trials.c.task_revision == task.revision,
         t.trials.c.scorer == task.scorer,
-        t.trials.c.scorer_version == task.scorer_version,
+        t.trials.c.scorer_version == scorer_version,
         t.trials.c.precision == precision,
     )
