@@ -38,8 +38,8 @@ class Change:
 def changes_between(ws: Context, a: Adapter | None, b: Adapter | None) -> list[Change]:
     """All that differs between two versions, None being the base; members' own changes last."""
     found = [*_adapter(a, b), *_members(a, b), *_data(ws, a, b), *_config(a, b), *_code(a, b)]
-    for old, new in _matched(a, b):
-        if old.digest != new.digest:
+    for old, new in _matched(a, b) if _both_merged(a, b) else ():
+        if old is not None and new is not None and old.digest != new.digest:
             one, other = ws.adapter(old.ref), ws.adapter(new.ref)
             name = f"{one.ref} -> {other.ref}"
             found += [
@@ -49,6 +49,10 @@ def changes_between(ws: Context, a: Adapter | None, b: Adapter | None) -> list[C
                 if c.kind != "data" and c.name != "digest"
             ]
     return found
+
+
+def _both_merged(a: Adapter | None, b: Adapter | None) -> bool:
+    return a is not None and b is not None and a.origin == b.origin == "merged"
 
 
 def relation(ws: Context, a: Adapter | None, b: Adapter | None) -> str:
@@ -96,13 +100,12 @@ def _adapter(a: Adapter | None, b: Adapter | None) -> Iterator[Change]:
 
 
 def _members(a: Adapter | None, b: Adapter | None) -> Iterator[Change]:
-    """Members of merges by line, and what a continued one began from."""
-    old, new = _by_line(a), _by_line(b)
-    for line in dict.fromkeys((*old, *new)):
-        before, after = old.get(line), new.get(line)
-        told = _member(before), _member(after)
-        if told[0] != told[1]:
-            yield Change("member", line, *told)
+    """Members of merges, and what a continued one began from."""
+    for old, new in _matched(a, b):
+        told = _member(old), _member(new)
+        either = new or old
+        if told[0] != told[1] and either is not None:
+            yield Change("member", _line(either), *told)
 
 
 def _member(parent: Parent | None) -> str | None:
@@ -111,22 +114,24 @@ def _member(parent: Parent | None) -> str | None:
     return parent.ref if parent.weight is None else f"{parent.weight:.4g} {parent.ref}"
 
 
-def _by_line(adapter: Adapter | None) -> dict[str, Parent]:
-    """Line -> parent; a line that two members are of counts each by its own reference."""
-    parents = adapter.parents if adapter is not None else ()
-    lines = [parent.ref.rpartition("@")[0] for parent in parents]
-    return {
-        line if lines.count(line) == 1 else parent.ref: parent
-        for line, parent in zip(lines, parents, strict=True)
-    }
+def _line(parent: Parent) -> str:
+    return parent.ref.rpartition("@")[0]
 
 
-def _matched(a: Adapter | None, b: Adapter | None) -> list[tuple[Parent, Parent]]:
-    """The members that two merges have of the same lines."""
-    if a is None or b is None or {a.origin, b.origin} != {"merged"}:
-        return []
-    old, new = _by_line(a), _by_line(b)
-    return [(old[line], new[line]) for line in old if line in new]
+def _matched(a: Adapter | None, b: Adapter | None) -> list[tuple[Parent | None, Parent | None]]:
+    """Every parent with the one in its place on the other side: the same, else the next of its
+    line; None where there is none.
+    """
+    old, new = ([*side.parents] if side is not None else [] for side in (a, b))
+    pairs: list[tuple[Parent | None, Parent | None]] = []
+    for key in (lambda parent: parent.ref, _line):
+        for one in list(old):
+            found = next((other for other in new if key(other) == key(one)), None)
+            if found is not None:
+                pairs.append((one, found))
+                old.remove(one)
+                new.remove(found)
+    return [*pairs, *((one, None) for one in old), *((None, other) for other in new)]
 
 
 def _data(ws: Context, a: Adapter | None, b: Adapter | None) -> Iterator[Change]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lori_manager.metrics.paired import PairedDifference, paired_difference
+from lori_manager.metrics.bounds import graded_bounds, score_bounds
+from lori_manager.metrics.paired import MCNEMAR, PairedDifference, paired_difference
 
 SIGNIFICANCE = 0.05  # of one comparison, uncorrected
 CONFIDENCE = 0.95
@@ -20,7 +22,8 @@ class Difference:
     Attributes:
         change: after - before in the score's own units; `worse` says what that means.
         error: standard error of that paired difference.
-        low, high: the 95% interval of the change.
+        low, high: the 95% interval of the change, by `score_bounds` of right/wrong outcomes
+            and `graded_bounds` of others.
         p: two-sided, against no difference; of this comparison alone.
         rows: measured in both; rows_only_before, rows_only_after: in one of them.
         gained, lost: rows that became right, or were; None unless outcomes are right/wrong.
@@ -64,7 +67,7 @@ def difference_of(
         if not np.array_equal(weights_before[common], weights_after[common]):
             return None
     d = paired_difference(before, after, weights)
-    low, high = _interval(before, after, weights, d)
+    low, high = _interval(before, after, weights, d, higher_is_better)
     return Difference(
         d.difference,
         d.error,
@@ -83,6 +86,26 @@ def difference_of(
 
 
 def _interval(
-    before: object, after: object, weights: object, d: PairedDifference
-) -> tuple[float, float]:  # until the intervals are here
-    return d.difference - 1.96 * d.error, d.difference + 1.96 * d.error
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    weights: NDArray[np.float64] | None,
+    d: PairedDifference,
+    higher_is_better: bool,
+) -> tuple[float, float]:
+    """The change's two-sided interval, of two one-sided bounds."""
+    each = (1 + CONFIDENCE) / 2
+    if d.rows == 0:
+        return math.nan, math.nan
+    if d.test == MCNEMAR and d.only_a_right is not None and d.only_b_right is not None:
+        bounds = score_bounds(d.only_a_right, d.only_b_right, d.rows, each)
+        return bounds.lower, bounds.upper
+    measured = ~(np.isnan(before) | np.isnan(after))
+    if weights is not None:
+        measured &= weights > 0
+        weights = weights[measured]
+    x, y = before[measured], after[measured]
+    if higher_is_better:
+        bounds = graded_bounds(x, y, weights, confidence=each)
+        return bounds.lower, bounds.upper
+    bounds = graded_bounds(y, x, weights, confidence=each)  # of the gain, whose loss is bounded
+    return -bounds.upper, -bounds.lower

@@ -83,12 +83,14 @@ def by_member(found, how="dropped"):
 def test_the_member_that_drowns_the_others_is_named(ws):
     found = ws.blame("main@1", "shape")
     assert (found.kind, found.task, found.own.subject) == ("merge", "shape#1", "shape@1")
-    assert found.loss.worse and found.loss.real
+    assert found.loss.worse
+    assert found.loss.real
     assert [s.ref for s in found.suspects] == ["vandal@1", "colour@1"]  # shape@1 stays in
     assert found.suspects[0].verdict == "cause" != found.suspects[1].verdict
     assert found.cause == "vandal@1"
     vandal, colour = found.suspects
-    assert not vandal.change.worse and vandal.change.change < colour.change.change
+    assert not vandal.change.worse
+    assert vandal.change.change < colour.change.change
     # On the way from the own adapter to the merge: own + left = merge + change.
     for suspect in found.suspects:
         assert found.own.value + suspect.left.change == pytest.approx(suspect.value)
@@ -207,7 +209,8 @@ def test_of_a_routed_merge_it_is_told_where_prompts_go(ws):
     assert found.kind == "routed"
     assert found.routed == {"colour@1": held_out[1][0], "shape@1": held_out[1][1]}
     assert sum(found.routed.values()) > 0
-    assert found.suspects == () and found.cause is None
+    assert found.suspects == ()
+    assert found.cause is None
     assert "one member acts on each prompt" in found.notes[0]
 
 
@@ -311,7 +314,9 @@ def test_a_stage_without_a_score_is_told_and_its_loss_is_the_next_ones(staged):
 
 def test_without_a_score_of_the_end_nothing_can_be_said(staged):
     put(staged, "both@1", RIGHT["both@1"])
-    with pytest.raises(NotFound, match="both@3 was not scored on colour.*lori score both@2 both@3"):
+    with pytest.raises(
+        NotFound, match=r"both@3 was not scored on colour.*lori score both@2 both@3"
+    ):
         staged.blame("both@3", "colour")
 
 
@@ -338,7 +343,8 @@ def test_what_taught_the_task_last_has_nothing_after_it(staged):
     put(staged, "both@1", RIGHT["both@1"])
     put(staged, "both@2", RIGHT["both@2"], "shape")
     found = staged.blame("both@2", "shape")
-    assert found.suspects == () and found.cause is None
+    assert found.suspects == ()
+    assert found.cause is None
     assert "nothing came after" in found.notes[0]
 
 
