@@ -28,7 +28,7 @@ def in_words(task: Task) -> bool:
     from lori_manager.tasks.scorers import scorers
 
     scorer = scorers.get(task.scorer)
-    return scorer.reads == "text" or scorer.binary
+    return scorer.reads == "text" or (scorer.reads == "tokens" and scorer.binary)
 
 
 def known_answers(
@@ -40,7 +40,7 @@ def known_answers(
     return ws.store.answers(
         digest=_digest(ws, adapter),
         task=task,
-        scorer_version=scorers.get(task.scorer).version,
+        scorer_version=str(scorers.get(task.scorer).version),
         precision=precision,
         rows=rows,
     )
@@ -81,7 +81,7 @@ def run_answers(
     ws.store.add_answers(
         digest=_digest(ws, adapter),
         task=task,
-        scorer_version=scorer.version,
+        scorer_version=str(scorer.version),
         precision=models.score_precision(config),
         found=found,
     )

@@ -27,7 +27,7 @@ from lori_manager.comparing import Difference, difference_of
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import InvalidInput, LoriError
-from lori_manager.plain import plain
+from lori_manager.plain import counted, plain
 from lori_manager.records import Adapter, Score, Task
 from lori_manager.refs import BASE, parse_adapter_ref
 
@@ -191,7 +191,9 @@ class _Side:
         missing = [row for row in self.rows if row not in self.answers]
         if missing:
             subject = self.score.subject
-            ws.on_message(f"{subject} answers {len(missing)} rows of {self.task.ref}, to be kept")
+            ws.on_message(
+                f"{subject} answers {counted(len(missing), 'row')} of {self.task.ref}, to be kept"
+            )
             self.answers |= run_answers(ws, self.adapter, self.task, missing, config)
 
     def _know(self, ws: Context, precision: str) -> None:
@@ -348,7 +350,8 @@ def _alone(refs: Sequence[str], difference: Difference) -> list[str]:
     """Rows that only one of them was scored on."""
     counts = (difference.rows_only_before, difference.rows_only_after)
     return [
-        f"{count} rows were scored for {ref} alone and are not compared"
+        f"{counted(count, 'row')} {'was' if count == 1 else 'were'} scored for {ref} alone and "
+        "not compared"
         for ref, count in zip(refs, counts, strict=True)
         if count
     ]

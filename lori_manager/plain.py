@@ -1,4 +1,4 @@
-"""Records as JSON's own types, for `--json` and `to_json()`."""
+"""Records in JSON's own types, for `--json` and `to_json()`, and numbers in words."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

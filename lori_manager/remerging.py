@@ -20,7 +20,8 @@ from lori_manager import models
 from lori_manager.combining import check_general, method_named
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
-from lori_manager.evaluation import counted_progress, run_weights, score_missing
+from lori_manager.evaluation import run_weights, score_missing
+from lori_manager.plain import counted
 from lori_manager.records import Adapter, Score, Task
 from lori_manager.refs import BASE
 from lori_manager.store.tables import canonical
@@ -114,9 +115,9 @@ class Remade:
         found = self._known(trials, precision)
         missing = [trial for trial in trials if trial not in found]
         if missing:
-            rows = self.task.splits["eval"].rows
+            made, rows = len(missing), self.task.splits["eval"].rows
             self.ws.on_message(
-                f"{len(missing)} merges are made and scored on {rows} rows of {self.task.ref}"
+                f"{counted(made, 'merge')} to make and score on {rows} rows of {self.task.ref}"
             )
         # All are merged before any is scored: what scores may be another base.
         with TemporaryDirectory() as folder:
@@ -198,7 +199,7 @@ class Remade:
             stored = self.ws.store.trial(
                 recipe=self._recipe(trial),
                 task=self.task,
-                scorer_version=scorers.get(self.task.scorer).version,
+                scorer_version=str(scorers.get(self.task.scorer).version),
                 precision=precision,
             )
             if stored is not None:
@@ -215,12 +216,11 @@ class Remade:
         rows = int(self.adapter.config.get("probe_rows", PROBE_ROWS))
         text = None if self.general is None else Path(self.general)
         inputs = MergeInputs(self.ws, self.members, self.config, rows, text)
-        told = counted_progress(self.ws, f"merging by {entry.name}", rate=False)
-        for number, (trial, file) in enumerate(zip(trials, files, strict=True), 1):
+        for trial, file in zip(trials, files, strict=True):
+            self.ws.on_message(f"merging {self._names(trial)} by {entry.name}")
             merged = inputs.of(trial.members).merged(entry, trial.weights, options)
             meta = {"base": self.ws.store.base().fingerprint}
             file.write_bytes(encode_adapter(merged, meta))
-            told(number, len(trials))
 
     def _measure(self, trial: Trial, blob: bytes, precision: str) -> Tried:
         """Score an adapter, unless its like was, and keep the outcomes."""
@@ -239,7 +239,7 @@ class Remade:
             recipe=self._recipe(trial),
             digest=digest,
             task=self.task,
-            scorer_version=scorers.get(self.task.scorer).version,
+            scorer_version=str(scorers.get(self.task.scorer).version),
             precision=precision,
             outcomes=outcomes[0],
             weights=outcomes[1],

@@ -118,7 +118,7 @@ def test_a_merge_that_was_made_by_hand_is_not_scored_again(ws, monkeypatch):
 
 def test_the_second_time_nothing_is_loaded_merged_or_scored(ws, no_model):
     first = ws.blame("main@1", "shape", halve=True)
-    assert "4 merges are made and scored on 12 rows of shape#1" in ws.said
+    assert "4 merges to make and score on 12 rows of shape#1" in ws.said
     again = Workspace.open(ws.root)
     no_model()
     assert again.blame("main@1", "shape", halve=True) == first
@@ -190,7 +190,7 @@ def test_another_library_alone_changes_nothing_where_the_merge_comes_out_the_sam
     monkeypatch.setattr(remerging, "library_versions", lambda: versions)
     ws.said.clear()
     other = ws.blame("main@1", "shape")
-    assert "3 merges are made and scored on 12 rows of shape#1" in ws.said  # the whole, too
+    assert "3 merges to make and score on 12 rows of shape#1" in ws.said  # the whole, too
     assert (other.notes, other.suspects) == ((), found.suspects)
 
 

@@ -217,8 +217,8 @@ def test_rows_that_only_one_side_was_scored_on_are_told_and_not_compared(ws):
     put(ws, "main@2", [1, 0, NAN, NAN, 1, 1, 1, 1, 1, 1, 1, 1])
     found = only(ws.diff("main@1", "main@2", "words", answers=False))
     assert (found.difference.rows, found.lost, found.gained) == (9, 1, 0)
-    assert "2 rows were scored for main@1 alone and are not compared" in found.notes
-    assert "1 rows were scored for main@2 alone and are not compared" in found.notes
+    assert "2 rows were scored for main@1 alone and not compared" in found.notes
+    assert "1 row was scored for main@2 alone and not compared" in found.notes
 
 
 def test_without_a_common_revision_the_rows_of_both_are_compared(ws):
@@ -236,8 +236,8 @@ def test_without_a_common_revision_the_rows_of_both_are_compared(ws):
         (4, "words 106:"), (6, "words 108:"), (10, "words 101:"), (3, "words 105:"),
     ]  # fmt: skip
     assert any("scored on words#1, main@3 on words#2" in note for note in found.notes)
-    assert "3 rows were scored for main@1 alone and are not compared" in found.notes
-    assert "2 rows were scored for main@3 alone and are not compared" in found.notes
+    assert "3 rows were scored for main@1 alone and not compared" in found.notes
+    assert "2 rows were scored for main@3 alone and not compared" in found.notes
     heard = only(ws.diff("main@1", "main@3", "words", answers=True))
     assert all(None not in (f.answer_before, f.answer_after) for f in heard.flips)
 
@@ -306,7 +306,7 @@ def test_answers_to_flipped_rows_are_what_each_side_writes_and_are_kept(ws, no_m
     assert [f.answer_after for f in found.flips[:2]] == said(ws, "main@2", "words", [1, 8])
     assert [found.flips[2].answer_before] == said(ws, "main@1", "words", [3])
     assert "main@2 answers 2 rows of words#1, to be kept" in ws.said
-    assert "main@1 answers 1 rows of words#1, to be kept" in ws.said
+    assert "main@1 answers 1 row of words#1, to be kept" in ws.said
     assert len({f.answer_after for f in found.flips}) > 1
     again = Workspace.open(ws.root)
     no_model()

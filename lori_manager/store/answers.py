@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select
 
-from lori_manager.errors import DamagedObject
 from lori_manager.records import Task
 from lori_manager.store import tables as t
 from lori_manager.store import tasks
+from lori_manager.store.packed import pack, unpack
 
 
 def find(
@@ -20,7 +20,7 @@ def find(
     *,
     digest: str,
     task: Task,
-    scorer_version: int,
+    scorer_version: str,
     precision: str,
     rows: Sequence[int],
 ) -> dict[int, str]:
@@ -29,10 +29,8 @@ def find(
     where = _of(digest, task, scorer_version, precision)
     for row in sorted(set(rows)):
         query = select(t.answers.c.answer).where(*where, t.answers.c.row == row)
-        try:
-            content = connection.execute(query).scalar_one_or_none()
-        except DamagedObject:
-            continue
+        stored = connection.execute(query).scalar_one_or_none()
+        content = None if stored is None else unpack(stored)
         if content is not None:
             found[row] = content.decode()
     return found
@@ -43,7 +41,7 @@ def add(
     *,
     digest: str,
     task: Task,
-    scorer_version: int,
+    scorer_version: str,
     precision: str,
     answers: Mapping[int, str],
 ) -> None:
@@ -61,13 +59,13 @@ def add(
                 scorer_version=scorer_version,
                 precision=precision,
                 row=row,
-                answer=answer.encode(),
+                answer=pack(answer.encode()),
             )
         )
 
 
 def _of(
-    digest: str, task: Task, scorer_version: int, precision: str
+    digest: str, task: Task, scorer_version: str, precision: str
 ) -> tuple[ColumnElement[bool], ...]:
     return (
         t.answers.c.digest == digest,

@@ -370,7 +370,7 @@ class Store:
     # what can be made again, kept so that no model runs for it twice
 
     def answers(
-        self, *, digest: str, task: Task, scorer_version: int, precision: str, rows: Sequence[int]
+        self, *, digest: str, task: Task, scorer_version: str, precision: str, rows: Sequence[int]
     ) -> dict[int, str]:
         """Row -> what those weights answered to it, of the rows that are known."""
         with self._db.read() as c:
@@ -388,7 +388,7 @@ class Store:
         *,
         digest: str,
         task: Task,
-        scorer_version: int,
+        scorer_version: str,
         precision: str,
         found: Mapping[int, str],
     ) -> None:
@@ -404,7 +404,7 @@ class Store:
             )
 
     def trial(
-        self, *, recipe: str, task: Task, scorer_version: int, precision: str
+        self, *, recipe: str, task: Task, scorer_version: str, precision: str
     ) -> tuple[str, np.ndarray, np.ndarray | None] | None:
         """Digest, outcomes and weights of an adapter that was tried, if they are whole."""
         with self._db.read() as c:
@@ -418,7 +418,7 @@ class Store:
         recipe: str,
         digest: str,
         task: Task,
-        scorer_version: int,
+        scorer_version: str,
         precision: str,
         outcomes: np.ndarray,
         weights: np.ndarray | None = None,
@@ -427,9 +427,8 @@ class Store:
 
         Args:
             recipe: a digest of what it was made of. digest: of its weights.
-            outcomes, weights: as of `add_score`.
+            outcomes, weights: (eval rows,), kept as float32; NaN is not measured.
         """
-        encoding, content = codec.encode(outcomes)
         with self._db.write() as c:
             trials.add(
                 c,
@@ -438,9 +437,8 @@ class Store:
                 task=task,
                 scorer_version=scorer_version,
                 precision=precision,
-                encoding=encoding,
-                outcomes=content,
-                weights=None if weights is None else codec.encode_floats(weights),
+                outcomes=outcomes,
+                weights=weights,
             )
 
     # aliases

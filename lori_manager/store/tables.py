@@ -341,10 +341,10 @@ answers = Table(
     Column("task", Text, nullable=False),
     Column("task_revision", Integer, nullable=False),
     Column("scorer", Text, nullable=False),
-    Column("scorer_version", Integer, nullable=False),
+    Column("scorer_version", Text, nullable=False),
     Column("precision", Text, nullable=False),
     Column("row", BigInteger, nullable=False),  # of the eval rows, from 0
-    Column("answer", Checked, nullable=False),
+    Column("answer", LargeBinary, nullable=False),
     ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
     UniqueConstraint(
         "digest",
@@ -368,12 +368,11 @@ trials = Table(
     Column("task", Text, nullable=False),
     Column("task_revision", Integer, nullable=False),
     Column("scorer", Text, nullable=False),
-    Column("scorer_version", Integer, nullable=False),
+    Column("scorer_version", Text, nullable=False),
     Column("precision", Text, nullable=False),
     Column("created_at", UtcTime, nullable=False),
-    Column("encoding", Text, nullable=False),
-    Column("outcomes", Checked, nullable=False),
-    Column("weights", Checked),
+    Column("outcomes", LargeBinary, nullable=False),
+    Column("weights", LargeBinary),
     ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
     UniqueConstraint(
         "recipe",

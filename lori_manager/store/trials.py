@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select
 
-from lori_manager.errors import DamagedObject
 from lori_manager.records import Task
-from lori_manager.store import outcomes as codec
 from lori_manager.store import tables as t
 from lori_manager.store import tasks
+from lori_manager.store.packed import pack_numbers, unpack_numbers
 from lori_manager.store.tables import now
 
 if TYPE_CHECKING:
@@ -23,21 +22,19 @@ if TYPE_CHECKING:
 
 
 def find(
-    connection: Connection, *, recipe: str, task: Task, scorer_version: int, precision: str
+    connection: Connection, *, recipe: str, task: Task, scorer_version: str, precision: str
 ) -> tuple[str, np.ndarray, np.ndarray | None] | None:
     """The digest of the weights, outcomes and weights by row, if they are known and whole."""
     rows = tasks.one(connection, task.name, task.revision).splits["eval"].rows
     query = select(t.trials).where(*_of(recipe, task, scorer_version, precision))
-    try:
-        row = connection.execute(query).one_or_none()
-        if row is None:
-            return None
-        outcomes = codec.decode(row.encoding, row.outcomes, rows)
-        if row.weights is None:
-            return row.digest, outcomes, None
-        return row.digest, outcomes, codec.decode(codec.FLOAT32, row.weights, rows)
-    except DamagedObject:
+    row = connection.execute(query).one_or_none()
+    if row is None:
         return None
+    outcomes = unpack_numbers(row.outcomes, rows)
+    weights = None if row.weights is None else unpack_numbers(row.weights, rows)
+    if outcomes is None or (weights is None and row.weights is not None):
+        return None
+    return row.digest, outcomes, weights
 
 
 def add(
@@ -46,13 +43,12 @@ def add(
     recipe: str,
     digest: str,
     task: Task,
-    scorer_version: int,
+    scorer_version: str,
     precision: str,
-    encoding: str,
-    outcomes: bytes,
-    weights: bytes | None,
+    outcomes: np.ndarray,
+    weights: np.ndarray | None,
 ) -> None:
-    """Keep encoded outcomes; they take the place of those known before."""
+    """Keep outcomes; they take the place of those known before."""
     connection.execute(delete(t.trials).where(*_of(recipe, task, scorer_version, precision)))
     connection.execute(
         insert(t.trials).values(
@@ -64,15 +60,14 @@ def add(
             scorer_version=scorer_version,
             precision=precision,
             created_at=now(),
-            encoding=encoding,
-            outcomes=outcomes,
-            weights=weights,
+            outcomes=pack_numbers(outcomes),
+            weights=None if weights is None else pack_numbers(weights),
         )
     )
 
 
 def _of(
-    recipe: str, task: Task, scorer_version: int, precision: str
+    recipe: str, task: Task, scorer_version: str, precision: str
 ) -> tuple[ColumnElement[bool], ...]:
     return (
         t.trials.c.recipe == recipe,
