@@ -363,22 +363,24 @@ def test_outcomes_measured_elsewhere_do_not_stand_for_answers(ws):
 
 
 def test_a_routed_adapter_answers_each_row_by_its_member(ws):
-    write(ws.root / "other.jsonl", rows_of("zebra", 12, 500))
-    ws.add_task("zebra", train=ws.root / "other.jsonl", eval=ws.root / "tasks/words/eval.jsonl",
-                probe_rows=4, scorer="exact_match", allow_overlap=True)  # fmt: skip
-    ws.train(["zebra"])
-    ref = ws.merge(["words@1", "zebra@1"], method="routed", into="all").adapter.ref
-    put(ws, ref, [0] * 12)
-    put(ws, "base", [1] * 12)
-    routed = only(ws.diff("base", ref, "words"))
-    member = only(ws.diff("base", "words@1", "words"))
-    assert len(routed.flips) == 12
-    model = ws.routed(ref)
-    names = model.route([f.prompt for f in routed.flips])
-    assert "words" in names
-    for name, a, b in zip(names, routed.flips, member.flips, strict=True):
-        if name == "words":
-            assert a.answer_after == b.answer_after
+    write(ws.root / "train.jsonl", rows_of("zebra", 24))
+    write(ws.root / "eval.jsonl", [*rows_of("zebra", 6, 500), *rows_of("words", 6, 500)])
+    ws.add_task("zebra", train=ws.root / "train.jsonl", eval=ws.root / "eval.jsonl",
+                probe_rows=4, scorer="exact_match")  # fmt: skip
+    add_version(ws, "main", 3, task="zebra")
+    ref = ws.merge(["main@1", "main@3"], method="routed", into="all").adapter.ref
+    put(ws, "base", [1] * 12, "zebra")
+    for member in ("main@1", "main@3"):
+        put(ws, member, [0] * 12, "zebra")
+    told = {}
+    for subject in (ref, "main@1", "main@3"):
+        found = only(ws.diff("base", subject, "zebra"))
+        told[subject] = [flip.answer_after for flip in found.flips]
+    goes = ws.routed(ref).route([flip.prompt for flip in found.flips])
+    assert set(goes) == {"words", "zebra"}
+    assert all(a != b for a, b in zip(told["main@1"], told["main@3"], strict=True))
+    own = {"words": told["main@1"], "zebra": told["main@3"]}
+    assert told[ref] == [own[name][row] for row, name in enumerate(goes)]
 
 
 def test_where_the_base_is_gone_answers_are_left_out_unless_asked_for(ws):

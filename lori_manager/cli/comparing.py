@@ -268,6 +268,8 @@ def _show_suspects(found: Blame, how: str, suspects: Sequence[Suspect]) -> None:
 
 def _conclusion(found: Blame) -> str:
     task = found.task.partition("#")[0]
+    if found.cause is None and not (found.loss.worse and found.loss.real):
+        return f"{task} has lost nothing beyond noise"
     if found.cause is None:
         what = "stage" if found.kind == "stages" else "member"
         return f"no single {what} accounts for a loss of {task} beyond noise"

@@ -101,7 +101,7 @@ def test_blame_of_a_merge_tells_every_member_and_is_quick_again(trained):
     assert dropped[0].split()[:3] == ["member", "taught", "weight"]
     assert dropped[1].split()[:3] == ["colour@1", "colour", "0.5"]
     assert "main@1 with one member at half its weight" in told
-    assert told.endswith("no single member accounts for a loss of shape beyond noise\n")
+    assert told.endswith("\nshape has lost nothing beyond noise\n")
     second = trained("blame", "main@1", "--task", "shape", "--halve")
     assert second.stderr == ""
     assert second.stdout == told
