@@ -45,7 +45,14 @@ def _level(confidence: float) -> float:
     return 1.0 - confidence
 
 
-def score_bounds(lost: int, gained: int, rows: int, confidence: float = CONFIDENCE) -> Bounds:
+def score_bounds(
+    lost: int,
+    gained: int,
+    rows: int,
+    confidence: float = CONFIDENCE,
+    *,
+    correction: float | None = None,
+) -> Bounds:
     """Bounds of the difference of two paired shares of right answers.
 
     Tango's score bounds with a continuity correction of half a pair (a whole one below 20
@@ -59,6 +66,7 @@ def score_bounds(lost: int, gained: int, rows: int, confidence: float = CONFIDEN
         lost: rows right before and wrong after.
         gained: rows wrong before and right after.
         rows: all rows, at least 1.
+        correction: of continuity, in pairs, in place of those; 0 gives Tango's own bounds.
     Raises:
         ValueError: counts that are negative or do not fit; confidence outside (.5, 1).
     Source: Tango 1998, Statistics in Medicine 17, 891-908. Differs: the correction, and
@@ -76,11 +84,12 @@ def score_bounds(lost: int, gained: int, rows: int, confidence: float = CONFIDEN
             "`lost` and `gained` must be at least 0 and together at most `rows`, at least 1: "
             f"got {lost}, {gained} and {rows}"
         )
-    if lost == gained == 0:
+    if correction is None and lost == gained == 0:
         reach = 1.0 - level ** (1.0 / rows)
         return Bounds(-reach, reach, confidence, SCORE, "no row changed: the exact binomial bound")
     z = normal_quantile(confidence)
-    correction = 1.0 if rows < SMALL else 0.5
+    if correction is None:
+        correction = 1.0 if rows < SMALL else 0.5
     return Bounds(
         _score_lower(lost, gained, rows, z, correction),
         -_score_lower(gained, lost, rows, z, correction),
@@ -89,16 +98,30 @@ def score_bounds(lost: int, gained: int, rows: int, confidence: float = CONFIDEN
     )
 
 
+def score_deviation(lost: float, gained: float, delta: float) -> float:
+    """Standard deviation of a row's difference if its mean were delta.
+
+    Args:
+        lost, gained: the shares of rows that were seen to change.
+    Returns:
+        sqrt(2 q + delta (1 - delta)), q being the share of lost rows that is most likely
+        given the mean, the root of a quadratic.
+    Source: Tango 1998.
+
+    >>> round(score_deviation(0.1, 0.1, 0.0), 4)
+    0.4472
+    """
+    linear = (2 - gained + lost) * delta - lost - gained
+    root = math.sqrt(max(0.0, linear**2 + 8 * lost * delta * (1 - delta)))
+    return math.sqrt(max(0.0, (root - linear) / 2 + delta * (1 - delta)))
+
+
 def _score_lower(lost: int, gained: int, rows: int, z: float, correction: float) -> float:
     """The difference below the observed one whose score statistic is z, by bisection."""
     low, high = -1.0, (gained - lost) / rows
     while high - low > 1e-12:
         delta = (low + high) / 2
-        # The likeliest share of lost rows if the difference were delta: a quadratic's root.
-        linear = (2 * rows - gained + lost) * delta - lost - gained
-        root = math.sqrt(max(0.0, linear**2 + 8 * rows * lost * delta * (1 - delta)))
-        likeliest = (root - linear) / (4 * rows)
-        deviation = math.sqrt(max(0.0, rows * (2 * likeliest + delta * (1 - delta))))
+        deviation = score_deviation(lost / rows, gained / rows, delta) * math.sqrt(rows)
         if gained - lost - rows * delta - correction > z * deviation:
             low = delta
         else:
@@ -156,7 +179,8 @@ def bca_bounds(
     u = left.mean() - left  # jackknife influences
     acceleration = float(np.sum(u**3)) / (6 * float(np.sum(u**2)) ** 1.5)
     if expand:
-        level = normal_below(math.sqrt(n / (n - 1)) * student_quantile(level, n - 1))
+        widened = math.sqrt(n / (n - 1)) * student_quantile(level, n - 1)
+        level = max(normal_below(widened), 1e-300)
 
     def quantile(z: float) -> float:
         shifted = bias + z

@@ -116,12 +116,12 @@ def sign_flip(differences: ArrayLike, alternative: Alternative = "two-sided") ->
             sums = np.concatenate([sums + step, sums - step])
         # Ties between patterns are common; rounding must not split them.
         return min(1.0, sides * float(np.mean(sums <= observed + 1e-9)))
-    points = 2 ** math.ceil(math.log2(2 * REACH / BLUR * math.sqrt(d.size / 12)))
+    points = 1 << math.ceil(math.log2(2 * REACH / BLUR * math.sqrt(d.size / 12)))
     steps = np.rint(d * (points / (2 * REACH * math.sqrt(float(np.sum(d**2))))))
     seen = int(steps.sum()) if one_sided else -abs(int(steps.sum()))
     shares = _sums_of_random_signs(np.abs(steps).astype(np.int64), points)
     below = shares[: max(0, min(points, points // 2 + seen + 1))]
-    least = max(1e-14, 2.0**-d.size)  # what was seen is itself one pattern
+    least = max(1e-14, math.ldexp(1.0, -d.size))  # what was seen is itself one pattern
     return min(1.0, sides * max(least, float(below.sum())))
 
 

@@ -12,10 +12,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from lori_manager.metrics.bounds import CONFIDENCE, score_deviation
 from lori_manager.metrics.quantiles import normal_below, normal_quantile, student_quantile
 
 POWER = 0.8
 ALPHA = 0.05
+_MANY = 10**9  # rows; more are as good as never
 _EXACT = 400  # changed rows expected; with more the normal limit is within half a point
 
 
@@ -125,8 +127,9 @@ def smallest_mean_drop(
         deviation: standard deviation of the rows' differences; for weighted rows the
             standard error of their mean times sqrt(rows).
     Returns:
-        Detectable, by the power of the paired t test, which the sign-flip test shares;
-        drop = inf below 5 rows at .05, where no sign pattern is rare enough.
+        Detectable, by the power of the paired t test on normal differences, which the
+        sign-flip test shares (with heavy tails it finds more); drop = inf below 5 rows at
+        .05, where no sign pattern is rare enough.
     Raises:
         ValueError: a negative deviation, alpha outside (0, .5), power outside (0, 1).
     Source: the noncentral t by Abramowitz and Stegun 26.7.10.
@@ -143,64 +146,164 @@ def smallest_mean_drop(
     t, degrees = student_quantile(1 - alpha, rows - 1), rows - 1
     shift = t * (1 - 1 / (4 * degrees))
     shift += normal_quantile(power) * math.sqrt(1 + t * t / (2 * degrees))
-    note = f"the rows' differences have a standard deviation of {deviation:.3g}"
+    note = f"the rows' differences are near normal, with a standard deviation of {deviation:.3g}"
     drop = shift * deviation / math.sqrt(rows)
     return Detectable(drop, power, alpha, rows, note, deviation=deviation)
 
 
+@lru_cache(maxsize=4096)
 def rows_to_decide(
+    lost: float,
+    gained: float,
+    margin: float,
+    *,
+    confidence: float = CONFIDENCE,
+    tests: int = 1,
+    power: float = POWER,
+) -> int | None:
+    """Rows with which right/wrong outcomes get a verdict, `safe` or `regressed`.
+
+    Args:
+        lost, gained: shares of rows that turn wrong, and right, taken as the true ones.
+        margin: the drop that is tolerated.
+        tests: tasks in the family: the level of `regressed` is Holm's first step.
+    Returns:
+        The fewest rows that decide with probability `power`, by the normal limit; where
+        nothing changes, those that are sure to give `safe` if still nothing does. None
+        where no number would do.
+    Raises:
+        ValueError: shares or a margin that are negative, a confidence or power out of range.
+
+    >>> rows_to_decide(0.05, 0.05, 0.02)
+    1454
+    >>> rows_to_decide(0.0, 0.0, 0.02)
+    149
+    """
+    changed, difference = lost + gained, gained - lost
+    if min(lost, gained) < 0 or changed > 1 + 1e-9:
+        raise ValueError(f"`lost` and `gained` must be shares of all rows, got {lost} and {gained}")
+    if changed == 0:
+        return _rows_without_change(margin, 1.0, confidence)
+    deviation = math.sqrt(max(0.0, changed - difference * difference))
+    return _fewest_rows(
+        _Course(
+            difference, deviation, margin, confidence, tests, changed,
+            under_margin=score_deviation(lost, gained, -margin) if margin < 1 else deviation,
+            under_none=math.sqrt(changed), falls=0.5, rises=1.0,
+        ),
+        power,
+    )  # fmt: skip
+
+
+def rows_to_decide_mean(
     difference: float,
     deviation: float,
     margin: float,
     *,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     tests: int = 1,
     changed: float = 1.0,
-    reach: float = 1.0,
-    correction: float = 0.5,
+    fall: float = 0.0,
     power: float = POWER,
 ) -> int | None:
-    """Rows with which a verdict falls with probability `power`, were all else to stay as seen.
+    """Rows with which outcomes that are not just right or wrong get a verdict.
 
     Args:
-        difference: mean gain a row (negative for a drop), taken as the true one.
-        deviation: standard deviation of the rows' differences.
-        margin: the drop that is tolerated.
-        tests: tasks in the family: the level of `regressed` is Holm's first step.
-        changed: share of rows that differ. For none: the rows with which `safe` is sure to
-            follow if still none does.
-        reach: how far a row can fall, used where none differs.
-        correction: what a bound adds, in rows' differences: .5 for right/wrong.
+        difference, deviation: mean gain of a row (negative for a drop) and its standard
+            deviation, taken as the true ones.
+        margin, tests: as in `rows_to_decide`.
+        changed: share of rows that differ.
+        fall: how far the row falls that the lower bound imagines.
     Returns:
-        The fewer of the rows for `safe` and for `regressed`; None where neither would come.
+        As `rows_to_decide`.
     Raises:
-        ValueError: a negative margin, a confidence or power outside (0, 1).
+        ValueError: a negative deviation or margin, a confidence or power out of range.
 
-    >>> rows_to_decide(-0.01, 0.3, 0.03)
-    1441
-    >>> rows_to_decide(0.0, 0.0, 0.02, changed=0.0)
-    149
+    >>> rows_to_decide_mean(0.0, 0.3, 0.02)
+    1211
     """
-    if not margin >= 0 or not 0 < confidence < 1 or not 0 < power < 1 or tests < 1:
+    if not deviation >= 0 or not 0 <= changed <= 1:
         raise ValueError(
-            "`margin` must be at least 0, `confidence` and `power` in (0, 1), `tests` at least 1: "
-            f"got {margin}, {confidence}, {power} and {tests}"
+            "`deviation` must be at least 0 and `changed` a share of the rows, "
+            f"got {deviation} and {changed}"
         )
-    alpha = 1.0 - confidence
     if changed == 0:
-        if not 0 < margin < reach:
-            return 1 if margin >= reach > 0 else None
-        return math.floor(math.log(alpha) / math.log1p(-margin / reach)) + 1
-    beta, wanted = normal_quantile(power), []
-    for gap, level in ((difference + margin, alpha), (-difference, alpha / tests)):
-        if gap > 0:
-            spread = (normal_quantile(1 - level) + beta) * deviation
-            # The root of: gap rows - correction = spread sqrt(rows).
-            root = (spread + math.sqrt(spread * spread + 4 * gap * correction)) / (2 * gap)
-            # Below so many changed rows no split of them is rare enough.
-            fewest = math.ceil(-math.log2(level)) / changed if gap == -difference else 0.0
-            wanted.append(math.ceil(max(root * root, fewest)))
-    return min(wanted, default=None)
+        return _rows_without_change(margin, fall, confidence)
+    around_none = math.hypot(deviation, difference)  # the sign-flip test's own deviation
+    return _fewest_rows(
+        _Course(
+            difference, deviation, margin, confidence, tests, changed,
+            under_margin=deviation, under_none=around_none, falls=fall, rises=0.0,
+        ),
+        power,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Course:
+    """How the sum of the rows' differences grows with the rows, and what it is held against."""
+
+    difference: float
+    deviation: float
+    margin: float
+    confidence: float
+    tests: int
+    changed: float
+    under_margin: float  # a row's deviation were the drop the margin
+    under_none: float  # were there none
+    falls: float  # continuity, or the imagined row, taken off for `safe`
+    rises: float  # and added for `regressed`
+
+    def __post_init__(self) -> None:
+        if not self.margin >= 0 or not 0.5 < self.confidence < 1 or self.tests < 1:
+            raise ValueError(
+                "`margin` must be at least 0, `confidence` in (.5, 1) and `tests` at least 1: "
+                f"got {self.margin}, {self.confidence} and {self.tests}"
+            )
+
+    def decided(self, rows: int) -> float:
+        """Chance of a verdict, in the normal limit of the sum."""
+        alpha, root = 1 - self.confidence, math.sqrt(rows)
+        middle, spread = rows * self.difference, max(root * self.deviation, 1e-12)
+        safe = (
+            self.falls - rows * self.margin + normal_quantile(1 - alpha) * root * self.under_margin
+        )
+        chance = normal_below((middle - safe) / spread)
+        level = alpha / self.tests
+        if rows * self.changed >= -math.log2(level):  # else no split is rare enough
+            worse = min(safe, -self.rises - normal_quantile(1 - level) * root * self.under_none)
+            chance += normal_below((worse - middle) / spread)
+        return chance
+
+
+def _fewest_rows(course: _Course, power: float) -> int | None:
+    if not 0 < power < 1:
+        raise ValueError(f"`power` must be in (0, 1), got {power}")
+    high = 1
+    while course.decided(high) < power:
+        high *= 2
+        if high > _MANY:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if course.decided(middle) < power else (low, middle)
+    return high
+
+
+def _rows_without_change(margin: float, reach: float, confidence: float) -> int | None:
+    """Rows on which none changes until the exact bound says `safe`."""
+    if not margin >= 0 or not 0.5 < confidence < 1:
+        raise ValueError(
+            "`margin` must be at least 0 and `confidence` in (.5, 1): "
+            f"got {margin} and {confidence}"
+        )
+    if margin == 0 or reach == 0:
+        return None
+    if margin >= reach:
+        return 1
+    rows = math.log(1 - confidence) / math.log1p(-margin / reach)
+    return math.floor(rows) + 1 if rows < _MANY else None
 
 
 def _check(rows: int, alpha: float, power: float = POWER) -> None:

@@ -6,10 +6,11 @@ lower is, so that a drop is negative whichever way the scorer points.
 - `safe`: the lower bound of the difference, one-sided at `confidence`, is above -margin.
   Each task on its own: with a true drop of exactly the margin it is said with probability
   at most 1 - confidence (non-inferiority).
-- else `regressed`: the exact one-sided test against "no drop" has a p of at most
-  1 - confidence after Holm's step-down over all tasks judged together, and the upper
-  bound is below 0. Where no task has changed, a family of any size is told that
-  something regressed with probability at most 1 - confidence.
+- else `regressed`: the one-sided test against "no drop" has a p of at most 1 - confidence
+  after Holm's step-down over all tasks judged together. Where no task has changed, a
+  family of any size is told that something regressed with probability at most
+  1 - confidence. The test alone decides, because it is exact: for right/wrong outcomes
+  the upper bound then is below 0 as well, for others a bootstrap's may reach just above.
 - else `undecided`, with the rows that would decide it.
 
 No verdict spends the other's error: `safe` uses the lower tail of one task, `regressed` the
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lori_manager.metrics.bounds import (
     CONFIDENCE,
-    GAFFKE,
+    FEW,
     RESAMPLES,
     Bounds,
     graded_bounds,
@@ -42,7 +43,7 @@ from lori_manager.metrics.paired import (
     paired_difference,
     sign_flip,
 )
-from lori_manager.metrics.power import POWER, rows_to_decide
+from lori_manager.metrics.power import POWER, rows_to_decide, rows_to_decide_mean
 
 Verdict = Literal["safe", "regressed", "undecided"]
 SAFE: Verdict = "safe"
@@ -84,13 +85,14 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """What one task says before the family is looked at."""
+class Measured:
+    """What one task says by itself, before the family is looked at."""
 
     paired: PairedDifference  # of the gain
     bounds: Bounds
-    p: float
-    reach: float  # how far a row can fall
+    p: float  # one-sided, against no drop
+    margin: float
+    fall: float  # how far the row falls that the lower bound imagines
     changed: float  # share of rows that differ
 
 
@@ -133,37 +135,44 @@ def judge_family(
         ValueError: shapes that differ, infinite outcomes, weights that are negative, a
             margin that is negative or not finite, a confidence outside (.5, 1).
     """
-    measured = [_measure(task, resamples, seed) for task in tasks]
-    adjusted = holm([m.p for m in measured])
-    tests = sum(not math.isnan(m.p) for m in measured)
-    return [
-        _judged(task, m, float(p), tests)
-        for task, m, p in zip(tasks, measured, adjusted, strict=True)
-    ]
+    return decide([measure(task, resamples=resamples, seed=seed) for task in tasks])
 
 
-def _measure(task: Compared, resamples: int, seed: int) -> _Measured:
+def decide(family: Sequence[Measured]) -> list[Judged]:
+    """The verdicts of tasks that were measured one by one: Holm over all of them."""
+    adjusted = holm([m.p for m in family])
+    tests = sum(not math.isnan(m.p) for m in family)
+    return [_judged(m, float(p), tests) for m, p in zip(family, adjusted, strict=True)]
+
+
+def measure(task: Compared, *, resamples: int = RESAMPLES, seed: int = 0) -> Measured:
+    """The difference, its bounds and p of one task; raises as `judge_family`."""
     if not (math.isfinite(task.margin) and task.margin >= 0):
         raise ValueError(f"`margin` must be a finite number of at least 0, got {task.margin}")
     if not 0.5 < task.confidence < 1:
         raise ValueError(f"`confidence` must be above .5 and below 1, got {task.confidence}")
     a, b = np.asarray(task.before, dtype=np.float64), np.asarray(task.after, dtype=np.float64)
-    if not task.higher_is_better:
-        a, b = b, a  # a lower loss is a gain
     paired = paired_difference(a, b, task.weights)
+    if not task.higher_is_better:  # a lower outcome is a gain: the sides change places
+        only_before, only_after = paired.rows_only_a, paired.rows_only_b
+        a, b = b, a
+        paired = paired_difference(a, b, task.weights)
+        paired = replace(paired, rows_only_a=only_before, rows_only_b=only_after)
     if paired.rows == 0:
         nothing = Bounds(math.nan, math.nan, task.confidence, "")
-        return _Measured(paired, nothing, math.nan, math.nan, math.nan)
+        return Measured(paired, nothing, math.nan, task.margin, math.nan, math.nan)
     lost, gained = paired.only_a_right, paired.only_b_right
     if paired.test == MCNEMAR and lost is not None and gained is not None:
         bounds = score_bounds(lost, gained, paired.rows, task.confidence)
         p, changed = mcnemar_exact(lost, gained, "less"), (lost + gained) / paired.rows
-        return _Measured(paired, bounds, p, 1.0, changed)
+        return Measured(paired, bounds, p, task.margin, 1.0, changed)
     x, y, w = _common(a, b, task.weights)
     bounds = graded_bounds(x, y, w, confidence=task.confidence, resamples=resamples, seed=seed)
     p = sign_flip(y - x if w is None else w * (y - x), "less")
-    reach, changed = float(np.ptp(np.concatenate([x, y]))), float(np.mean(x != y))
-    return _Measured(paired, bounds, p, reach, changed)
+    moved = int(np.count_nonzero(x != y))
+    reach, worst = float(np.ptp(np.concatenate([x, y]))), float(np.min(y - x))
+    fall = reach if moved < FEW else max(0.0, -worst)
+    return Measured(paired, bounds, p, task.margin, fall, moved / paired.rows)
 
 
 def _common(
@@ -178,17 +187,19 @@ def _common(
     return a[both], b[both], w[both]
 
 
-def _judged(task: Compared, m: _Measured, p_holm: float, tests: int) -> Judged:
+def _judged(m: Measured, p_holm: float, tests: int) -> Judged:
     paired, bounds = m.paired, m.bounds
     verdict, needed, notes = UNDECIDED, None, [bounds.note]
     if paired.rows == 0:
         notes = ["no row was measured on both sides"]
-    elif bounds.lower > -task.margin:
+    elif bounds.lower > -m.margin:
         verdict = SAFE
-    elif p_holm <= 1 - task.confidence and bounds.upper < 0:
+    elif p_holm <= 1 - bounds.confidence:
         verdict = REGRESSED
+        if bounds.upper >= 0:
+            notes.append("the bootstrap's upper bound reaches 0, the exact test does not")
     else:
-        needed, words = _rows_needed(task, m, tests)
+        needed, words = _rows_needed(m, tests)
         notes.append(words)
     return Judged(
         verdict,
@@ -197,36 +208,39 @@ def _judged(task: Compared, m: _Measured, p_holm: float, tests: int) -> Judged:
         bounds.upper,
         m.p,
         p_holm,
-        task.margin,
-        task.confidence,
+        m.margin,
+        bounds.confidence,
         paired.rows,
         needed,
         paired.test,
         "; ".join(filter(None, notes)),
         bounds.method,
-        paired.rows_only_a if task.higher_is_better else paired.rows_only_b,
-        paired.rows_only_b if task.higher_is_better else paired.rows_only_a,
+        paired.rows_only_a,
+        paired.rows_only_b,
     )
 
 
-def _rows_needed(task: Compared, m: _Measured, tests: int) -> tuple[int | None, str]:
+def _rows_needed(m: Measured, tests: int) -> tuple[int | None, str]:
     """Rows for a verdict with the difference and the spread that were seen, and that in words."""
-    rows, error = m.paired.rows, m.paired.error
-    if math.isnan(error):
+    paired, confidence = m.paired, m.bounds.confidence
+    if math.isnan(paired.error):
         return None, "a single row shows no spread"
-    needed = rows_to_decide(
-        m.paired.difference,
-        error * math.sqrt(rows),
-        task.margin,
-        confidence=task.confidence,
-        tests=tests,
-        changed=m.changed,
-        reach=m.reach,
-        correction=m.reach if m.bounds.method == GAFFKE else m.reach / 2,
-    )
+    if paired.only_a_right is not None and paired.only_b_right is not None:
+        lost, gained = paired.only_a_right / paired.rows, paired.only_b_right / paired.rows
+        needed = rows_to_decide(lost, gained, m.margin, confidence=confidence, tests=tests)
+    else:
+        needed = rows_to_decide_mean(
+            paired.difference,
+            paired.error * math.sqrt(paired.rows),
+            m.margin,
+            confidence=confidence,
+            tests=tests,
+            changed=m.changed,
+            fall=m.fall,
+        )
     if needed is None:
         return None, "more rows like these would not decide it"
-    needed = max(needed, rows + 1)
+    needed = max(needed, paired.rows + 1)
     if m.changed == 0:
         return needed, f"{needed} rows would decide it if still none changed"
     return needed, (
