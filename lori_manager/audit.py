@@ -107,7 +107,7 @@ class TaskAudit:
     revision: int
     latest: bool  # whether it is the task's latest revision
     scorer: str
-    scorer_version: int
+    scorer_version: str
     higher_is_better: bool | None  # None where nothing was scored
     entries: tuple[Entry, ...]
     best: str | None  # the subject with the best value among them
@@ -331,7 +331,7 @@ class _Group:
     task: str
     revision: int
     scorer: str
-    scorer_version: int
+    scorer_version: str
     scores: dict[str, list[Score]] = field(default_factory=dict)  # by subject
     last: int = 0  # position of its newest score
 
@@ -357,7 +357,7 @@ class _Group:
 
 def _groups(scores: Iterable[Score]) -> dict[str, list[_Group]]:
     """Task name -> its groups, the latest revision first and there the newest scores first."""
-    found: dict[tuple[str, int, str, int], _Group] = {}
+    found: dict[tuple[str, int, str, str], _Group] = {}
     for position, s in enumerate(scores):
         key = (s.task, s.task_revision, s.scorer, s.scorer_version)
         group = found.setdefault(key, _Group(*key))

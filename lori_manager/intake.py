@@ -96,11 +96,10 @@ def add_task(
     task = ws.store.add_task(
         name,
         scorer=scorer,
-        scorer_version=method.version,
+        scorer_version=str(method.version),
         description=description or entry.get("description", ""),
         splits=splits,
         options={"sources": {k: str(v) for k, v in sources.items()}, "probe_rows": rows_wanted},
-        eval_keys=[row.key for row in prepared.splits["eval"]],
     )
     return AddedTask(task, tuple(prepared.notes), lengths, task.ref not in known)
 

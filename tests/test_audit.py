@@ -605,12 +605,10 @@ def test_the_fake_store_reads_refs_as_the_real_one_does(road):
 def test_the_real_store_gives_what_an_audit_reads(tmp_path):
     store = Store.create(tmp_path / ".lori")
     store.set_base(Base("f" * 64, "here", None, "here", "llama", datetime.now(UTC)))
-    keys = [bytes([i]) * 16 for i in range(4)]
     digest = store.objects.put(b"{}\n" * 4)
     split = {"eval": Split(digest, 4), "train": Split(digest, 4)}
     store.add_task(
-        "wiki", scorer="perplexity", scorer_version=1, description="", splits=split, options={},
-        eval_keys=keys,
+        "wiki", scorer="perplexity", scorer_version="1", description="", splits=split, options={},
     )  # fmt: skip
 
     def adapter(line, blob, task, parents=(), origin="trained"):
@@ -631,7 +629,7 @@ def test_the_real_store_gives_what_an_audit_reads(tmp_path):
         facts = {"higher_is_better": False}
         store.add_score(
             NewScore(
-                subject, of, "wiki", 1, "perplexity", 1, "fp32", value, error, rows, facts=facts
+                subject, of, "wiki", 1, "perplexity", "1", "fp32", value, error, rows, facts=facts
             ),
             outcomes,
             tokens,

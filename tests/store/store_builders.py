@@ -31,22 +31,28 @@ def base(fingerprint: str = FINGERPRINT, **changes: Any) -> Base:
 
 
 def keys(rows: int) -> list[bytes]:
-    return [hashlib.sha256(str(i).encode()).digest()[:16] for i in range(rows)]
+    return [hashlib.sha256(line).digest()[:16] for line in lines(rows)]
+
+
+def lines(rows: int) -> list[bytes]:
+    return [b'{"completion":"%d","prompt":""}' % i for i in range(rows)]
 
 
 def add_task(store: Store, name: str = "safety", *, rows: int = 10, salt: str = "") -> Task:
     splits = {}
     for split, count in (("train", 100), ("eval", rows)):
-        digest = store.objects.put(f"{name} {split} {count} {salt}".encode())
+        content = f"{name} {split} {count} {salt}".encode()
+        if split == "eval" and not salt:
+            content = b"".join(line + b"\n" for line in lines(count))
+        digest = store.objects.put(content)
         splits[split] = Split(digest, count, tokens=7 * count, longest=40, truncated=1)
     return store.add_task(
         name,
         scorer="exact_match",
-        scorer_version=1,
+        scorer_version="1",
         description="what it is",
         splits=splits,
         options={"seed": 0, "sources": ["a.jsonl"]},
-        eval_keys=keys(rows),
     )
 
 
