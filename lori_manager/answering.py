@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lori_manager import models
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.evaluation import counted_progress
@@ -32,7 +31,12 @@ def in_words(task: Task) -> bool:
 
 
 def known_answers(
-    ws: Context, adapter: Adapter | None, task: Task, rows: Sequence[int], precision: str
+    ws: Context,
+    adapter: Adapter | None,
+    task: Task,
+    rows: Sequence[int],
+    precision: str,
+    encoding: str,
 ) -> dict[int, str]:
     """Row -> answer, of the rows that were run before."""
     from lori_manager.tasks.scorers import scorers
@@ -42,6 +46,7 @@ def known_answers(
         task=task,
         scorer_version=str(scorers.get(task.scorer).version),
         precision=precision,
+        encoding=encoding,
         rows=rows,
     )
 
@@ -82,7 +87,8 @@ def run_answers(
         digest=_digest(ws, adapter),
         task=task,
         scorer_version=str(scorer.version),
-        precision=models.score_precision(config),
+        precision=ws.score_precision(config),
+        encoding=ws.encoding,
         found=found,
     )
     return found

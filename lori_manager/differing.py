@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lori_manager import models
 from lori_manager.answering import (
     RIGHT_IS_THE_COMPLETION,
     in_words,
@@ -178,26 +178,27 @@ class _Side:
     answers: dict[int, str] = field(default_factory=dict)
 
     def hear(self, ws: Context, config: Config, *, run: bool) -> None:
-        """Find the answers, in the score's precision where they are known, else by the model."""
+        """Find the answers: those that go with the score, then those of today's settings, and
+        what is not known yet by the model.
+        """
         if not in_words(self.task):
             return
-        if self.score.precision:
-            self._know(ws, self.score.precision)
-        missing = [row for row in self.rows if row not in self.answers]
-        if not missing or not run:
-            return
-        precision = models.score_precision(config)
-        self._know(ws, precision)
-        missing = [row for row in self.rows if row not in self.answers]
-        if missing:
-            subject = self.score.subject
-            ws.on_message(
-                f"{subject} answers {counted(len(missing), 'row')} of {self.task.ref}, to be kept"
-            )
+        self._know(ws, self.score.precision, self.score.encoding)
+        if self._missing():
+            with nullcontext() if run else suppress(LoriError):  # where the base is gone
+                self._know(ws, ws.score_precision(config), ws.encoding)
+        missing = self._missing()
+        if missing and run:
+            told = f"{counted(len(missing), 'row')} of {self.task.ref}, to be kept"
+            ws.on_message(f"{self.score.subject} answers {told}")
             self.answers |= run_answers(ws, self.adapter, self.task, missing, config)
 
-    def _know(self, ws: Context, precision: str) -> None:
-        self.answers |= known_answers(ws, self.adapter, self.task, self.rows, precision)
+    def _missing(self) -> list[int]:
+        return [row for row in self.rows if row not in self.answers]
+
+    def _know(self, ws: Context, precision: str, encoding: str) -> None:
+        rows = self._missing()
+        self.answers |= known_answers(ws, self.adapter, self.task, rows, precision, encoding)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,18 +16,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from lori_manager import models
 from lori_manager.combining import check_general, method_named
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.evaluation import run_weights, score_missing
 from lori_manager.plain import counted
 from lori_manager.records import Adapter, Score, Task
-from lori_manager.refs import BASE
 from lori_manager.store.tables import canonical
 from lori_manager.tasks.scorers import scorers
 
-MEASURED = "measured"
 PROBE_ROWS = 32  # of each task, where a merge does not say how many it read
 DROPPED, HALVED = "dropped", "halved"
 Outcomes = tuple[NDArray[Any], NDArray[Any] | None]  # by row, and the rows' weights
@@ -100,32 +97,21 @@ class Remade:
     def outcomes(
         self, refs: Sequence[str], trials: Sequence[Trial]
     ) -> tuple[dict[str, Score], dict[Trial, Tried]]:
-        """Scores of adapters or `base`, and what comes of trials, all in one precision.
-
-        Where all of it is stored in one that the configuration may mean, nothing is run.
-        """
-        for precision in self._precisions():
-            scores = {ref: self._score(ref, precision) for ref in refs}
-            found = self._known(trials, precision)
-            stored = {ref: score for ref, score in scores.items() if score is not None}
-            if len(stored) == len(refs) and len(found) == len(trials):
-                return stored, found
-        own = {ref: score_missing(self.ws, ref, [self.task], self.config)[0] for ref in refs}
-        precision = models.score_precision(self.config)
-        found = self._known(trials, precision)
+        """Scores of adapters or `base`, and what comes of trials; only what is not known is run."""
+        scores = {ref: score_missing(self.ws, ref, [self.task], self.config)[0] for ref in refs}
+        found = self._known(trials)
         missing = [trial for trial in trials if trial not in found]
-        if missing:
-            made, rows = len(missing), self.task.splits["eval"].rows
-            self.ws.on_message(
-                f"{counted(made, 'merge')} to make and score on {rows} rows of {self.task.ref}"
-            )
+        if not missing:
+            return scores, found
+        made, rows = counted(len(missing), "merge"), self.task.splits["eval"].rows
+        self.ws.on_message(f"{made} to make and score on {rows} rows of {self.task.ref}")
         # All are merged before any is scored: what scores may be another base.
         with TemporaryDirectory() as folder:
             files = [Path(folder, str(n)) for n in range(len(missing))]
             self._make(missing, files)
             for trial, file in zip(missing, files, strict=True):
-                found[trial] = self._measure(trial, file.read_bytes(), precision)
-        return own, found
+                found[trial] = self._measure(trial, file.read_bytes())
+        return scores, found
 
     @cached_property
     def _read(self) -> list[Task]:
@@ -153,7 +139,7 @@ class Remade:
             "probe_rows": kept.get("probe_rows"),
             "probes": {t.ref: t.splits["probe"].digest for t in self._read if "probe" in t.splits},
             "general_text": kept.get("general_text"),
-            "max_length": self.ws.settings.config.max_length,
+            "encoding": self.ws.encoding,
             "versions": library_versions(),
         }
 
@@ -163,44 +149,32 @@ class Remade:
         parts = [[self.members[n].digest, weight] for n, weight in pairs]
         return hashlib.sha256(canonical({**self._common, "members": parts}).encode()).hexdigest()
 
-    def _precisions(self) -> list[str]:
-        """Those that the merge was scored in and the configuration may mean, the newest first.
-
-        Which one it does mean is known once torch is loaded, and that takes its time.
-        """
-        wanted, packed = self.config.precision, self.config.base_bits == 4
-        task, found = self.task, []
-        for score in self.ws.store.scores(
-            subject=self.adapter.ref, task=task.name, revision=task.revision
-        ):
-            plain, _, pack = score.precision.partition("-")
-            if score.origin == MEASURED and bool(pack) == packed and wanted in ("auto", plain):
-                found.append(score.precision)
-        return list(dict.fromkeys(reversed(found)))
-
-    def _score(self, ref: str, precision: str) -> Score | None:
-        base = self.ws.store.base().fingerprint
-        digest = base if ref == BASE else self.ws.adapter(ref).digest
-        score = self._find(digest, precision)
-        return None if score is None else replace(score, subject=ref)
-
-    def _find(self, digest: str, precision: str) -> Score | None:
+    def _find(self, digest: str) -> Score | None:
         return self.ws.store.find_score(
             digest=digest,
             task=self.task,
             scorer=self.task.scorer,
-            scorer_version=scorers.get(self.task.scorer).version,
-            precision=precision,
+            scorer_version=self._scorer_version,
+            precision=self._precision,
+            encoding=self.ws.encoding,
         )
 
-    def _known(self, trials: Sequence[Trial], precision: str) -> dict[Trial, Tried]:
+    @cached_property
+    def _precision(self) -> str:
+        return self.ws.score_precision(self.config)
+
+    @property
+    def _scorer_version(self) -> str:
+        return str(scorers.get(self.task.scorer).version)
+
+    def _known(self, trials: Sequence[Trial]) -> dict[Trial, Tried]:
         found = {}
         for trial in trials:
             stored = self.ws.store.trial(
                 recipe=self._recipe(trial),
                 task=self.task,
-                scorer_version=str(scorers.get(self.task.scorer).version),
-                precision=precision,
+                scorer_version=self._scorer_version,
+                precision=self._precision,
             )
             if stored is not None:
                 found[trial] = Tried(stored[0], stored[1:])
@@ -222,12 +196,12 @@ class Remade:
             meta = {"base": self.ws.store.base().fingerprint}
             file.write_bytes(encode_adapter(merged, meta))
 
-    def _measure(self, trial: Trial, blob: bytes, precision: str) -> Tried:
+    def _measure(self, trial: Trial, blob: bytes) -> Tried:
         """Score an adapter, unless its like was, and keep the outcomes."""
         from lori_manager.engine.codec import decode_adapter
 
         digest = hashlib.sha256(blob).hexdigest()
-        score = self._find(digest, precision)
+        score = self._find(digest)
         if score is not None:
             outcomes = self.ws.store.outcomes(score)
         else:
@@ -239,8 +213,8 @@ class Remade:
             recipe=self._recipe(trial),
             digest=digest,
             task=self.task,
-            scorer_version=str(scorers.get(self.task.scorer).version),
-            precision=precision,
+            scorer_version=self._scorer_version,
+            precision=self._precision,
             outcomes=outcomes[0],
             weights=outcomes[1],
         )

@@ -284,7 +284,7 @@ def put(ws, ref, outcomes, task="colour", **changes):
     values = np.array(outcomes, np.float32)
     fields = {
         "subject": ref, "digest": digest, "task": task, "task_revision": about.revision,
-        "scorer": about.scorer, "scorer_version": 1, "precision": "fp32",
+        "scorer": about.scorer, "scorer_version": "1", "precision": "fp32",
         "value": float(np.nanmean(values)), "error": 0.1, "rows": len(values),
         "facts": {"higher_is_better": True},
     }  # fmt: skip

@@ -96,7 +96,7 @@ def put(ws, ref, outcomes, task="words", **changes):
     values = np.array(outcomes, np.float32)
     fields = {
         "subject": ref, "digest": digest, "task": task, "task_revision": about.revision,
-        "scorer": about.scorer, "scorer_version": 1, "precision": "fp32",
+        "scorer": about.scorer, "scorer_version": "1", "precision": "fp32",
         "value": float(np.nanmean(values)), "error": 0.1, "rows": len(values),
         "facts": {"higher_is_better": True},
     }  # fmt: skip
@@ -273,7 +273,7 @@ def test_scores_of_one_precision_are_preferred_and_others_told(ws):
 def test_rows_weighted_differently_are_not_compared(ws):
     for ref, weight in (("main@1", 1.0), ("main@2", 2.0)):
         about = ws.store.task("nats")
-        new = NewScore(ref, ws.adapter(ref).digest, "nats", 1, about.scorer, 1, "fp64", 1.0, 0.1,
+        new = NewScore(ref, ws.adapter(ref).digest, "nats", 1, about.scorer, "1", "fp64", 1.0, 0.1,
                        12, facts={"higher_is_better": False})  # fmt: skip
         weights = np.arange(1, 13, dtype=np.float32) ** weight
         ws.store.add_score(new, np.linspace(0, 1, 12, dtype=np.float32), weights)

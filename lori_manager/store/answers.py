@@ -22,11 +22,12 @@ def find(
     task: Task,
     scorer_version: str,
     precision: str,
+    encoding: str,
     rows: Sequence[int],
 ) -> dict[int, str]:
     """Row -> answer, of those rows that are known."""
     found: dict[int, str] = {}
-    where = _of(digest, task, scorer_version, precision)
+    where = _of(digest, task, scorer_version, precision, encoding)
     for row in sorted(set(rows)):
         query = select(t.answers.c.answer).where(*where, t.answers.c.row == row)
         stored = connection.execute(query).scalar_one_or_none()
@@ -43,11 +44,12 @@ def add(
     task: Task,
     scorer_version: str,
     precision: str,
+    encoding: str,
     answers: Mapping[int, str],
 ) -> None:
     """Keep answers by row; they take the place of those known before."""
     tasks.one(connection, task.name, task.revision)
-    where = _of(digest, task, scorer_version, precision)
+    where = _of(digest, task, scorer_version, precision, encoding)
     for row, answer in answers.items():
         connection.execute(delete(t.answers).where(*where, t.answers.c.row == row))
         connection.execute(
@@ -58,6 +60,7 @@ def add(
                 scorer=task.scorer,
                 scorer_version=scorer_version,
                 precision=precision,
+                encoding=encoding,
                 row=row,
                 answer=pack(answer.encode()),
             )
@@ -65,7 +68,7 @@ def add(
 
 
 def _of(
-    digest: str, task: Task, scorer_version: str, precision: str
+    digest: str, task: Task, scorer_version: str, precision: str, encoding: str
 ) -> tuple[ColumnElement[bool], ...]:
     return (
         t.answers.c.digest == digest,
@@ -74,4 +77,5 @@ def _of(
         t.answers.c.scorer == task.scorer,
         t.answers.c.scorer_version == scorer_version,
         t.answers.c.precision == precision,
+        t.answers.c.encoding == encoding,
     )

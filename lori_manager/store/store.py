@@ -430,7 +430,14 @@ class Store:
     # what can be made again, kept so that no model runs for it twice
 
     def answers(
-        self, *, digest: str, task: Task, scorer_version: str, precision: str, rows: Sequence[int]
+        self,
+        *,
+        digest: str,
+        task: Task,
+        scorer_version: str,
+        precision: str,
+        encoding: str,
+        rows: Sequence[int],
     ) -> dict[int, str]:
         """Row -> what those weights answered to it, of the rows that are known."""
         with self._db.read() as c:
@@ -440,6 +447,7 @@ class Store:
                 task=task,
                 scorer_version=scorer_version,
                 precision=precision,
+                encoding=encoding,
                 rows=rows,
             )
 
@@ -450,6 +458,7 @@ class Store:
         task: Task,
         scorer_version: str,
         precision: str,
+        encoding: str,
         found: Mapping[int, str],
     ) -> None:
         """Keep what those weights answered, by row."""
@@ -460,6 +469,7 @@ class Store:
                 task=task,
                 scorer_version=scorer_version,
                 precision=precision,
+                encoding=encoding,
                 answers=found,
             )
 

@@ -337,6 +337,7 @@ answers = Table(
     Column("scorer", Text, nullable=False),
     Column("scorer_version", Text, nullable=False),
     Column("precision", Text, nullable=False),
+    Column("encoding", Text, nullable=False),
     Column("row", BigInteger, nullable=False),  # of the eval rows, from 0
     Column("answer", LargeBinary, nullable=False),
     ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
@@ -347,6 +348,7 @@ answers = Table(
         "scorer",
         "scorer_version",
         "precision",
+        "encoding",
         "row",
         name="uq_answers_key",
     ),

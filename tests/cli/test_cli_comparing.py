@@ -16,7 +16,7 @@ def put(folder, ref, outcomes, task="colour"):
     with Workspace.open(folder) as ws:
         digest = ws.store.base().fingerprint if ref == "base" else ws.adapter(ref).digest
         values = np.array(outcomes, np.float32)
-        new = NewScore(ref, digest, task, 1, "exact_match", 1, "fp64", float(values.mean()), 0.1,
+        new = NewScore(ref, digest, task, 1, "exact_match", "1", "fp64", float(values.mean()), 0.1,
                        len(values), facts={"higher_is_better": True})  # fmt: skip
         ws.store.add_score(new, values)
 
@@ -135,7 +135,7 @@ def test_the_second_time_not_even_torch_is_loaded(flipped, call):
     first = flipped(*call).stdout
     with Workspace.open(flipped.folder) as ws, ws.store._db.write() as connection:
         # The made-up scores are of a precision of their own.
-        connection.exec_driver_sql("UPDATE answers SET precision = 'fp64'")
+        connection.exec_driver_sql("UPDATE answers SET precision = 'fp64', encoding = ''")
     watch = (
         "import sys\nfrom lori_manager.cli.app import app\n"
         "try:\n    app(sys.argv[1:], prog_name='lori')\nexcept SystemExit as e:\n"

@@ -143,7 +143,7 @@ def create_store(root: Path, said: Path) -> None:
 def upgrade_store(root: Path, migrations: Path, said: Path) -> None:
     from lori_manager.store import database
 
-    database.HEAD = "0003"
+    database.HEAD = "0004"
     database.migrations_folder = lambda: migrations
     done = database.upgrade(root)
     said.write_text(f"{done.before} {done.after}")

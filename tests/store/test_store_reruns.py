@@ -23,7 +23,8 @@ def task(store: Store) -> Task:
 
 
 def about(task: Task, **changes: Any) -> dict[str, Any]:
-    return {"digest": "d" * 64, "task": task, "scorer_version": "1", "precision": "fp32"} | changes
+    return {"digest": "d" * 64, "task": task, "scorer_version": "1", "precision": "fp32",
+            "encoding": "e"} | changes  # fmt: skip
 
 
 def tried(task: Task, **changes: Any) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def test_answers_come_back_by_row(store: Store, task: Task) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"digest": "e" * 64}, {"scorer_version": "2"}, {"precision": "bf16"}]
+    "other",
+    [{"digest": "e" * 64}, {"scorer_version": "2"}, {"precision": "bf16"}, {"encoding": "f"}],
 )
 def test_answers_are_of_those_weights_that_scorer_and_precision_alone(
     store: Store, task: Task, other: dict[str, str]

@@ -3,8 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade() -> None:
@@ -17,6 +17,7 @@ def upgrade() -> None:
         sa.Column("scorer", sa.Text(), nullable=False),
         sa.Column("scorer_version", sa.Text(), nullable=False),
         sa.Column("precision", sa.Text(), nullable=False),
+        sa.Column("encoding", sa.Text(), nullable=False),
         sa.Column("row", sa.BigInteger(), nullable=False),
         sa.Column("answer", sa.LargeBinary(), nullable=False),
         sa.ForeignKeyConstraint(
@@ -32,6 +33,7 @@ def upgrade() -> None:
             "scorer",
             "scorer_version",
             "precision",
+            "encoding",
             "row",
             name="uq_answers_key",
         ),
