@@ -127,7 +127,7 @@ def merge(
     inputs = MergeInputs(ws, members, config, probe_rows, text)
     kept: dict[str, Any] = {"weights": shares, "options": given}
     if text is not None:
-        kept["general_text"] = _digest(text)
+        kept["general_text"] = general_digest(text)
     if chosen is None:
         chosen, changes, shares, trials = _tried(inputs, told)
         told = replace(told, **changes)
@@ -189,12 +189,7 @@ def merge_again(
         raise InvalidInput(
             f"{old.ref} was found by trying on probe rows: merge afresh, so that it is tried again"
         )
-    if (wanted := kept.get("general_text")) != (None if general is None else _digest(general)):
-        raise InvalidInput(
-            f"{old.ref} read no general text of its own: leave --general-text out"
-            if wanted is None
-            else f"{old.ref} read the text of SHA-256 {wanted[:12]}: --general-text must be that"
-        )
+    check_general(old, general)
     members = {parent.ref: float(parent.weight or 0.0) for parent in old.parents}
 
     def member(name: str) -> str:
@@ -318,7 +313,20 @@ def _keep(
     )
 
 
-def _digest(text: str | Path) -> str:
+def check_general(old: Adapter, general: str | Path | None) -> None:
+    """Refuse another general text than a merge had; None is the usual one."""
+    if (wanted := old.config.get("general_text")) != (
+        None if general is None else general_digest(general)
+    ):
+        raise InvalidInput(
+            f"{old.ref} read no general text of its own: leave --general-text out"
+            if wanted is None
+            else f"{old.ref} read the text of SHA-256 {wanted[:12]}: --general-text must be that"
+        )
+
+
+def general_digest(text: str | Path) -> str:
+    """SHA-256 of a general text, by which a merge knows it; BadData where it cannot be read."""
     try:
         return hashlib.sha256(Path(text).read_bytes()).hexdigest()
     except OSError as e:

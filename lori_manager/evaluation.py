@@ -78,19 +78,34 @@ def _run(
     ws: Context, adapter: Adapter | None, tasks: Sequence[Task], config: Config
 ) -> Iterator[tuple[Task, np.ndarray, np.ndarray | None]]:
     """Outcomes of one subject on tasks, from the model."""
+    weights = ws.weights(adapter) if adapter is not None else None
+    if adapter is not None and weights is not None and weights.router is not None:
+        yield from _run_routed(ws, adapter, weights, tasks, config)
+    else:
+        yield from run_weights(ws, adapter.ref if adapter else BASE, weights, tasks, config)
+
+
+def run_weights(
+    ws: Context,
+    subject: str,
+    weights: AdapterWeights | None,
+    tasks: Sequence[Task],
+    config: Config,
+) -> Iterator[tuple[Task, np.ndarray, np.ndarray | None]]:
+    """Each task with outcomes and weights by row, from the model; nothing is stored.
+
+    Args:
+        subject: what to call it where progress is told.
+        weights: not routed; None is the base alone.
+    """
     from lori_manager.engine.layers import attached, low_rank_layers
     from lori_manager.scoring import score_rows
     from lori_manager.tasks.scorers import scorers
 
     base = ws.base_model(config)
-    weights = ws.weights(adapter) if adapter is not None else None
-    if adapter is not None and weights is not None and weights.router is not None:
-        yield from _run_routed(ws, adapter, weights, tasks, config)
-        return
     layers = {}
     if weights is not None:
         layers = low_rank_layers(base.model, weights.updates())
-    subject = adapter.ref if adapter else BASE
     with attached(base.model, layers):
         for task in tasks:
             rows, encoded = ws.rows(task, "eval")

@@ -41,7 +41,7 @@ class MergeInputs:
     config: Config
     probe_rows: int
     general: Path | None = None
-    _answered: dict[int, list[Encoded]] = field(default_factory=dict)
+    _answered: dict[str, list[Encoded]] = field(default_factory=dict)  # by reference
 
     @cached_property
     def weights(self) -> list[AdapterWeights]:
@@ -53,6 +53,10 @@ class MergeInputs:
         """The model; whole weights, whatever the merge is scored on: least squares wants them."""
         precision = "auto" if self.config.precision == "fp8" else self.config.precision
         return self.ws.base_model(self.config.replace(base_bits=16, precision=precision))
+
+    def of(self, numbers: Sequence[int]) -> MergeInputs:
+        """Some of the members; what any of them answers is asked for once."""
+        return replace(self, members=[self.members[i] for i in numbers])
 
     def labelled(self, member: int) -> list[Encoded]:
         """Probe rows of the member's own tasks, with their completions.
@@ -81,16 +85,17 @@ class MergeInputs:
         """Prompts of the member's own tasks with what it writes after them itself."""
         from lori_manager.consolidation import answered
 
-        if member not in self._answered:
-            progress = counted_progress(self.ws, f"{self.members[member].ref} answers")
-            self._answered[member] = answered(
+        ref = self.members[member].ref
+        if ref not in self._answered:
+            progress = counted_progress(self.ws, f"{ref} answers")
+            self._answered[ref] = answered(
                 self.base,
                 self.weights[member].updates(),
                 self.labelled(member),
                 self.config.score_batch,
                 progress,
             )
-        return self._answered[member]
+        return self._answered[ref]
 
     def gram(self, member: int) -> dict[str, Tensor]:
         """Second moments of the modules' inputs on what the member answers, in its own model."""

@@ -50,8 +50,8 @@ def token_stats(
     return [s for s in out if s is not None]
 
 
-def _within(sequences: list[Encoded], context: int | None) -> list[Encoded]:
-    """Cut all of a row's prompts alike, so that its longest sequence fits the model.
+def cut_alike(sequences: list[Encoded], context: int | None) -> list[Encoded]:
+    """A row's sequences, their prompts cut alike, so that the longest fits the model.
 
     Raises:
         BadData: a completion alone is longer than the context.
@@ -96,7 +96,7 @@ def score_rows(
         sequences: list[Encoded] = []
         spans = []
         for row, e in zip(rows, encoded, strict=True):
-            own = _within(scorer.sequences(base.tokenizer, row, e), base.context)
+            own = cut_alike(scorer.sequences(base.tokenizer, row, e), base.context)
             spans.append((len(sequences), len(sequences) + len(own)))
             sequences.extend(own)
         stats = token_stats(base, sequences, batch, on_batch, packing)

@@ -33,6 +33,9 @@ from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
     from lori_manager.auditing import Audit, AuditRun
+    from lori_manager.blaming import Blame
+    from lori_manager.config import Config
+    from lori_manager.differing import Diff
 
 FOLDER = ".lori"
 
@@ -147,6 +150,35 @@ class Workspace(Context):
         from lori_manager.auditing import AuditRun
 
         return AuditRun(self.store, ref, task, max_drop, **options)
+
+    def diff(
+        self,
+        before: str,
+        after: str,
+        task: str | None = None,
+        *,
+        rows: int = 20,
+        answers: bool | None = None,
+        config: Config | None = None,
+    ) -> Diff:
+        """What differs between two versions, and the rows that flipped; see `differing.diff`."""
+        from lori_manager.differing import diff
+
+        return diff(self, before, after, task, rows=rows, answers=answers, config=config)
+
+    def blame(
+        self,
+        ref: str,
+        task: str,
+        *,
+        halve: bool = False,
+        general: str | Path | None = None,
+        config: Config | None = None,
+    ) -> Blame:
+        """Which member or stage a task's loss is owed to; see `blaming.blame`."""
+        from lori_manager.blaming import blame
+
+        return blame(self, ref, task, halve=halve, general=general, config=config)
 
     def set_alias(self, ref: str, alias: str) -> Alias:
         """Let `line@alias` mean the adapter `ref`."""

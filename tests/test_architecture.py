@@ -16,12 +16,14 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
-    ("forecasting", "gating"),
+    ("blaming", "differing", "forecasting", "gating"),
+    ("remerging",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
     ("trials", "rehearsal"),
     ("merge_inputs",),
+    ("answering",),
     ("evaluation", "projecting", "replaying"),
-    ("avoiding",),
+    ("avoiding", "changes"),
     ("context",),
     ("auditing",),
     ("repair", "routed"),
@@ -33,9 +35,10 @@ ROWS = (
     ("adapters", "models", "packing", "acceleration"),
     ("tasks",),
     ("store",),
+    ("comparing",),
     ("merging", "metrics"),
     ("engine",),
-    ("config", "records", "refs", "registry", "errors"),
+    ("config", "records", "refs", "registry", "errors", "plain"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -51,7 +54,8 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
     "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
-    "context", "auditing", "models", "store", "config",
+    "context", "auditing", "blaming", "differing", "remerging", "answering", "changes", "comparing",
+    "plain", "models", "store", "config",
     "records", "refs", "registry", "errors",
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import typer
 
 from lori_manager.cli import (
     auditing,
+    comparing,
     history,
     merging,
     promoting,
@@ -34,6 +35,8 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "score": scores.group,
     "merge": merging.merge,
     "audit": auditing.audit,
+    "diff": comparing.diff,
+    "blame": comparing.blame,
     "lines": history.lines,
     "show": history.show,
     "log": history.log,

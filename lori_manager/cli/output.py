@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lori_manager.plain import plain
+
 NONE = "-"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-
-
-def plain(value: Any) -> Any:
-    """`value` in JSON's own types: records with their `ref`, NaN as None, times in ISO 8601."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        ref = getattr(value, "ref", None)
-        out = {} if ref is None else {"ref": ref}
-        return out | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def print_json(value: Any) -> None:

@@ -34,6 +34,7 @@ from lori_manager.store import (
     adapters,
     adding,
     aliases,
+    answers,
     bases,
     database,
     forecasts,
@@ -44,6 +45,7 @@ from lori_manager.store import (
     runs,
     scores,
     tasks,
+    trials,
 )
 from lori_manager.store.files import ObjectStore, private_folder, storing
 
@@ -445,6 +447,90 @@ class Store:
         """
         with self._db.read() as c:
             return scores.reuse(c, task, revision)
+
+    # what can be made again, kept so that no model runs for it twice
+
+    def answers(
+        self,
+        *,
+        digest: str,
+        task: Task,
+        scorer_version: str,
+        precision: str,
+        encoding: str,
+        rows: Sequence[int],
+    ) -> dict[int, str]:
+        """Row -> what those weights answered to it, of the rows that are known."""
+        with self._db.read() as c:
+            return answers.find(
+                c,
+                digest=digest,
+                task=task,
+                scorer_version=scorer_version,
+                precision=precision,
+                encoding=encoding,
+                rows=rows,
+            )
+
+    def add_answers(
+        self,
+        *,
+        digest: str,
+        task: Task,
+        scorer_version: str,
+        precision: str,
+        encoding: str,
+        found: Mapping[int, str],
+    ) -> None:
+        """Keep what those weights answered, by row."""
+        with self._db.write() as c:
+            answers.add(
+                c,
+                digest=digest,
+                task=task,
+                scorer_version=scorer_version,
+                precision=precision,
+                encoding=encoding,
+                answers=found,
+            )
+
+    def trial(
+        self, *, recipe: str, task: Task, scorer_version: str, precision: str
+    ) -> tuple[str, np.ndarray, np.ndarray | None] | None:
+        """Digest, outcomes and weights of an adapter that was tried, if they are whole."""
+        with self._db.read() as c:
+            return trials.find(
+                c, recipe=recipe, task=task, scorer_version=scorer_version, precision=precision
+            )
+
+    def add_trial(
+        self,
+        *,
+        recipe: str,
+        digest: str,
+        task: Task,
+        scorer_version: str,
+        precision: str,
+        outcomes: np.ndarray,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        """Keep the outcomes of an adapter that is not kept, by what it was made of.
+
+        Args:
+            recipe: a digest of what it was made of. digest: of its weights.
+            outcomes, weights: (eval rows,), kept as float32; NaN is not measured.
+        """
+        with self._db.write() as c:
+            trials.add(
+                c,
+                recipe=recipe,
+                digest=digest,
+                task=task,
+                scorer_version=scorer_version,
+                precision=precision,
+                outcomes=outcomes,
+                weights=weights,
+            )
 
     # aliases
 

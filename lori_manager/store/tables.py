@@ -361,3 +361,58 @@ forecasts = Table(  # rows are only ever added
     Column("created_at", UtcTime, nullable=False),
     ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
 )
+
+# What the model wrote or chose for single rows, kept so that it is asked once.
+answers = Table(
+    "answers",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("digest", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("task_revision", Integer, nullable=False),
+    Column("scorer", Text, nullable=False),
+    Column("scorer_version", Text, nullable=False),
+    Column("precision", Text, nullable=False),
+    Column("encoding", Text, nullable=False),
+    Column("row", BigInteger, nullable=False),  # of the eval rows, from 0
+    Column("answer", LargeBinary, nullable=False),
+    ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
+    UniqueConstraint(
+        "digest",
+        "task",
+        "task_revision",
+        "scorer",
+        "scorer_version",
+        "precision",
+        "encoding",
+        "row",
+        name="uq_answers_key",
+    ),
+)
+
+# Outcomes of adapters that were made to be tried and not kept, by what they were made of.
+trials = Table(
+    "trials",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("recipe", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("task_revision", Integer, nullable=False),
+    Column("scorer", Text, nullable=False),
+    Column("scorer_version", Text, nullable=False),
+    Column("precision", Text, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("outcomes", LargeBinary, nullable=False),
+    Column("weights", LargeBinary),
+    ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
+    UniqueConstraint(
+        "recipe",
+        "task",
+        "task_revision",
+        "scorer",
+        "scorer_version",
+        "precision",
+        name="uq_trials_key",
+    ),
+)

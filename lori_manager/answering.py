@@ -1,0 +1,171 @@
+"""What weights answer to single rows, in words; kept, so that no row is run twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from lori_manager.config import Config
+from lori_manager.context import Context
+from lori_manager.evaluation import counted_progress
+from lori_manager.records import Adapter, Task
+from lori_manager.refs import BASE
+
+if TYPE_CHECKING:
+    from lori_manager.models import BaseModel
+    from lori_manager.tasks.encoding import Encoded
+    from lori_manager.tasks.rows import Row
+    from lori_manager.tasks.scorers import Scorer
+
+SPARE = 16  # tokens beyond the longest completion that an answer may have
+# By these a row is right if and only if the answer is the completion itself.
+RIGHT_IS_THE_COMPLETION = frozenset({"exact_match", "choice_accuracy"})
+
+
+def in_words(task: Task) -> bool:
+    """Whether the task's rows are answered in words; by perplexity, a row's outcome is all."""
+    from lori_manager.tasks.scorers import scorers
+
+    scorer = scorers.get(task.scorer)
+    return scorer.reads == "text" or (scorer.reads == "tokens" and scorer.binary)
+
+
+def known_answers(
+    ws: Context,
+    adapter: Adapter | None,
+    task: Task,
+    rows: Sequence[int],
+    precision: str,
+    encoding: str,
+) -> dict[int, str]:
+    """Row -> answer, of the rows that were run before."""
+    from lori_manager.tasks.scorers import scorers
+
+    return ws.store.answers(
+        digest=_digest(ws, adapter),
+        task=task,
+        scorer_version=str(scorers.get(task.scorer).version),
+        precision=precision,
+        encoding=encoding,
+        rows=rows,
+    )
+
+
+def run_answers(
+    ws: Context, adapter: Adapter | None, task: Task, rows: Sequence[int], config: Config
+) -> dict[int, str]:
+    """Row -> what the model answers to it now; kept.
+
+    Text is decoded greedily, up to 16 tokens more than the task's longest completion or what
+    the scorer allows. Of rows with choices it is the completion of the most likely one.
+
+    Args:
+        adapter: None is the base.
+        rows: indices of eval rows.
+        config: precision, bits and batch as for scoring.
+    """
+    from lori_manager.tasks.scorers import scorers
+
+    scorer = scorers.get(task.scorer)
+    base = ws.base_model(config)
+    every, encoded = ws.rows(task, "eval")
+    most = _new_tokens(scorer, encoded)
+    told = counted_progress(ws, f"{adapter.ref if adapter else BASE} answers rows of {task.name}")
+    found: dict[int, str] = {}
+    for numbers in _acting(ws, base, adapter, rows, encoded, config):
+        texts = _texts(
+            base,
+            scorer,
+            [every[i] for i in numbers],
+            [encoded[i] for i in numbers],
+            most,
+            config.score_batch,
+        )
+        found |= dict(zip(numbers, texts, strict=True))
+        told(len(found), len(rows))
+    ws.store.add_answers(
+        digest=_digest(ws, adapter),
+        task=task,
+        scorer_version=str(scorer.version),
+        precision=ws.score_precision(config),
+        encoding=ws.encoding,
+        found=found,
+    )
+    return found
+
+
+def _digest(ws: Context, adapter: Adapter | None) -> str:
+    return adapter.digest if adapter is not None else ws.store.base().fingerprint
+
+
+def _acting(
+    ws: Context,
+    base: BaseModel,
+    adapter: Adapter | None,
+    rows: Sequence[int],
+    encoded: Sequence[Encoded],
+    config: Config,
+) -> Iterator[list[int]]:
+    """The rows in portions, each while what answers it is in the model."""
+    from lori_manager.engine.layers import attached, low_rank_layers
+    from lori_manager.routed import RoutedModel
+
+    weights = None if adapter is None else ws.weights(adapter)
+    if weights is not None and weights.router is not None:
+        routed = RoutedModel(base, weights)
+        routes = routed.routes([encoded[i] for i in rows], config.score_batch, config.packing)
+        for number in sorted(set(routes.tolist())):
+            with routed.member(number):
+                yield [row for row, own in zip(rows, routes, strict=True) if own == number]
+        return
+    layers = {} if weights is None else low_rank_layers(base.model, weights.updates())
+    with attached(base.model, layers):
+        for start in range(0, len(rows), config.score_batch):
+            yield list(rows[start : start + config.score_batch])
+
+
+def _new_tokens(scorer: Scorer, encoded: Sequence[Encoded]) -> int:
+    from lori_manager.tasks.scorers import MOST_NEW_TOKENS
+
+    if scorer.reads == "text":
+        return scorer.new_tokens(encoded)
+    longest = max(len(e.ids) - e.prompt_length for e in encoded)
+    return min(longest + SPARE, MOST_NEW_TOKENS)
+
+
+def _texts(
+    base: BaseModel,
+    scorer: Scorer,
+    rows: Sequence[Row],
+    encoded: Sequence[Encoded],
+    most: int,
+    batch: int,
+) -> list[str]:
+    from lori_manager.generation import completions
+
+    if scorer.reads == "tokens":
+        sequences = [
+            scorer.sequences(base.tokenizer, r, e) for r, e in zip(rows, encoded, strict=True)
+        ]
+        if len(sequences[0]) > 1:
+            return _chosen(base, rows, sequences, batch)
+    return [said for said, _ in completions(base, encoded, most, batch)]
+
+
+def _chosen(
+    base: BaseModel, rows: Sequence[Row], sequences: Sequence[list[Encoded]], batch: int
+) -> list[str]:
+    """The most likely candidate completion of each row; the right one only if it is alone."""
+    from lori_manager.scoring import cut_alike, token_stats
+    from lori_manager.tasks.rows import candidate_completions
+
+    flat = [s for own in sequences for s in cut_alike(own, base.context)]
+    stats = iter(token_stats(base, flat, batch))
+    out = []
+    for row, own in zip(rows, sequences, strict=True):
+        texts, right = candidate_completions(row)
+        texts = [texts[right], *texts[:right], *texts[right + 1 :]]  # as the scorer orders them
+        likelihood = [-float(next(stats).nll.sum()) for _ in own]
+        best = max(likelihood)
+        out.append(texts[len(texts) - 1 - likelihood[::-1].index(best)])
+    return out
