@@ -34,7 +34,7 @@ ROWS = (
     ("store",),
     ("merging", "metrics"),
     ("engine",),
-    ("config", "records", "refs", "registry", "errors"),
+    ("config", "records", "refs", "registry", "sandbox", "extras", "errors"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -51,7 +51,7 @@ LIGHT_PARTS = {
     "__main__", "cli", "workspace", "teaching", "combining", "transfer", "intake", "integrity",
     "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "audit",
     "models", "store", "config",
-    "records", "refs", "registry", "errors",
+    "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip
 
 
