@@ -26,7 +26,7 @@ ROWS = (
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
-    ("gradients", "generation"),
+    ("gradients", "generation", "harness"),
     ("graphs",),
     ("forward",),
     ("adapters", "models", "packing", "acceleration"),
