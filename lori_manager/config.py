@@ -319,9 +319,8 @@ def default_toml() -> str:
         '# eval = "data/safety/eval.jsonl"',
         '# scorer = "exact_match"',
         "",
-        "# Scorers of your own: a function of (text, row) that gives a number.",
         "# [scorers]",
-        '# polite = "scorers/polite.py:polite"',
+        '# polite = "scorers/polite.py:polite"  # your function of (text, row)',
         "",
     ]
     return "\n".join(lines)

@@ -47,7 +47,7 @@ class PassAt1:
 
     def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
         """Raise BadData for a row without tests, or with tests that every program passes."""
-        tests_of(row)
+        checks_of(row)
 
     def ready(self, run_code: bool) -> str:
         """InvalidInput where running was not asked for, or cannot be confined here."""
@@ -67,7 +67,7 @@ class PassAt1:
     def outcome(self, text: str, completion: str, row: Row) -> tuple[float, float]:
         """Whether the program passes; the weight is always 1."""
         namespaces, _ = check()
-        ended = run([program_of(text, row), tests_of(row)], self.limits, namespaces=namespaces)
+        ended = run([program_of(text, row), checks_of(row)], self.limits, namespaces=namespaces)
         return float(ended.passed), 1.0
 
 
@@ -87,7 +87,7 @@ def program_of(text: str, row: Row) -> str:
     return row.prompt + _ENDS.split(program, maxsplit=1)[0] + "\n"
 
 
-def tests_of(row: Row) -> str:
+def checks_of(row: Row) -> str:
     """The row's tests as one source, `check` called where they only define it.
 
     Raises:

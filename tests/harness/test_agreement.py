@@ -1,4 +1,4 @@
-"""What lori stores of a harness task is what `lm_eval.simple_evaluate` finds by itself, row by row."""
+"""What lori stores of a harness task is what `lm_eval.simple_evaluate` alone finds, row by row."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,10 @@ def found(workspace, tiny_base, folder):
         names = [f"{task}-{i}" for task in METRICS for i in range(2)]
         scores = {s.task: s for s in workspace.score([subject], names)}
         own = {
-            (task, metric): (scores[f"{task}-{i}"], *workspace.store.outcomes(scores[f"{task}-{i}"]))
+            (task, metric): (
+                scores[f"{task}-{i}"],
+                *workspace.store.outcomes(scores[f"{task}-{i}"]),
+            )
             for task, metrics in METRICS.items()
             for i, metric in enumerate(metrics)
         }
