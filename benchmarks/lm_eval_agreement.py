@@ -1,6 +1,6 @@
 """Do lori and lm-evaluation-harness, run by itself, say the same of every row?
 
-    python benchmarks/lm_eval_agreement.py --base MODEL [--steps 40] [--rank 32] [--batch 16] [--limit N]
+    python benchmarks/lm_eval_agreement.py --base MODEL [--steps 40] [--rank 32] [--limit N]
 
 The demo's three tasks are written down as harness tasks of two kinds: multiple choice (acc and
 acc_norm) and generation (exact_match). One adapter is trained on each; lori scores the base

@@ -49,10 +49,10 @@ def answered(
     """
     if not rows:
         return []
-    task, requests = _task(scorer, rows)
     evaluator = load_extra("lm_eval.evaluator", EXTRA, _WHAT)
     try:
         with quiet():
+            task, requests = _task(scorer, rows)
             found = evaluator.evaluate(
                 _model(base, batch, requests, on_batch),
                 {"tasks": {scorer.task: task}},

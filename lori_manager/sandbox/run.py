@@ -8,7 +8,6 @@ import hmac
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,8 @@ _BOOT = (
     f"import sys; sys.path.insert(0, {_ROOT!r}); "
     "from lori_manager.sandbox.inside import main; main()"
 )
-_OUT_OF_TIME = (-signal.SIGKILL, -signal.SIGXCPU, 128 + signal.SIGKILL, 128 + signal.SIGXCPU)
+_SIGKILL, _SIGXCPU = 9, 24  # of Linux: not every system that imports this module has them
+_OUT_OF_TIME = (-_SIGKILL, -_SIGXCPU, 128 + _SIGKILL, 128 + _SIGXCPU)
 _MOST_FILES = 1000
 _GLANCE = 0.1  # seconds between looks at a folder on disk
 
@@ -114,7 +114,7 @@ def run(parts: Sequence[str], limits: Limits | None = None, *, namespaces: bool 
             return _watch(child, job, token, limits, Path(folder))
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+                os.killpg(child.pid, _SIGKILL)
             child.wait()
             for pipe in (child.stdin, child.stdout, child.stderr):
                 if pipe is not None:
@@ -175,7 +175,7 @@ def _started(child: subprocess.Popen[bytes], guards: tuple[str, ...] | None) -> 
     """The guards; InvalidInput where the child ended before it had any."""
     if guards is not None:
         return guards
-    os.killpg(child.pid, signal.SIGKILL)
+    os.killpg(child.pid, _SIGKILL)
     said = child.stderr.read(4096).decode(errors="replace").strip() if child.stderr else ""
     last = said.splitlines()[-1] if said else "the child process did not start in time"
     raise InvalidInput(

@@ -275,10 +275,15 @@ def test_a_killed_parent_takes_the_program_along(namespaces, tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root})
 
     def children_of(pid):
-        found = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
-        )
-        return [int(p) for p in found.stdout.split()]
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                stat = path.read_text()
+            except OSError:  # ended meanwhile
+                continue
+            if int(stat.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+        return found
 
     deadline = time.monotonic() + 20
     while not (first := children_of(parent.pid)) and time.monotonic() < deadline:
