@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lori_manager import models
-from lori_manager.config import Config, Settings, load_settings
+from lori_manager.config import PRECISIONS, Config, Settings, load_settings
 from lori_manager.errors import Conflict, InvalidInput, NotFound, WrongBase
 from lori_manager.records import Adapter, Mask, Task
 from lori_manager.refs import AdapterRef, check_name, parse_adapter_ref
+from lori_manager.store.files import write_atomic
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from lori_manager.training import Progress
 
 SETTINGS = "lori.toml"
+MACHINE = "machine.json"
 CHAMPION = "champion"
 LIBRARIES = ("lori-manager", "torch", "transformers", "peft", "numpy", "safetensors")
 
@@ -75,6 +78,34 @@ class Context:
                 f"{base.fingerprint[:12]}, found {mark[:12]}; restore them or start a new workspace"
             )
         return path
+
+    @cached_property
+    def encoding(self) -> str:
+        """The digest of what makes tokens of rows: part of what a score is known by."""
+        folder = Path(self.store.base().path)
+        folder = folder if folder.is_dir() else self.base_folder
+        return models.encoding_digest(folder, self.settings.config.max_length)
+
+    def score_precision(self, config: Config) -> str:
+        """The precision that scores are kept under.
+
+        "auto" is resolved by torch once; then it is remembered for as long as machine,
+        driver and torch are the same, so that what is known is found without torch.
+        """
+        if config.precision == "auto":
+            memory = self.store.root / MACHINE
+            stamp = models.machine_stamp()
+            try:
+                known = json.loads(memory.read_text("utf-8"))
+                resolved = str(known["precision"]) if known["machine"] == stamp else None
+            except (OSError, ValueError, KeyError, TypeError):
+                resolved = None
+            if resolved not in PRECISIONS:
+                resolved = models.resolve_precision("auto")
+                told = json.dumps({"machine": stamp, "precision": resolved})
+                write_atomic(memory, told.encode())
+            config = config.replace(precision=resolved)
+        return models.score_precision(config)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lori_manager import models
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import InvalidInput
@@ -52,25 +51,24 @@ def score(
 
 
 def score_missing(ws: Context, subject: str, tasks: Sequence[Task], config: Config) -> list[Score]:
-    """Scores of one subject on tasks, run only where they are not known yet."""
-    precision = models.score_precision(config)
+    """Scores of one subject on tasks, run only where they are not known yet.
+
+    Known is what was measured of the same weights on the same rows, as the same tokens, by
+    the same version of the scorer, in the same precision and on as many bits of the base.
+    """
+    precision = ws.score_precision(config)
+    encoding = ws.encoding
     adapter = None if subject == BASE else ws.adapter(subject)
     digest = adapter.digest if adapter else ws.store.base().fingerprint
-    found: dict[str, Score] = {}
-    for task in tasks:
-        version = ws.scorer(task).version
-        score = ws.store.find_score(
-            digest=digest, task=task, scorer=task.scorer, scorer_version=version,
-            precision=precision,
-        )  # fmt: skip
-        if score is not None:
-            found[task.name] = score
+    keys = [(t, t.scorer, str(ws.scorer(t).version)) for t in tasks]
+    known = ws.store.find_scores(digest, keys, precision=precision, encoding=encoding)
+    found = {t.name: score for t, score in zip(tasks, known, strict=True) if score is not None}
     missing = [t for t in tasks if t.name not in found]
     if missing:
         _check_ready(ws, missing, config)
         for task, outcomes, weights in _run(ws, adapter, missing, config):
             found[task.name] = _keep_score(
-                ws, subject, digest, task, outcomes, weights, precision, "measured"
+                ws, subject, digest, task, outcomes, weights, precision, "measured", encoding
             )
     # Equal weights share scores: what is returned is the one that was asked for.
     return [replace(found[t.name], subject=subject) for t in tasks]
@@ -91,16 +89,15 @@ def ready_to_score(ws: Context, tasks: Sequence[Task], config: Config) -> list[T
 
 def _as_scored_now(ws: Context, task: Task) -> Task:
     scorer = ws.scorer(task)
-    if scorer.version == task.scorer_version:
+    if str(scorer.version) == task.scorer_version:
         return task
     found = ws.store.add_task(
         task.name,
         scorer=task.scorer,
-        scorer_version=scorer.version,
+        scorer_version=str(scorer.version),
         description=task.description,
         splits=task.splits,
         options=task.options,
-        eval_keys=ws.store.eval_keys(task),
     )
     ws.on_message(
         f"scorer `{task.scorer}` is not what it was when {task.ref} was added: {found.ref} "
@@ -211,6 +208,7 @@ def _keep_score(
     weights: np.ndarray | None,
     precision: str,
     origin: str,
+    encoding: str = "",
 ) -> Score:
     from lori_manager.metrics.summary import summarize
 
@@ -223,13 +221,14 @@ def _keep_score(
             task=task.name,
             task_revision=task.revision,
             scorer=task.scorer,
-            scorer_version=scorer.version,
+            scorer_version=str(scorer.version),
             precision=precision,
             value=summary.value,
             error=summary.error,
             rows=summary.rows,
             origin=origin,
             facts={"higher_is_better": scorer.higher_is_better, "unit": scorer.unit},
+            encoding=encoding,
         ),
         outcomes,
         weights,

@@ -126,12 +126,11 @@ def add_task(
     task = ws.store.add_task(
         name,
         scorer=scorer,
-        scorer_version=version,
+        scorer_version=str(version),
         description=description or entry.get("description", ""),
         splits=splits,
         options={"sources": {k: str(v) for k, v in sources.items()}, "probe_rows": rows_wanted}
         | ({} if frozen is None else {"lm_eval": frozen.options}),
-        eval_keys=[row.key for row in prepared.splits["eval"]],
     )
     return AddedTask(task, tuple(prepared.notes), lengths, task.ref not in known)
 

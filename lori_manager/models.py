@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+_READING = (*_SETTINGS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
+            "vocab.json", "vocab.txt", "merges.txt", "*.model")  # fmt: skip
+_NO_MATTER = {"transformers_version", "_name_or_path", "name_or_path", "chat_template",
+              "torch_dtype", "dtype"}  # fmt: skip
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
 
 
@@ -293,6 +301,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def encoding_digest(folder: Path, max_length: int) -> str:
+    """SHA-256 of what, beside weights and frozen rows, decides the tokens a model reads and says.
+
+    That is the tokenizer, config.json with the context's length, generation_config.json with
+    the tokens that end a text, and how many tokens a row may have. A chat template is no
+    part of it, since rows are frozen as it wrote them; nor is who saved the files when.
+
+    Args:
+        folder: the base's.
+        max_length: tokens a row.
+    """
+    h = hashlib.sha256(str(max_length).encode())
+    for path in sorted(p for pattern in _READING for p in folder.glob(pattern)):
+        content = path.read_bytes()
+        if path.name in _SETTINGS:
+            try:
+                values = json.loads(content)
+                kept = {k: v for k, v in values.items() if k not in _NO_MATTER}
+                content = json.dumps(kept, sort_keys=True).encode()
+            except (ValueError, AttributeError):
+                logger.debug("%s is no JSON object; taken as it is", path)
+        h.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
+    return h.hexdigest()
+
+
 def best_device() -> str:
     """ "cuda", "mps" or "cpu", by what there is."""
     import torch
@@ -310,6 +343,23 @@ def resolve_precision(precision: str) -> str:
 
     bf16 = best_device() == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if bf16 else "fp32"
+
+
+def machine_stamp() -> list[str]:
+    """What `resolve_precision("auto")` follows from, read without importing torch.
+
+    The machine, the installed torch, the GPUs' driver, and which GPUs may be seen.
+    """
+    found = importlib.util.find_spec("torch")
+    torch = Path(found.origin) if found is not None and found.origin else None
+    driver = Path("/proc/driver/nvidia/version")
+    return [
+        platform.node(),
+        f"{torch} {torch.with_name('version.py').stat().st_mtime_ns}" if torch else "",
+        driver.read_text("utf-8") if driver.is_file() else "",
+        *sorted(str(device) for device in Path("/dev").glob("nvidia[0-9]*")),
+        *(f"{k}={os.environ.get(k)}" for k in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")),
+    ]
 
 
 def score_precision(config: Config) -> str:

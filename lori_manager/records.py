@@ -45,7 +45,7 @@ class Task:
     name: str
     revision: int
     scorer: str
-    scorer_version: int
+    scorer_version: str  # a number, or a source's digest
     description: str
     splits: Mapping[str, Split]
     options: JSON  # how the rows were read: sources, sizes, seeds
@@ -168,13 +168,14 @@ class NewScore:
     task: str
     task_revision: int
     scorer: str
-    scorer_version: int
+    scorer_version: str
     precision: str  # "fp32", "bf16", "bf16-nf4", ...; "" for outcomes measured elsewhere
     value: float
     error: float  # standard error of `value`
     rows: int
     origin: str = "measured"  # or what the user said of outcomes measured elsewhere
     facts: JSON = field(default_factory=dict)
+    encoding: str = ""  # digest of what made tokens of the rows; "" where it was not noted
 
 
 @dataclass(frozen=True)
@@ -201,15 +202,58 @@ class Alias:
 
 
 @dataclass(frozen=True)
-class AliasMove:
-    """One entry of the journal of aliases: who made it point where, and when."""
+class JournalEntry:
+    """One move of an alias: who made it point where, when, why, and what was said of it."""
 
+    id: int
+    at: datetime
+    user: str
+    action: str  # "set", "removed", or what was told: "promoted", "rolled back"
     line: str
     name: str
     from_version: int | None  # None: it was new
     to_version: int | None  # None: it was removed
-    user: str
-    moved_at: datetime
+    forced: bool = False  # against the verdict
+    reason: str = ""
+    verdict: JSON | None = None  # what the gate said, None where it was not asked
+
+    @property
+    def ref(self) -> str:
+        """`main@production`."""
+        return f"{self.line}@{self.name}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a dry run expects of a merge on one task."""
+
+    member: str  # the adapter that stands for the task
+    task: str
+    task_revision: int
+    scorer: str
+    scorer_version: str
+    agrees: float  # share of probe prompts on which the merge says what the member says
+    rows: int  # so many prompts
+    own: float  # the member's score; NaN where not known, or not a share of right answers
+    score: float  # expected: own times agrees; NaN as `own`
+    error: float  # its standard error
+
+
+@dataclass(frozen=True)
+class Forecasted:
+    """A stored expectation: of which merge, known by a digest of what goes into it."""
+
+    merge: str
+    precision: str
+    encoding: str
+    expected: Expected
+    created_at: datetime = datetime.min
+
+    def comparable(self, score: Score) -> bool:
+        """Whether the score measures what was expected."""
+        names = ("task", "task_revision", "scorer", "scorer_version")
+        same = all(getattr(self.expected, name) == getattr(score, name) for name in names)
+        return same and (self.precision, self.encoding) == (score.precision, score.encoding)
 
 
 @dataclass(frozen=True)

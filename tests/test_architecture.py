@@ -16,13 +16,14 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
+    ("forecasting",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
-    ("trials",),
+    ("trials", "rehearsal"),
     ("merge_inputs",),
     ("evaluation", "projecting", "replaying"),
     ("avoiding",),
     ("context",),
-    ("audit",),
+    ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
@@ -48,8 +49,9 @@ PEFT = "adapters"
 # Imported at the top of a module, these make every command slow to start.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
-    "__main__", "cli", "workspace", "teaching", "combining", "transfer", "intake", "integrity",
-    "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "audit",
+    "__main__", "cli", "workspace", "forecasting", "teaching", "combining", "transfer", "intake",
+    "integrity",
+    "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "auditing",
     "models", "store", "config",
     "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lori_manager.cli import (
+    auditing,
     history,
     merging,
     scores,
@@ -31,7 +32,7 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "train": training.train,
     "score": scores.group,
     "merge": merging.merge,
-    "audit": scores.audit,
+    "audit": auditing.audit,
     "lines": history.lines,
     "show": history.show,
     "log": history.log,

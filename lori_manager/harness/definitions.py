@@ -22,7 +22,8 @@ from lori_manager.tasks.scorers import RequestScorer
 
 EXTRA = "lm-eval"
 _MEMBERS = 8  # of a group that are named in an error
-_SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"})
+# 0 or 1 of a document.
+SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"})
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,15 @@ def definition(name: str, include: str | None) -> dict[str, Any]:
     return {k: v for k, v in told.items() if k not in ("tag", "group", "task_list")}
 
 
-def version_of(told: Mapping[str, Any]) -> int:
-    """48 bits of the SHA-256 of a definition, of its functions' files and the harness's version.
+def version_of(told: Mapping[str, Any]) -> str:
+    """64 bits of the SHA-256 of a definition, of its functions' files and the harness's version.
 
     Where its documents come from does not count: the rows are frozen.
     """
     harness = load_extra("lm_eval", EXTRA, "lm-evaluation-harness")
     kept = {key: value for key, value in told.items() if not key.startswith("dataset_")}
     text = json.dumps({"harness": harness.__version__, "task": _plain(kept)}, sort_keys=True)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:
@@ -167,7 +168,7 @@ def unit_of(metric: str) -> str:
     """What a mean of the metric counts in."""
     if metric in SUMMED:
         return SUMMED[metric].unit
-    return "share" if metric in _SHARES else metric
+    return "share" if metric in SHARES else metric
 
 
 def failed(name: str, what: str, error: BaseException) -> BadData:

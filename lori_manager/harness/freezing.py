@@ -17,6 +17,7 @@ from lori_manager.errors import BadData, InvalidInput
 from lori_manager.extras import load_extra
 from lori_manager.harness.definitions import (
     EXTRA,
+    SHARES,
     SUMMED,
     definition,
     failed,
@@ -45,7 +46,7 @@ class Frozen:
 
     rows: list[Row]
     scorer: str
-    version: int
+    version: str
     options: dict[str, Any]
 
 
@@ -100,6 +101,7 @@ def freeze(
         "filter": filter,
         "higher_is_better": better,
         "unit": unit_of(chosen),
+        "binary": chosen in SHARES,
         "fewshot": task.get_config("num_fewshot"),
         "limit": limit,
         "harness": harness.__version__,

@@ -111,8 +111,8 @@ def backward_transfer(R: ArrayLike, *, higher_is_better: bool = True) -> Figure:
 
     Args:
         R: (T, tasks).
-    Source: GEM, arXiv:1706.08840. Others differ: TRACE divides by T (`trace_backward_transfer`),
-    FusionBench by T with the zero term counted, avalanche's is the negative of its forgetting.
+    Source: GEM, arXiv:1706.08840; avalanche's and Mammoth's are the same. Others differ:
+    `trace_backward_transfer` divides by T, `all_stage_backward_transfer` takes every stage.
 
     >>> round(backward_transfer([[0.8, 0.1], [0.6, 0.9]]).value, 6)
     -0.2
@@ -139,7 +139,8 @@ def trace_backward_transfer(R: ArrayLike, *, higher_is_better: bool = True) -> F
 
     Args:
         R: (T, tasks).
-    Source: TRACE, arXiv:2310.06762.
+    Source: TRACE, arXiv:2310.06762; CoIN's (arXiv:2403.08350) and FusionBench's
+    (`compute_backward_transfer` over all tasks) are the same, but 0 for T = 1.
 
     >>> round(trace_backward_transfer([[0.8, 0.1], [0.6, 0.9]]).value, 6)
     -0.1
@@ -194,7 +195,8 @@ def forgetting(R: ArrayLike, *, higher_is_better: bool = True) -> Figure:
 
     Args:
         R: (T, tasks).
-    Source: RWalk, arXiv:1801.10112. avalanche's forgetting is first minus last instead.
+    Source: RWalk, arXiv:1801.10112. Others differ: `first_last_forgetting` (avalanche),
+    `best_seen_forgetting` (Mammoth).
 
     >>> round(forgetting([[0.8, 0.1], [0.6, 0.9]]).value, 6)
     0.2
@@ -264,6 +266,176 @@ def outside_delta(R: ArrayLike, base: ArrayLike, *, higher_is_better: bool = Tru
         True,
         "1/M sum_{j>T} (R[T,j] - b[j])",
         "TRACE, arXiv:2310.06762",
+    )
+
+
+def first_last_forgetting(R: ArrayLike, *, higher_is_better: bool = True) -> Figure:
+    """F_FIRST = 1/(T-1) sum_{j<T} (R[j, j] - R[T, j]): positive means forgotten. T = 1: NaN.
+
+    The negative of GEM's backward transfer: a gain in between that was lost again does
+    not count.
+
+    Args:
+        R: (T, tasks).
+    Source: avalanche, `StreamForgetting` (its BWT is the negative of it).
+
+    >>> round(first_last_forgetting([[0.8, 0.1], [0.6, 0.9]]).value, 6)
+    0.2
+    """
+    bwt = backward_transfer(R, higher_is_better=higher_is_better)
+    return Figure(
+        "forgetting, first minus last",
+        "F_FIRST",
+        -bwt.value,
+        bwt.denominator,
+        False,
+        "1/(T-1) sum_{j<T} (R[j,j] - R[T,j])",
+        "avalanche",
+    )
+
+
+def best_seen_forgetting(R: ArrayLike, *, higher_is_better: bool = True) -> Figure:
+    """F_SEEN = 1/(T-1) sum_{j<T} (max_{j<=l<=T} R[l, j] - R[T, j]), never below 0. T = 1: NaN.
+
+    The maximum starts at task j's own stage and takes in the last one, so a task that
+    gained counts as 0 and does not make up for another.
+
+    Args:
+        R: (T, tasks); nothing above the diagonal is read.
+    Source: Mammoth, `utils/metrics.py`, whose rows hold only the tasks seen so far.
+
+    >>> round(best_seen_forgetting([[0.8, 0.9], [0.6, 0.9]]).value, 6)
+    0.2
+    """
+    M = _sign(higher_is_better) * _matrix(R)
+    T = len(M)
+    drops = [M[j:, j].max() - M[-1, j] for j in range(T - 1)]
+    return Figure(
+        "forgetting, best seen minus last",
+        "F_SEEN",
+        _mean(np.array(drops)),
+        T - 1,
+        False,
+        "1/(T-1) sum_{j<T} (max_{j<=l<=T} R[l,j] - R[T,j])",
+        "Mammoth",
+    )
+
+
+def mean_average_accuracy(R: ArrayLike, *, higher_is_better: bool = True) -> Figure:
+    """MAA = 1/T sum_k (1/k sum_{j<=k} R[k, j]): ACC after every stage, averaged.
+
+    Args:
+        R: (T, tasks); nothing above the diagonal is read.
+    Source: CoIN, arXiv:2403.08350; iCaRL's average incremental accuracy, arXiv:1611.07725.
+
+    >>> round(mean_average_accuracy([[0.8, 0.1], [0.6, 0.9]]).value, 6)
+    0.775
+    """
+    M = _matrix(R)
+    T = len(M)
+    stages = [M[k, : k + 1].mean() for k in range(T)]
+    return Figure(
+        "mean average accuracy",
+        "MAA",
+        _mean(np.array(stages)),
+        T,
+        higher_is_better,
+        "1/T sum_k (1/k sum_{j<=k} R[k,j])",
+        "CoIN, arXiv:2403.08350",
+    )
+
+
+def all_stage_accuracy(R: ArrayLike, *, higher_is_better: bool = True) -> Figure:
+    """A = 2/(T(T+1)) sum_{i>=j} R[i, j]: the mean of everything on and below the diagonal.
+
+    Args:
+        R: (T, tasks).
+    Source: Diaz-Rodriguez et al. 2018, arXiv:1810.13166.
+
+    >>> round(all_stage_accuracy([[0.8, 0.1], [0.6, 0.9]]).value, 6)
+    0.766667
+    """
+    M = _matrix(R)
+    T = len(M)
+    return Figure(
+        "accuracy over all stages",
+        "A",
+        _mean(M[np.tril_indices(T)]),
+        T * (T + 1) // 2,
+        higher_is_better,
+        "2/(T(T+1)) sum_{i>=j} R[i,j]",
+        "Diaz-Rodriguez, arXiv:1810.13166",
+    )
+
+
+def all_stage_backward_transfer(R: ArrayLike, *, higher_is_better: bool = True) -> Figure:
+    """BWT_ALL = 2/(T(T-1)) sum_{i>j} (R[i, j] - R[j, j]): over every later stage. T = 1: NaN.
+
+    Its two halves, with scores in [0, 1]: remembering REM = 1 - |min(BWT_ALL, 0)| and
+    positive backward transfer BWT+ = max(BWT_ALL, 0).
+
+    Args:
+        R: (T, tasks).
+    Source: Diaz-Rodriguez et al. 2018, arXiv:1810.13166.
+
+    >>> round(all_stage_backward_transfer([[0.8, 0.1], [0.6, 0.9]]).value, 6)
+    -0.2
+    """
+    M = _matrix(R)
+    T = len(M)
+    i, j = np.tril_indices(T, -1)
+    return Figure(
+        "backward transfer over all stages",
+        "BWT_ALL",
+        _mean(_sign(higher_is_better) * (M[i, j] - M[j, j])),
+        T * (T - 1) // 2,
+        True,
+        "2/(T(T-1)) sum_{i>j} (R[i,j] - R[j,j])",
+        "Diaz-Rodriguez, arXiv:1810.13166",
+    )
+
+
+def all_stage_forward_transfer(R: ArrayLike, *, higher_is_better: bool = True) -> Figure:
+    """FWT_ALL = 2/(T(T-1)) sum_{i<j} R[i, j]: the mean above the diagonal. T = 1: NaN.
+
+    A mean of scores, not of differences: it says nothing without the base's beside it.
+
+    Args:
+        R: (T, tasks), with the scores above the diagonal.
+    Source: Diaz-Rodriguez et al. 2018, arXiv:1810.13166.
+
+    >>> round(all_stage_forward_transfer([[0.8, 0.1], [0.6, 0.9]]).value, 6)
+    0.1
+    """
+    M = _matrix(R)
+    T = len(M)
+    return Figure(
+        "forward transfer over all stages",
+        "FWT_ALL",
+        _mean(M[:, :T][np.triu_indices(T, 1)]),
+        T * (T - 1) // 2,
+        higher_is_better,
+        "2/(T(T-1)) sum_{i<j} R[i,j]",
+        "Diaz-Rodriguez, arXiv:1810.13166",
+    )
+
+
+def other_figures(R: ArrayLike, *, higher_is_better: bool = True) -> tuple[Figure, ...]:
+    """What other libraries and papers report under the same names, in the order of a report.
+
+    Args:
+        R: (T, tasks).
+    Returns:
+        MAA, A, F_FIRST, F_SEEN, BWT_ALL, FWT_ALL.
+    """
+    M = _matrix(R)
+    return (
+        mean_average_accuracy(M, higher_is_better=higher_is_better),
+        all_stage_accuracy(M, higher_is_better=higher_is_better),
+        first_last_forgetting(M, higher_is_better=higher_is_better),
+        best_seen_forgetting(M, higher_is_better=higher_is_better),
+        all_stage_backward_transfer(M, higher_is_better=higher_is_better),
+        all_stage_forward_transfer(M, higher_is_better=higher_is_better),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +17,12 @@ from lori_manager.metrics.summary import as_outcomes, as_weights, is_binary, mea
 
 MCNEMAR = "mcnemar-exact"
 SIGN_FLIP = "sign-flip"
-ENUMERATED = 12  # the largest differences, whose 2^12 signs are enumerated
+ENUMERATED = 12  # up to so many rows that differ, all 2^12 signs are enumerated
+REACH = 8.5  # standard deviations of a sum that its lattice spans on either side
+BLUR = 0.008  # standard deviations by which rounding to that lattice moves a sum, at most
+GONE = -40.0  # a log below which a factor of a distribution no longer counts
+
+Alternative = Literal["two-sided", "less"]
 
 
 @dataclass(frozen=True)
@@ -35,70 +41,110 @@ class PairedDifference:
     only_b_right: int | None = None
 
 
-def mcnemar_exact(only_a_right: int, only_b_right: int) -> float:
-    """Two-sided exact p-value of McNemar's test, from the discordant pairs alone.
+def _at_most(k: int, n: int) -> float:
+    """P(X <= k) of n fair coins, in full digits for k below n / 2.
 
-    The binomial probability, at 1/2, of a split at least as uneven as the one seen;
-    1 where there is no discordant pair. Summed from its largest term down with that
-    term in logarithms, so that thousands of pairs neither overflow nor lose digits.
+    From its largest term down with that term in logarithms, so that thousands of coins
+    neither overflow nor lose digits.
+    """
+    if k < 0:
+        return 0.0
+    if 2 * k >= n:
+        return 1.0 - _at_most(n - k - 1, n)
+    if n <= 50:  # whole numbers, hence exact
+        return sum(math.comb(n, i) for i in range(k + 1)) / float(2**n)
+    log_largest = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    i = np.arange(k, 0, -1, dtype=np.float64)
+    relative = 1.0 + float(np.cumprod(i / (n - i + 1)).sum())  # C(n, i - 1) / C(n, i), chained
+    return math.exp(log_largest - n * math.log(2.0) + math.log(relative))
+
+
+def mcnemar_exact(
+    only_a_right: int, only_b_right: int, alternative: Alternative = "two-sided"
+) -> float:
+    """Exact p-value of McNemar's test, from the discordant pairs alone.
+
+    Two-sided: the binomial probability, at 1/2, of a split at least as uneven as the one
+    seen. "less" (b is worse than a): that of at least `only_a_right` among the discordant
+    pairs. 1 where there is no discordant pair.
     Raises:
         ValueError: a negative count.
     Source: McNemar 1947, in the exact form of Agresti, Categorical Data Analysis, 11.1.
 
-    >>> mcnemar_exact(1, 5)
-    0.21875
+    >>> mcnemar_exact(1, 5), mcnemar_exact(5, 1, "less")
+    (0.21875, 0.109375)
     """
     if only_a_right < 0 or only_b_right < 0:
         raise ValueError(f"counts must be at least 0, got {only_a_right} and {only_b_right}")
-    n, fewer = only_a_right + only_b_right, min(only_a_right, only_b_right)
+    n = only_a_right + only_b_right
+    if alternative == "less":
+        return _at_most(only_b_right, n)
     if only_a_right == only_b_right:
         return 1.0
-    if n <= 50:  # whole numbers, hence exact
-        as_uneven = 2 * sum(math.comb(n, k) for k in range(fewer + 1))
-        return min(1.0, as_uneven / float(2**n))
-    log_largest = (
-        math.lgamma(n + 1) - math.lgamma(fewer + 1) - math.lgamma(n - fewer + 1) - n * math.log(2.0)
-    )
-    k = np.arange(fewer, 0, -1, dtype=np.float64)
-    relative = 1.0 + float(np.cumprod(k / (n - k + 1)).sum())  # C(n, k - 1) / C(n, k), chained
-    return min(1.0, 2.0 * math.exp(log_largest + math.log(relative)))
+    return min(1.0, 2.0 * _at_most(min(only_a_right, only_b_right), n))
 
 
-def sign_flip(differences: ArrayLike) -> float:
-    """Two-sided p-value of the sign-flip (Fisher's randomisation) test of a sum.
+def sign_flip(differences: ArrayLike, alternative: Alternative = "two-sided") -> float:
+    """p-value of the sign-flip (Fisher's randomisation) test of a sum.
 
     Without a difference between the versions, each row's d is as likely as -d; p is the
-    share of the 2^n sign patterns whose sum is at least as far from 0. The signs of the
-    12 largest |d| are enumerated, the rest enter by their normal limit, with variance
-    sum d^2: exact up to 12 rows that differ, no randomness above, and a few rows that
-    dominate cannot pass for many.
+    share of the 2^n sign patterns whose sum is at least as far from 0, or for "less" at
+    most as large, as the one seen. Up to 12 rows that differ are enumerated. More are
+    rounded to a lattice so fine that their sum moves by less than a hundredth of its
+    standard deviation, and its distribution is exact for the rounded differences: the
+    level holds at any n, with ties or without, and nothing is random.
 
     Args:
         differences: (n,) finite; weighted ones are w * d.
     Returns:
-        p; 1 where nothing differs, also for n = 0.
+        p, not resolved below 1e-14; 1 where nothing differs, also for n = 0.
 
-    >>> sign_flip([1.0, 2.0, 3.0])
-    0.25
+    >>> sign_flip([1.0, 2.0, 3.0]), sign_flip([-1.0, -2.0, -3.0], "less")
+    (0.25, 0.125)
     """
     d = as_outcomes(differences, "differences")
-    size = float(np.abs(d).sum())
-    if size == 0:
+    d = d[d != 0]
+    if d.size == 0:
         return 1.0
-    d = d[np.argsort(-np.abs(d), kind="stable")] / size
-    observed = abs(float(d.sum()))
-    sums = np.zeros(1)
-    for largest in d[:ENUMERATED]:
-        sums = np.concatenate([sums + largest, sums - largest])
-    deviation = math.sqrt(float(np.sum(d[ENUMERATED:] ** 2)))
-    if deviation < 1e-9:
+    d = d / float(np.abs(d).max())
+    one_sided = alternative == "less"
+    observed = float(d.sum()) if one_sided else -abs(float(d.sum()))
+    sides = 1.0 if one_sided else 2.0
+    if d.size <= ENUMERATED:
+        sums = np.zeros(1)
+        for step in d:
+            sums = np.concatenate([sums + step, sums - step])
         # Ties between patterns are common; rounding must not split them.
-        return float(np.mean(np.abs(sums) >= observed - 1e-9))
-    z = (observed - sums) / (deviation * math.sqrt(2.0))
-    # The distribution is symmetric: twice one tail, which is erfc / 2. What was seen and
-    # its mirror image are two of the patterns, so p cannot be less than their share.
-    least = 2.0 ** (1 - np.count_nonzero(d))
-    return float(min(1.0, max(least, math.fsum(map(math.erfc, z.tolist())) / z.size)))
+        return min(1.0, sides * float(np.mean(sums <= observed + 1e-9)))
+    points = 1 << math.ceil(math.log2(2 * REACH / BLUR * math.sqrt(d.size / 12)))
+    steps = np.rint(d * (points / (2 * REACH * math.sqrt(float(np.sum(d**2))))))
+    seen = int(steps.sum()) if one_sided else -abs(int(steps.sum()))
+    shares = _sums_of_random_signs(np.abs(steps).astype(np.int64), points)
+    below = shares[: max(0, min(points, points // 2 + seen + 1))]
+    least = max(1e-14, math.ldexp(1.0, -d.size))  # what was seen is itself one pattern
+    return min(1.0, sides * max(least, float(below.sum())))
+
+
+def _sums_of_random_signs(steps: NDArray[np.int64], points: int) -> NDArray[np.float64]:
+    """P(sum of +-steps = s) for s = -points / 2, .., points / 2 - 1, what is beyond wrapped.
+
+    By the inverse Fourier transform of prod cos(t step). Factors of equal steps are taken
+    together, and a frequency whose product has vanished is taken no further.
+    """
+    sizes, counts = np.unique(steps, return_counts=True)
+    cosines = np.cos(np.arange(points) * (2.0 * math.pi / points))
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.abs(cosines))
+    total, negative = np.zeros(points // 2 + 1), np.zeros(points // 2 + 1, dtype=np.int64)
+    alive = np.arange(points // 2 + 1)
+    for i in range(sizes.size - 1, -1, -16):  # the largest vanish first
+        some = slice(max(0, i - 15), i + 1)
+        turns = np.outer(alive, sizes[some]) % points
+        total[alive] += logs[turns] @ counts[some].astype(np.float64)
+        negative[alive] += (cosines[turns] < 0) @ counts[some]
+        alive = alive[total[alive] > GONE]
+    transform = np.where(total > GONE, np.exp(total), 0.0) * (1.0 - 2.0 * (negative % 2))
+    return np.roll(np.fft.irfft(transform, points), points // 2)
 
 
 def paired_difference(

@@ -92,6 +92,16 @@ def mean_and_error(
     return mean, math.sqrt(spread * n / (n - 1)) if n > 1 else math.nan
 
 
+def share_and_error(right: int, rows: int) -> tuple[float, float]:
+    """The share p of right rows and its standard error sqrt(p (1 - p) / n); n is at least 1.
+
+    >>> share_and_error(3, 4)
+    (0.75, 0.21650635094610965)
+    """
+    p = right / rows
+    return p, math.sqrt(p * (1 - p) / rows)
+
+
 def summarize(outcomes: ArrayLike, weights: ArrayLike | None = None) -> Summary:
     """Mean outcome over the measured rows, its standard error, and how many rows.
 
@@ -114,7 +124,10 @@ def summarize(outcomes: ArrayLike, weights: ArrayLike | None = None) -> Summary:
     x = as_outcomes(outcomes)
     w, measured = as_weights(weights, ~np.isnan(x))
     x = x[measured]
-    value, error = mean_and_error(x, w, population=w is None and is_binary(x))
+    if w is None and x.size and is_binary(x):
+        value, error = share_and_error(int(x.sum()), x.size)
+    else:
+        value, error = mean_and_error(x, w)
     return Summary(value, error, int(x.size))
 
 

@@ -1,15 +1,12 @@
-"""Aliases: movable names for adapters, with a journal that only grows."""
+"""Aliases: movable names for adapters; every move goes into the journal."""
 
 from __future__ import annotations
 
-import getpass
-import os
-
 from sqlalchemy import Connection, delete, insert, select, update
 
-from lori_manager.records import Alias, AliasMove
+from lori_manager.records import JSON, Alias
 from lori_manager.refs import check_name
-from lori_manager.store import adapters, names
+from lori_manager.store import adapters, journal, names
 from lori_manager.store import tables as t
 from lori_manager.store.tables import now
 
@@ -26,7 +23,17 @@ def every(connection: Connection, line: str | None) -> list[Alias]:
     ]
 
 
-def point(connection: Connection, line: str, name: str, version: int) -> Alias:
+def point(
+    connection: Connection,
+    line: str,
+    name: str,
+    version: int,
+    *,
+    action: str,
+    reason: str,
+    forced: bool,
+    verdict: JSON | None,
+) -> Alias:
     """Point the alias at that version and note the move; where it points there already, neither."""
     check_name(name, "alias")
     target = adapters.of_version(connection, line, version)
@@ -45,59 +52,38 @@ def point(connection: Connection, line: str, name: str, version: int) -> Alias:
             .where(t.aliases.c.line == line, t.aliases.c.name == name)
             .values(version=target.version, moved_at=moved_at)
         )
-    before = None if found is None else found.version
-    _note(connection, AliasMove(line, name, before, target.version, _user(), moved_at))
+    journal.note(
+        connection,
+        at=moved_at,
+        action=action,
+        **key,
+        from_version=None if found is None else found.version,
+        to_version=target.version,
+        forced=forced,
+        reason=reason,
+        verdict=verdict,
+    )
     return Alias(line=line, name=name, version=target.version, moved_at=moved_at)
 
 
-def remove(connection: Connection, line: str, name: str) -> None:
+def remove(connection: Connection, line: str, name: str, *, reason: str) -> None:
     """Take the alias away and note it."""
     found = _alias(connection, line, name)
     if found is None:
         known = [alias.name for alias in every(connection, line)]
         raise names.not_found(f"alias of line {line!r}", name, known)
     connection.execute(delete(t.aliases).where(t.aliases.c.line == line, t.aliases.c.name == name))
-    _note(connection, AliasMove(line, name, found.version, None, _user(), now()))
-
-
-def moves(connection: Connection, line: str | None) -> list[AliasMove]:
-    """The journal, oldest entry first."""
-    query = select(t.alias_moves).order_by(t.alias_moves.c.id)
-    if line is not None:
-        names.require(connection, line)
-        query = query.where(t.alias_moves.c.line == line)
-    return [
-        AliasMove(
-            line=r.line,
-            name=r.name,
-            from_version=r.from_version,
-            to_version=r.to_version,
-            user=r.user,
-            moved_at=r.moved_at,
-        )
-        for r in connection.execute(query)
-    ]
+    journal.note(
+        connection,
+        at=now(),
+        action="removed",
+        line=line,
+        name=name,
+        from_version=found.version,
+        to_version=None,
+        reason=reason,
+    )
 
 
 def _alias(connection: Connection, line: str, name: str) -> Alias | None:
     return next((a for a in every(connection, line) if a.name == name), None)
-
-
-def _note(connection: Connection, move: AliasMove) -> None:
-    connection.execute(
-        insert(t.alias_moves).values(
-            line=move.line,
-            name=move.name,
-            from_version=move.from_version,
-            to_version=move.to_version,
-            user=move.user,
-            moved_at=move.moved_at,
-        )
-    )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # an id without an account, as in containers
-        return f"uid {os.getuid()}" if hasattr(os, "getuid") else "unknown"

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, select
 
 from lori_manager.errors import DamagedObject, LoriError
-from lori_manager.records import Finding, Score, Task
+from lori_manager.records import Finding
 from lori_manager.store import scores, tasks
 from lori_manager.store import tables as t
 from lori_manager.store.database import Database
 from lori_manager.store.files import MissingObject, ObjectStore
 
-_AT_ONCE = 200  # blobs a transaction, so that writers are not kept waiting
+_AT_ONCE = 50  # pages of scores a transaction, so that writers are not kept waiting
 
 
 def needed(connection: Connection) -> dict[str, list[str]]:
@@ -55,33 +55,12 @@ def _of_database(database: Database) -> Iterator[Finding]:
 
 def _of_blobs(database: Database) -> Iterator[Finding]:
     with database.read() as connection:
-        revisions = tasks.revisions(connection)
-        measured = scores.every(connection, subject=None, task=None, revision=None)
-    for start in range(0, len(revisions), _AT_ONCE):
+        tasks.revisions(connection)  # raises where a task has lost its rows
+        pages = scores.page_keys(connection)
+    for start in range(0, len(pages), _AT_ONCE):
         with database.read() as connection:
-            found = [_task_fault(connection, task) for task in revisions[start : start + _AT_ONCE]]
-        yield from filter(None, found)
-    for start in range(0, len(measured), _AT_ONCE):
-        with database.read() as connection:
-            found = [_score_fault(connection, s) for s in measured[start : start + _AT_ONCE]]
-        yield from filter(None, found)
-
-
-def _task_fault(connection: Connection, task: Task) -> Finding | None:
-    try:
-        tasks.eval_keys(connection, task)
-    except DamagedObject as e:
-        return Finding("damaged", task.ref, f"row hashes of {task.ref}: {e}")
-    return None
-
-
-def _score_fault(connection: Connection, score: Score) -> Finding | None:
-    try:
-        scores.arrays(connection, score)
-    except DamagedObject as e:
-        where = f"{score.task}#{score.task_revision}"
-        return Finding("damaged", score.subject, f"outcomes of {score.subject} on {where}: {e}")
-    return None
+            faults = list(scores.faults(connection, pages[start : start + _AT_ONCE]))
+        yield from faults
 
 
 def _of_objects(database: Database, objects: ObjectStore) -> Iterator[Finding]:

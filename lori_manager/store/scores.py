@@ -1,203 +1,437 @@
 """Scores: what was measured of weights on a task revision, with one outcome per row.
 
-A score's key is the digest of the weights. So `safety@1` and `safety@2` of one digest
-share a score and its outcomes, and each lists it under its own name.
+A score's key is the digest of the weights and its setting: task revision, scorer and
+version, precision, how rows became tokens, origin. So `safety@1` and `safety@2` of one
+digest share a score and its outcomes, and each lists it under its own name. The scores of
+a setting lie in pages; see `pages`.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, Connection, Row, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, select
 
-from lori_manager.errors import Conflict, DamagedObject, NotFound
-from lori_manager.records import NewScore, Score, Task
+from lori_manager.errors import DamagedObject, NotFound
+from lori_manager.records import Finding, Score, Task
 from lori_manager.refs import BASE
-from lori_manager.store import adapters, bases, tasks
-from lori_manager.store import outcomes as codec
+from lori_manager.store import adapters, bases, outcomes, tasks
+from lori_manager.store import pages as paging
 from lori_manager.store import tables as t
-from lori_manager.store.tables import now
+from lori_manager.store.pages import DamagedPage, Directory
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+
+    _Outcomes = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 
 MEASURED = "measured"  # the origin of what lori scored itself
-_BLOBS = ("encoding", "outcomes", "weights")
-_COLUMNS = [column for column in t.scores.c if column.name not in _BLOBS]
-
-
-def add(
-    connection: Connection,
-    new: NewScore,
-    *,
-    encoding: str,
-    outcomes: bytes,
-    weights: bytes | None,
-    rows: int,
-) -> Score:
-    """Commit a score of `rows` encoded outcomes; one of the same key is returned as stored."""
-    task = tasks.one(connection, new.task, new.task_revision)
-    if rows != task.splits["eval"].rows:
-        raise ValueError(
-            f"{task.ref} has {task.splits['eval'].rows} eval rows, got {rows} outcomes"
-        )
-    digest, here = _subject(connection, new.subject)
-    if digest != new.digest:
-        raise ValueError(f"{new.subject} has digest {digest}, got {new.digest}")
-    same = (
-        t.scores.c.digest == new.digest,
-        t.scores.c.task == new.task,
-        t.scores.c.task_revision == new.task_revision,
-        t.scores.c.scorer == new.scorer,
-        t.scores.c.scorer_version == new.scorer_version,
-        t.scores.c.precision == new.precision,
-        t.scores.c.origin == new.origin,
-    )
-    found = _select(connection, *same, *here)
-    if not found:
-        connection.execute(
-            insert(t.scores).values(
-                digest=new.digest,
-                task=new.task,
-                task_revision=new.task_revision,
-                scorer=new.scorer,
-                scorer_version=new.scorer_version,
-                precision=new.precision,
-                origin=new.origin,
-                value=new.value,
-                error=new.error,
-                rows=new.rows,
-                facts=new.facts,
-                created_at=now(),
-                encoding=encoding,
-                outcomes=outcomes,
-                weights=weights,
-            )
-        )
-    elif not _whole(connection, found[0]):
-        connection.execute(
-            update(t.scores)
-            .where(t.scores.c.id == found[0].id)
-            .values(encoding=encoding, outcomes=outcomes, weights=weights)
-        )
-    elif new.origin != MEASURED and _bytes(connection, found[0]) != (outcomes, weights):
-        raise Conflict(
-            f"other outcomes of {new.subject} on {task.ref} are stored under the origin "
-            f"{new.origin!r}: name another origin"
-        )
-    return _select(connection, *same, *here)[0]
-
-
-def _bytes(connection: Connection, score: Score) -> tuple[bytes, bytes | None]:
-    query = select(t.scores.c.outcomes, t.scores.c.weights).where(t.scores.c.id == score.id)
-    row = connection.execute(query).one()
-    return row.outcomes, row.weights
-
-
-def _whole(connection: Connection, score: Score) -> bool:
-    try:
-        arrays(connection, score)
-    except DamagedObject:
-        return False
-    return True
-
-
-def find(
-    connection: Connection,
-    *,
-    digest: str,
-    task: Task,
-    scorer: str,
-    scorer_version: int,
-    precision: str,
-) -> Score | None:
-    """What lori itself measured under that key, under the first name of the weights.
-
-    A score whose outcomes are damaged counts as none, so that it is measured and
-    added again, which heals it.
-    """
-    found = _select(
-        connection,
-        t.scores.c.digest == digest,
-        t.scores.c.task == task.name,
-        t.scores.c.task_revision == task.revision,
-        t.scores.c.scorer == scorer,
-        t.scores.c.scorer_version == scorer_version,
-        t.scores.c.precision == precision,
-        t.scores.c.origin == MEASURED,
-    )
-    return found[0] if found and _whole(connection, found[0]) else None
+SLOTS = 16  # bits of a score's id that number it within its page
+AT_ONCE = 1000  # keys a query
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MENDING = "score again, or restore registry.db from a copy"
+WHERE = (t.score_pages.c.id, t.score_pages.c.setting, t.score_pages.c.number)
+SETTING = (
+    "task",
+    "task_revision",
+    "scorer",
+    "scorer_version",
+    "precision",
+    "encoding",
+    "origin",
+)
 
 
 def every(
-    connection: Connection, *, subject: str | None, task: str | None, revision: int | None
+    connection: Connection,
+    *,
+    subject: str | None = None,
+    subjects: Collection[str] | None = None,
+    task: str | None = None,
+    revision: int | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
 ) -> list[Score]:
-    """Scores by creation; those of shared weights appear once for each adapter of them."""
+    """Scores by creation; those of shared weights appear once for each adapter of them.
+
+    Args:
+        subject: a reference, which is looked up.
+        subjects: names as records bear them; not looked up.
+    """
+    import numpy as np
+
     where: list[ColumnElement[bool]] = []
-    if subject is not None:
-        digest, here = _subject(connection, subject)
-        where += [t.scores.c.digest == digest, *here]
     if task is not None:
         tasks.one(connection, task, revision)
-        where.append(t.scores.c.task == task)
+        where.append(t.settings.c.task == task)
     if revision is not None:
-        where.append(t.scores.c.task_revision == revision)
-    return _select(connection, *where)
+        where.append(t.settings.c.task_revision == revision)
+    of_subject = None if subject is None else subject_of(connection, subject)
+    settings = _settings(connection, *where)
+    stored, found = _directories(connection, settings, all_settings=not where)
+    names = _names(connection)
+    wanted = np.ones(len(found.page), bool)
+    if of_subject is not None:
+        digest, ref = of_subject
+        names = {key: (d, [ref]) for key, (d, _) in names.items() if d == digest}
+        wanted &= np.isin(found.subject, list(names))
+    if subjects is not None:
+        asked = frozenset(subjects)
+        own = ((key, d, [ref for ref in refs if ref in asked]) for key, (d, refs) in names.items())
+        names = {key: (d, refs) for key, d, refs in own if refs}
+        wanted &= np.isin(found.subject, list(names))
+    if since is not None:
+        wanted &= found.at >= micros(since)
+    if until is not None:
+        wanted &= found.at < micros(until)
+    listed = _scores(connection, settings, stored, found, np.flatnonzero(wanted).tolist(), names)
+    return sorted(listed, key=lambda score: (score.created_at, score.id))
 
 
-def arrays(connection: Connection, score: Score) -> tuple[np.ndarray, np.ndarray | None]:
-    """Outcomes and weights, each (eval rows,) float32."""
-    row = connection.execute(
-        select(t.scores.c.encoding, t.scores.c.outcomes, t.scores.c.weights, t.splits.c.rows)
+def known(
+    connection: Connection,
+    *,
+    digest: str,
+    keys: Sequence[tuple[Task, str, str]],
+    precision: str,
+    encoding: str,
+) -> list[Score | None]:
+    """What lori itself measured under each (task, scorer, scorer's version).
+
+    It bears the first name of the weights. A score whose outcomes are damaged counts as
+    none, so that it is measured and added again, which heals it. One whose encoding was
+    never noted fits any.
+    """
+    import numpy as np
+
+    subject = connection.execute(
+        select(t.subjects.c.id).where(t.subjects.c.digest == digest)
+    ).scalar_one_or_none()
+    settings = _settings(
+        connection,
+        t.settings.c.origin == MEASURED,
+        t.settings.c.precision == precision,
+        t.settings.c.encoding.in_({encoding, ""}),
+    )
+    asked = {
+        (task.name, task.revision, scorer, str(version)): i
+        for i, (task, scorer, version) in enumerate(keys)
+    }
+    fitting = {
+        s.id: s
+        for s in settings.values()
+        if (s.task, s.task_revision, s.scorer, s.scorer_version) in asked
+    }
+    out: list[Score | None] = [None] * len(keys)
+    if subject is None or not fitting:
+        return out
+    stored, found = _directories(connection, fitting, tolerant=True)
+    hits = np.flatnonzero(found.subject == subject)
+    pages = page_rows(connection, {stored[int(i)].id for i in found.page[hits]})
+    whole = [i for i in hits.tolist() if _intact(connection, found, i, pages, stored)]
+    names = _names(connection)
+    listed = _scores(connection, fitting, stored, found, whole, names, first_name=True)
+    for score in sorted(listed, key=lambda score: score.encoding == encoding):
+        place = (score.task, score.task_revision, score.scorer, score.scorer_version)
+        out[asked[place]] = score
+    return out
+
+
+def arrays(connection: Connection, scores: Sequence[Score]) -> list[_Outcomes]:
+    """Outcomes and weights of each, (eval rows,) float32."""
+    import numpy as np
+
+    pages = page_rows(connection, {score.id >> SLOTS for score in scores})
+    settings = _settings(connection)
+    digests = {row.id: row.digest for row in connection.execute(select(t.subjects))}
+    by_rows: dict[int, list[int]] = defaultdict(list)
+    for i, score in enumerate(scores):
+        page = pages.get(score.id >> SLOTS)
+        if page is None or page.setting not in settings:
+            raise _gone(score)
+        by_rows[settings[page.setting].rows].append(i)
+    out: dict[int, _Outcomes] = {}
+    weights: dict[int, NDArray[np.float32]] = {}
+    for rows, positions in by_rows.items():
+        own = sorted({scores[i].id >> SLOTS for i in positions})
+        stored = [pages[key] for key in own]
+        found = _read(stored, settings)
+        bounds = np.searchsorted(found.page, np.arange(len(own) + 1)).tolist()
+        spans = dict(zip(own, pairwise(bounds), strict=True))
+        chosen = []
+        for i in positions:
+            key, slot = scores[i].id >> SLOTS, scores[i].id & ((1 << SLOTS) - 1)
+            at = spans[key][0] + slot
+            if at >= spans[key][1] or digests.get(int(found.subject[at])) != scores[i].digest:
+                raise _gone(scores[i])
+            chosen.append(at)
+        told = paging.decode_bodies(
+            found, chosen, [p.bodies for p in stored], [p.reference for p in stored], rows
+        )
+        for i, at, values in zip(positions, chosen, told, strict=True):
+            if isinstance(values, str):
+                raise _damaged(scores[i].subject, settings[pages[scores[i].id >> SLOTS].setting],
+                               values)  # fmt: skip
+            key = int(found.weights[at])
+            if key and key not in weights:
+                weights[key] = _row_weights(connection, key, rows, scores[i])
+            out[i] = values, weights.get(key)
+    return [out[i] for i in range(len(scores))]
+
+
+def reuse(connection: Connection, task: str, revision: int) -> int:
+    """How many different weights were ever scored on that revision."""
+    import numpy as np
+
+    tasks.one(connection, task, revision)
+    settings = _settings(
+        connection, t.settings.c.task == task, t.settings.c.task_revision == revision
+    )
+    _, found = _directories(connection, settings)
+    return len(np.unique(found.subject))
+
+
+def page_keys(connection: Connection) -> list[int]:
+    """The keys of all pages."""
+    query = select(t.score_pages.c.id).order_by(t.score_pages.c.id)
+    return list(connection.execute(query).scalars())
+
+
+def faults(connection: Connection, keys: Sequence[int]) -> Iterator[Finding]:
+    """What is damaged in these pages."""
+    settings, names = _settings(connection), _names(connection)
+    for page in page_rows(connection, set(keys)).values():
+        setting = settings.get(page.setting)
+        if setting is None:  # told as a row that points nowhere
+            continue
+        ref = f"{setting.task}#{setting.task_revision}"
+        try:
+            found = _read([page], settings)
+        except DamagedObject as e:
+            yield Finding("damaged", ref, str(e))
+            continue
+        chosen = range(len(found.page))
+        told = paging.decode_bodies(found, chosen, [page.bodies], [page.reference], setting.rows)
+        for i, values in enumerate(told):
+            _, called = names.get(int(found.subject[i]), ("", []))
+            fault = values if isinstance(values, str) else None
+            if fault is None and found.weights[i]:
+                fault = weights_fault(connection, int(found.weights[i]), setting.rows)
+            if not called:
+                message = f"a score on {ref} is of weights that are not known"
+                yield Finding("damaged", ref, message)
+            if fault is not None:
+                for name in called:
+                    yield Finding("damaged", name, str(_damaged(name, setting, fault)))
+
+
+# reading
+
+
+def _settings(
+    connection: Connection, *where: ColumnElement[bool]
+) -> dict[int, Row[*tuple[Any, ...]]]:
+    """Key -> setting, with the number of its eval rows."""
+    query = (
+        select(t.settings, t.splits.c.rows)
         .join(
             t.splits,
-            (t.splits.c.task == t.scores.c.task)
-            & (t.splits.c.task_revision == t.scores.c.task_revision)
+            (t.splits.c.task == t.settings.c.task)
+            & (t.splits.c.task_revision == t.settings.c.task_revision)
             & (t.splits.c.name == "eval"),
         )
-        .where(t.scores.c.id == score.id)
-    ).one_or_none()
-    if row is None:
-        raise NotFound(f"there is no score {score.id}: score {score.subject} again")
-    outcomes = codec.decode(row.encoding, row.outcomes, row.rows)
-    if row.weights is None:
-        return outcomes, None
-    return outcomes, codec.decode(codec.FLOAT32, row.weights, row.rows)
-
-
-def _subject(connection: Connection, subject: str) -> tuple[str, list[ColumnElement[bool]]]:
-    """The digest of the weights, and what tells this name of theirs from others."""
-    if subject == BASE:
-        return bases.one(connection).fingerprint, []
-    adapter = adapters.one(connection, adapters.reference(subject))
-    here = [t.adapters.c.line == adapter.line, t.adapters.c.version == adapter.version]
-    return adapter.digest, here
-
-
-def _select(connection: Connection, *where: ColumnElement[bool]) -> list[Score]:
-    query = (
-        select(*_COLUMNS, t.adapters.c.line, t.adapters.c.version)
-        .outerjoin(t.adapters, t.adapters.c.digest == t.scores.c.digest)
         .where(*where)
-        .order_by(t.scores.c.id, t.adapters.c.id)
+        .order_by(t.settings.c.id)
     )
-    return [_score(row) for row in connection.execute(query)]
+    return {row.id: row for row in connection.execute(query)}
 
 
-def _score(row: Row[*tuple[Any, ...]]) -> Score:
-    return Score(
-        subject=BASE if row.line is None else f"{row.line}@{row.version}",
-        digest=row.digest,
-        task=row.task,
-        task_revision=row.task_revision,
-        scorer=row.scorer,
-        scorer_version=row.scorer_version,
-        precision=row.precision,
-        value=row.value,
-        error=row.error,
-        rows=row.rows,
-        origin=row.origin,
-        facts=row.facts,
-        id=row.id,
-        created_at=row.created_at,
+def _names(connection: Connection) -> dict[int, tuple[str, list[str]]]:
+    """Subject's key -> digest of the weights, and their names by creation."""
+    query = (
+        select(t.subjects.c.id, t.subjects.c.digest, t.adapters.c.line, t.adapters.c.version)
+        .outerjoin(t.adapters, t.adapters.c.digest == t.subjects.c.digest)
+        .order_by(t.adapters.c.id)
     )
+    names: dict[int, tuple[str, list[str]]] = {}
+    for key, digest, line, version in connection.execute(query):
+        own = names.setdefault(key, (digest, []))[1]
+        own.append(BASE if line is None else f"{line}@{version}")
+    return names
+
+
+def page_rows(connection: Connection, keys: set[int]) -> dict[int, Row[*tuple[Any, ...]]]:
+    """Key -> page, bodies included."""
+    ordered = sorted(keys)
+    return {
+        row.id: row
+        for start in range(0, len(ordered), AT_ONCE)
+        for row in connection.execute(
+            select(t.score_pages).where(t.score_pages.c.id.in_(ordered[start : start + AT_ONCE]))
+        )
+    }
+
+
+def _directories(
+    connection: Connection,
+    settings: dict[int, Row[*tuple[Any, ...]]],
+    *,
+    all_settings: bool = False,
+    tolerant: bool = False,
+) -> tuple[Sequence[Row[*tuple[Any, ...]]], Directory]:
+    """The pages of settings without their bodies, by setting and number, and what they list.
+
+    Args:
+        all_settings: all there are, so that they need not be named.
+        tolerant: leave out damaged ones.
+    """
+    query = select(*WHERE, t.score_pages.c.directory).order_by(
+        t.score_pages.c.setting, t.score_pages.c.number
+    )
+    if not all_settings:
+        query = query.where(t.score_pages.c.setting.in_(list(settings)))
+    stored: list[Row[*tuple[Any, ...]]] = list(connection.execute(query))
+    if tolerant:
+        stored = [page for page in stored if paging.opened(page.directory) is not None]
+    return stored, _read(stored, settings)
+
+
+def _read(
+    stored: Sequence[Row[*tuple[Any, ...]]], settings: dict[int, Row[*tuple[Any, ...]]]
+) -> Directory:
+    try:
+        return paging.read_directories([page.directory for page in stored])
+    except DamagedPage as e:
+        page = stored[e.page]
+        setting = settings[page.setting]
+        raise DamagedObject(
+            f"the list of scores {page.number + 1} on {setting.task}#{setting.task_revision} is "
+            f"damaged ({e}): {_MENDING}"
+        ) from e
+
+
+def _scores(
+    connection: Connection,
+    settings: dict[int, Row[*tuple[Any, ...]]],
+    stored: Sequence[Row[*tuple[Any, ...]]],
+    found: Directory,
+    chosen: Sequence[int],
+    names: dict[int, tuple[str, list[str]]],
+    *,
+    first_name: bool = False,
+) -> list[Score]:
+    """Records of what directories list at `chosen`, each under all of its names or the first."""
+    import numpy as np
+
+    from lori_manager.metrics.summary import share_and_error
+
+    facts = {row.id: row.facts for row in connection.execute(select(t.score_facts))}
+    figures = np.cumsum(found.right < 0) - 1
+    out = []
+    for i in chosen:
+        page = stored[int(found.page[i])]
+        setting = settings[page.setting]
+        if found.right[i] < 0:
+            value, error, rows = found.figures[figures[i]].item()
+        else:
+            rows = setting.rows
+            value, error = share_and_error(int(found.right[i]), rows)
+        digest, called = names.get(int(found.subject[i]), ("", []))
+        if not called or int(found.facts[i]) not in facts:
+            raise DamagedObject(
+                f"a score on {setting.task}#{setting.task_revision} points nowhere: "
+                "run `lori verify`, then restore registry.db from a copy"
+            )
+        for name in called[:1] if first_name else called:
+            out.append(
+                Score(
+                    subject=name,
+                    digest=digest,
+                    task=setting.task,
+                    task_revision=setting.task_revision,
+                    scorer=setting.scorer,
+                    scorer_version=setting.scorer_version,
+                    precision=setting.precision,
+                    value=value,
+                    error=error,
+                    rows=rows,
+                    origin=setting.origin,
+                    facts=facts[int(found.facts[i])],
+                    encoding=setting.encoding,
+                    id=page.id << SLOTS | int(found.slot[i]),
+                    created_at=EPOCH + timedelta(microseconds=int(found.at[i])),
+                )
+            )
+    return out
+
+
+def _intact(
+    connection: Connection,
+    found: Directory,
+    i: int,
+    pages: dict[int, Row[*tuple[Any, ...]]],
+    stored: Sequence[Row[*tuple[Any, ...]]],
+) -> bool:
+    """Whether the checksums of all that a score's outcomes need hold."""
+    page = pages[stored[int(found.page[i])].id]
+    start, length = int(found.start[i]), int(found.length[i])
+    if paging.opened(page.bodies[start : start + length]) is None:
+        return False
+    flips = int(found.form[i]) & ~outcomes.GAPS == outcomes.FLIPS
+    if flips and paging.opened(page.reference) is None:
+        return False
+    key = int(found.weights[i])
+    return not key or paging.opened(weights_content(connection, key)) is not None
+
+
+def weights_content(connection: Connection, key: int) -> bytes | None:
+    """The rows' weights as they are stored."""
+    query = select(t.row_weights.c.content).where(t.row_weights.c.id == key)
+    return connection.execute(query).scalar_one_or_none()
+
+
+def weights_fault(connection: Connection, key: int, rows: int) -> str | None:
+    """What is wrong with the rows' weights, if anything is."""
+    content = paging.opened(weights_content(connection, key))
+    if content is None:
+        return "the weights of the rows were altered"
+    try:
+        outcomes.decode_floats(content, rows)
+    except ValueError as e:
+        return f"the weights of the rows: {e}"
+    return None
+
+
+def _row_weights(connection: Connection, key: int, rows: int, score: Score) -> NDArray[np.float32]:
+    fault = weights_fault(connection, key, rows)
+    content = paging.opened(weights_content(connection, key))
+    if fault is not None or content is None:
+        raise _damaged(score.subject, score, fault or "")
+    return outcomes.decode_floats(content, rows)
+
+
+def _damaged(subject: str, on: Row[*tuple[Any, ...]] | Score, reason: str) -> DamagedObject:
+    where = f"{on.task}#{on.task_revision}"
+    return DamagedObject(f"outcomes of {subject} on {where} are damaged ({reason}): {_MENDING}")
+
+
+def _gone(score: Score) -> NotFound:
+    return NotFound(f"there is no score {score.id}: score {score.subject} again")
+
+
+def subject_of(connection: Connection, subject: str) -> tuple[str, str]:
+    """The digest of the weights, and the name in full."""
+    if subject == BASE:
+        return bases.one(connection).fingerprint, BASE
+    adapter = adapters.one(connection, adapters.reference(subject))
+    return adapter.digest, adapter.ref
+
+
+def micros(at: datetime) -> int:
+    """Microseconds since 1970 began."""
+    return (at - EPOCH) // timedelta(microseconds=1)

@@ -6,7 +6,8 @@ kill -9 and a power cut, and an interruption leaves at most a file that no row n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -15,9 +16,10 @@ from lori_manager.errors import NotFound
 from lori_manager.records import (
     Adapter,
     Alias,
-    AliasMove,
     Base,
     Finding,
+    Forecasted,
+    JournalEntry,
     Line,
     Mask,
     NewAdapter,
@@ -30,17 +32,19 @@ from lori_manager.records import (
 from lori_manager.refs import AdapterRef
 from lori_manager.store import (
     adapters,
+    adding,
     aliases,
     bases,
     database,
+    forecasts,
     integrity,
+    journal,
     lines,
     masks,
     runs,
     scores,
     tasks,
 )
-from lori_manager.store import outcomes as codec
 from lori_manager.store.files import ObjectStore, private_folder, storing
 
 if TYPE_CHECKING:
@@ -136,17 +140,15 @@ class Store:
         name: str,
         *,
         scorer: str,
-        scorer_version: int,
+        scorer_version: str,
         description: str,
         splits: Mapping[str, Split],
         options: Mapping[str, Any],
-        eval_keys: Sequence[bytes],
     ) -> Task:
         """Add a task and its line, or a revision where rows or scorer differ from the latest.
 
         Args:
             splits: must have "eval"; their files are in `objects` already.
-            eval_keys: one 16-byte hash for each eval row, in order.
         Returns:
             The new revision, or the latest one, unchanged, where nothing differs.
         Raises:
@@ -164,7 +166,6 @@ class Store:
                 description=description,
                 splits=splits,
                 options=options,
-                eval_keys=eval_keys,
             )
 
     def task(self, name: str, revision: int | None = None) -> Task:
@@ -183,9 +184,13 @@ class Store:
             return tasks.revisions(c, name)
 
     def eval_keys(self, task: Task) -> list[bytes]:
-        """The 16-byte hashes of the revision's eval rows, in order."""
-        with self._db.read() as c:
-            return tasks.eval_keys(c, task)
+        """The 16-byte hashes of the revision's eval rows, in order.
+
+        They follow from the frozen rows, so nothing is stored beside those.
+        Raises:
+            DamagedObject: the file of the rows is gone or altered.
+        """
+        return tasks.row_keys(task, self.objects.get(task.splits["eval"].digest))
 
     # lines
 
@@ -317,75 +322,181 @@ class Store:
     ) -> Score:
         """Store a score with one outcome, and perhaps one weight, for each eval row.
 
-        A score of the same weights, task revision, scorer, precision and origin is
-        returned as stored.
+        A score of the same weights, task revision, scorer, precision, encoding and
+        origin is returned as stored; where it was damaged, it is stored anew.
         Args:
-            outcomes: (eval rows,) in their order; NaN is not measured. Kept as bits
-                where all are 0 or 1, else as float32.
-            weights: (eval rows,), such as token counts; kept as float32.
+            outcomes: (eval rows,) in their order, kept exactly as float32; NaN is not
+                measured. Right and wrong (0, 1 and NaN) take a bit each at most.
+            weights: (eval rows,), such as token counts; kept as float32, once for all
+                scores that have the same.
         Raises:
             Conflict: other outcomes are stored for an origin other than "measured".
         """
-        encoding, content = codec.encode(outcomes)
-        if weights is not None and weights.shape != outcomes.shape:
-            raise ValueError(f"expected weights of shape {outcomes.shape}, got {weights.shape}")
+        return self.add_scores([(new, outcomes, weights)])[0]
+
+    def add_scores(
+        self, new: Sequence[tuple[NewScore, np.ndarray, np.ndarray | None]]
+    ) -> list[Score]:
+        """As `add_score`, all of them or none."""
         with self._db.write() as c:
-            return scores.add(
-                c,
-                new,
-                encoding=encoding,
-                outcomes=content,
-                weights=None if weights is None else codec.encode_floats(weights),
-                rows=len(outcomes),
-            )
+            return adding.add(c, new)
 
     def find_score(
-        self, *, digest: str, task: Task, scorer: str, scorer_version: int, precision: str
+        self,
+        *,
+        digest: str,
+        task: Task,
+        scorer: str,
+        scorer_version: str,
+        precision: str,
+        encoding: str = "",
     ) -> Score | None:
-        """What lori measured of those weights, if it did and the outcomes are whole."""
+        """What lori measured of those weights, if it did and the outcomes are whole.
+
+        A score of which no encoding was noted fits any.
+        """
+        key = [(task, scorer, scorer_version)]
+        return self.find_scores(digest, key, precision=precision, encoding=encoding)[0]
+
+    def find_scores(
+        self,
+        digest: str,
+        keys: Sequence[tuple[Task, str, str]],
+        *,
+        precision: str,
+        encoding: str = "",
+    ) -> list[Score | None]:
+        """As `find_score`, for many (task, scorer, scorer's version) in one look."""
         with self._db.read() as c:
-            return scores.find(
-                c,
-                digest=digest,
-                task=task,
-                scorer=scorer,
-                scorer_version=scorer_version,
-                precision=precision,
-            )
+            return scores.known(c, digest=digest, keys=keys, precision=precision, encoding=encoding)
+
+    def add_forecasts(self, new: Sequence[Forecasted]) -> None:
+        """Keep what a dry run expected."""
+        with self._db.write() as c:
+            forecasts.add(c, new)
+
+    def forecasts(self) -> list[Forecasted]:
+        """What dry runs expected, oldest first."""
+        with self._db.read() as c:
+            return forecasts.every(c)
 
     def scores(
-        self, *, subject: str | None = None, task: str | None = None, revision: int | None = None
+        self,
+        *,
+        subject: str | None = None,
+        task: str | None = None,
+        revision: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
     ) -> list[Score]:
-        """Scores by creation, also those measured under another name of the same weights."""
+        """Scores by creation, also those measured under another name of the same weights.
+
+        Args:
+            subject: `base` or an adapter's reference.
+            task, revision: of one task, or one revision of it.
+            since, until: made then or later; made before.
+        """
         with self._db.read() as c:
-            return scores.every(c, subject=subject, task=task, revision=revision)
+            return scores.every(
+                c, subject=subject, task=task, revision=revision, since=since, until=until
+            )
+
+    def scores_of(self, subjects: Collection[str]) -> list[Score]:
+        """`scores` of several subjects, in one reading; unknown ones have none.
+
+        Args:
+            subjects: `base` and adapters by version, `line@3`.
+        """
+        with self._db.read() as c:
+            return scores.every(c, subjects=subjects)
+
+    def scores_by_task(
+        self,
+        *,
+        subject: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> Iterator[tuple[Task, list[Score]]]:
+        """As `scores`, one task after the other in their order, all revisions of each.
+
+        Only one task's scores are read at a time, each in a transaction of its own.
+        """
+        for task in self.tasks():
+            yield task, self.scores(subject=subject, task=task.name, since=since, until=until)
 
     def outcomes(self, score: Score) -> tuple[np.ndarray, np.ndarray | None]:
         """Outcomes and weights of a score, each (eval rows,) float32."""
+        return self.outcomes_of([score])[0]
+
+    def outcomes_of(self, wanted: Sequence[Score]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """As `outcomes` for many scores, of which those of one task are decoded together.
+
+        Raises:
+            DamagedObject: names the first that is damaged.
+        """
         with self._db.read() as c:
-            return scores.arrays(c, score)
+            return scores.arrays(c, wanted)
+
+    def reuse(self, task: str, revision: int) -> int:
+        """How many different weights were ever scored on that revision's eval rows.
+
+        The more, the more the best of them owes to luck. Adapters of equal weights
+        count once, the base counts too.
+        """
+        with self._db.read() as c:
+            return scores.reuse(c, task, revision)
 
     # aliases
 
-    def set_alias(self, line: str, name: str, version: int) -> Alias:
-        """Point an alias at a version of its line; the move is noted."""
+    def set_alias(
+        self,
+        line: str,
+        name: str,
+        version: int,
+        *,
+        action: str = "set",
+        reason: str = "",
+        forced: bool = False,
+        verdict: Mapping[str, Any] | None = None,
+    ) -> Alias:
+        """Point an alias at a version of its line; the move goes into the journal.
+
+        Args:
+            action: what the journal calls it: "set", "promoted", "rolled back".
+            reason: the user's words.
+            forced: against the verdict.
+            verdict: what the gate said, as JSON; None where it was not asked.
+        """
         with self._db.write() as c:
-            return aliases.point(c, line, name, version)
+            return aliases.point(
+                c, line, name, version,
+                action=action, reason=reason, forced=forced, verdict=verdict,
+            )  # fmt: skip
 
     def aliases(self, line: str | None = None) -> list[Alias]:
         """Aliases of one line or of all, by line and name."""
         with self._db.read() as c:
             return aliases.every(c, line)
 
-    def remove_alias(self, line: str, name: str) -> None:
-        """Take an alias away; that is noted too."""
+    def remove_alias(self, line: str, name: str, *, reason: str = "") -> None:
+        """Take an alias away; that goes into the journal too."""
         with self._db.write() as c:
-            aliases.remove(c, line, name)
+            aliases.remove(c, line, name, reason=reason)
 
-    def alias_moves(self, line: str | None = None) -> list[AliasMove]:
-        """Every move there ever was, oldest first."""
+    def journal(
+        self,
+        line: str | None = None,
+        alias: str | None = None,
+        since: datetime | None = None,
+    ) -> list[JournalEntry]:
+        """Every move of an alias there ever was, oldest first.
+
+        Args:
+            line, alias: of one line, of aliases of that name.
+            since: then or later.
+        """
         with self._db.read() as c:
-            return aliases.moves(c, line)
+            return journal.entries(c, line=line, alias=alias, since=since)
 
     # integrity
 

@@ -8,7 +8,6 @@ here creates a schema: that is Alembic's alone, and a test holds both together.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -76,6 +75,21 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+class Measured(TypeDecorator[float]):
+    """A figure that may be NaN, which is kept as NULL because SQLite has no NaN."""
+
+    impl = Float
+    cache_ok = True
+
+    def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
+        """NaN to NULL."""
+        return None if value is None or value != value else float(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> float:
+        """NULL to NaN."""
+        return float("nan") if value is None else float(value)
+
+
 class UtcTime(TypeDecorator[datetime]):
     """ISO 8601 text in UTC with microseconds: it sorts like the time it tells."""
 
@@ -94,43 +108,6 @@ class UtcTime(TypeDecorator[datetime]):
             return datetime.fromisoformat(value)
         except (TypeError, ValueError) as e:
             raise DamagedObject(f"the database holds a broken time: {_DAMAGED}") from e
-
-
-class Measured(TypeDecorator[float]):
-    """A figure that may be NaN, which is kept as NULL because SQLite has no NaN."""
-
-    impl = Float
-    cache_ok = True
-
-    def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
-        """NaN to NULL."""
-        return None if value is None or value != value else float(value)
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> float:
-        """NULL to NaN."""
-        return float("nan") if value is None else float(value)
-
-
-class Checked(TypeDecorator[bytes]):
-    """Bytes followed by their CRC-32: SQLite itself would not notice a flipped bit."""
-
-    impl = LargeBinary
-    cache_ok = True
-
-    def process_bind_param(self, value: bytes | None, dialect: Dialect) -> bytes | None:
-        """Append the checksum."""
-        return None if value is None else value + zlib.crc32(value).to_bytes(4, "little")
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> bytes | None:
-        """Check and remove the checksum."""
-        if value is None:
-            return None
-        if not isinstance(value, bytes) or len(value) < 4:
-            raise DamagedObject(f"stored bytes are cut short: {_DAMAGED}")
-        content = value[:-4]
-        if zlib.crc32(content).to_bytes(4, "little") != value[-4:]:
-            raise DamagedObject(f"stored bytes were altered: {_DAMAGED}")
-        return content
 
 
 metadata = MetaData(
@@ -176,11 +153,10 @@ tasks = Table(
     Column("name", Text, ForeignKey("lines.name"), nullable=False),
     Column("revision", Integer, nullable=False),
     Column("scorer", Text, nullable=False),
-    Column("scorer_version", Integer, nullable=False),
+    Column("scorer_version", Text, nullable=False),
     Column("description", Text, nullable=False),
     Column("options", Json, nullable=False),
     Column("created_at", UtcTime, nullable=False),
-    Column("eval_keys", Checked, nullable=False),
     UniqueConstraint("name", "revision"),
 )
 
@@ -275,37 +251,66 @@ parents = Table(
 )
 
 # A score belongs to weights, not to a name: every adapter of that digest has it.
-scores = Table(
-    "scores",
+subjects = Table(
+    "subjects",
     metadata,
     Column("id", Integer, primary_key=True),
     Column("digest", Text, nullable=False),
+    UniqueConstraint("digest"),
+)
+
+# With a subject, all that decides its outcomes: the key under which nothing is scored twice.
+settings = Table(
+    "settings",
+    metadata,
+    Column("id", Integer, primary_key=True),
     Column("task", Text, nullable=False),
     Column("task_revision", Integer, nullable=False),
     Column("scorer", Text, nullable=False),
-    Column("scorer_version", Integer, nullable=False),
+    Column("scorer_version", Text, nullable=False),
     Column("precision", Text, nullable=False),
-    Column("origin", Text, nullable=False),
-    Column("value", Measured),
-    Column("error", Measured),
-    Column("rows", BigInteger, nullable=False),
-    Column("facts", Json, nullable=False),
-    Column("created_at", UtcTime, nullable=False),
     Column("encoding", Text, nullable=False),
-    Column("outcomes", Checked, nullable=False),
-    Column("weights", Checked),
+    Column("origin", Text, nullable=False),
     ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
     UniqueConstraint(
-        "digest",
         "task",
         "task_revision",
         "scorer",
         "scorer_version",
         "precision",
+        "encoding",
         "origin",
-        name="uq_scores_key",
+        name="uq_settings_key",
     ),
-    Index("ix_scores_task_task_revision", "task", "task_revision"),
+)
+
+score_facts = Table(
+    "score_facts",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("facts", Json, nullable=False),
+    UniqueConstraint("facts"),
+)
+
+row_weights = Table(  # token counts and the like, which many scores share
+    "row_weights",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("digest", Text, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+    UniqueConstraint("digest"),
+)
+
+score_pages = Table(  # what the parts hold: `pages`
+    "score_pages",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("setting", Integer, ForeignKey("settings.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("directory", LargeBinary, nullable=False),
+    Column("reference", LargeBinary),
+    Column("bodies", LargeBinary, nullable=False),
+    UniqueConstraint("setting", "number"),
 )
 
 aliases = Table(
@@ -319,15 +324,40 @@ aliases = Table(
     ForeignKeyConstraint(["line", "version"], ["adapters.line", "adapters.version"]),
 )
 
-alias_moves = Table(  # rows are only ever added
-    "alias_moves",
+journal = Table(  # rows are only ever added: triggers refuse the rest
+    "journal",
     metadata,
     Column("id", Integer, primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("user", Text, nullable=False),
+    Column("action", Text, nullable=False),
     Column("line", Text, ForeignKey("lines.name"), nullable=False),
     Column("name", Text, nullable=False),
     Column("from_version", Integer),
     Column("to_version", Integer),
-    Column("user", Text, nullable=False),
-    Column("moved_at", UtcTime, nullable=False),
-    Index("ix_alias_moves_line", "line"),
+    Column("forced", Boolean, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("verdict", Json, nullable=False),
+    Index("ix_journal_line", "line"),
+)
+
+forecasts = Table(  # rows are only ever added
+    "forecasts",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("merge", Text, nullable=False),
+    Column("precision", Text, nullable=False),
+    Column("member", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("task_revision", Integer, nullable=False),
+    Column("scorer", Text, nullable=False),
+    Column("scorer_version", Text, nullable=False),
+    Column("encoding", Text, nullable=False),
+    Column("agrees", Float, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("own", Measured),
+    Column("score", Measured),
+    Column("error", Measured),
+    Column("created_at", UtcTime, nullable=False),
+    ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, func, insert, select, tuple_
@@ -15,8 +16,7 @@ from lori_manager.store import names
 from lori_manager.store import tables as t
 from lori_manager.store.tables import now
 
-KEY_BYTES = 16  # of the hash that names a row of the eval split
-_COLUMNS = [column for column in t.tasks.c if column.name != "eval_keys"]  # a long blob
+KEY_BYTES = 16  # of the SHA-256 that names a row, as `tasks.rows` has it
 
 
 def add(
@@ -24,15 +24,15 @@ def add(
     name: str,
     *,
     scorer: str,
-    scorer_version: int,
+    scorer_version: str,
     description: str,
     splits: Mapping[str, Split],
     options: JSON,
-    eval_keys: Sequence[bytes],
 ) -> Task:
     """Add the task, or a revision of it where rows or scorer differ from the latest."""
     check_name(name, "task")
-    _check(splits, eval_keys)
+    if "eval" not in splits:
+        raise ValueError(f"a task needs an eval split, got {', '.join(splits) or 'none'}")
     line = names.find(connection, name, lock=True)
     if line is not None and not line.of_task:
         raise Conflict(f"{name!r} is the name of a line: choose another name for the task")
@@ -57,7 +57,6 @@ def add(
             description=description,
             options=options,
             created_at=now(),
-            eval_keys=b"".join(eval_keys),
         )
     )
     for split_name, split in splits.items():
@@ -74,15 +73,6 @@ def add(
             )
         )
     return one(connection, name, revision)
-
-
-def _check(splits: Mapping[str, Split], eval_keys: Sequence[bytes]) -> None:
-    if "eval" not in splits:
-        raise ValueError(f"a task needs an eval split, got {', '.join(splits) or 'none'}")
-    if len(eval_keys) != splits["eval"].rows:
-        raise ValueError(f"expected {splits['eval'].rows} eval keys, got {len(eval_keys)}")
-    if any(len(key) != KEY_BYTES for key in eval_keys):
-        raise ValueError(f"an eval key must have {KEY_BYTES} bytes")
 
 
 def _digests(splits: Mapping[str, Split]) -> dict[str, str]:
@@ -123,21 +113,23 @@ def revisions(connection: Connection, name: str | None = None) -> list[Task]:
     return _select(connection, t.tasks.c.name == name)
 
 
-def eval_keys(connection: Connection, task: Task) -> list[bytes]:
-    """The hashes of the eval rows, in their order."""
-    one(connection, task.name, task.revision)
-    blob = connection.execute(
-        select(t.tasks.c.eval_keys).where(
-            t.tasks.c.name == task.name, t.tasks.c.revision == task.revision
+def row_keys(task: Task, content: bytes) -> list[bytes]:
+    """The hashes of eval rows, in their order: of each line of the stored JSONL.
+
+    Raises:
+        DamagedObject: other rows than the task has.
+    """
+    lines = content.split(b"\n")[:-1]
+    if len(lines) != task.splits["eval"].rows:
+        raise DamagedObject(
+            f"{task.ref} has {task.splits['eval'].rows} eval rows, its file {len(lines)}: "
+            "restore the file from a copy"
         )
-    ).scalar_one()
-    if len(blob) != KEY_BYTES * task.splits["eval"].rows:
-        raise DamagedObject(f"the row hashes of {task.ref} are incomplete: run `lori verify`")
-    return [blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES)]
+    return [hashlib.sha256(line).digest()[:KEY_BYTES] for line in lines]
 
 
 def _select(connection: Connection, *where: ColumnElement[bool]) -> list[Task]:
-    rows = connection.execute(select(*_COLUMNS).where(*where).order_by(t.tasks.c.id)).all()
+    rows = connection.execute(select(t.tasks).where(*where).order_by(t.tasks.c.id)).all()
     of_these = tuple_(t.splits.c.task, t.splits.c.task_revision).in_(
         select(t.tasks.c.name, t.tasks.c.revision).where(*where)
     )

@@ -37,7 +37,7 @@ def find_scorer(name: str, own: Mapping[str, ScorerEntry], root: Path) -> Scorer
     )
 
 
-def request_scorer(options: Mapping[str, Any], version: int, root: Path) -> RequestScorer:
+def request_scorer(options: Mapping[str, Any], version: str, root: Path) -> RequestScorer:
     """The scorer of a task that was added with `--lm-eval`.
 
     Args:
@@ -54,4 +54,5 @@ def request_scorer(options: Mapping[str, Any], version: int, root: Path) -> Requ
         version=version,
         higher_is_better=options["higher_is_better"],
         unit=options["unit"],
+        binary=options["binary"],
     )

@@ -48,10 +48,10 @@ class OwnScorer:
     reads: ClassVar[Literal["text"]] = "text"
 
     @property
-    def version(self) -> int:
-        """48 bits of the SHA-256 of the file and of what lori.toml says of the function."""
+    def version(self) -> str:
+        """64 bits of the SHA-256 of the file and of what lori.toml says of the function."""
         told = f"{self.entry}".encode()
-        return int.from_bytes(hashlib.sha256(told + b"\0" + self.source).digest()[:6], "big")
+        return hashlib.sha256(told + b"\0" + self.source).hexdigest()[:16]
 
     @property
     def higher_is_better(self) -> bool:

@@ -46,8 +46,8 @@ class AnyScorer(Protocol):
     """What every scorer says of itself."""
 
     @property
-    def version(self) -> int:
-        """Of what decides an outcome."""
+    def version(self) -> int | str:
+        """Of what decides an outcome: a number, or a digest where that is a user's file."""
 
     @property
     def binary(self) -> bool:
@@ -121,10 +121,10 @@ class RequestScorer:
     include: str | None
     metric: str
     filter: str
-    version: int
+    version: str
     higher_is_better: bool
     unit: str
-    binary: bool = False
+    binary: bool
     reads: ClassVar[Literal["requests"]] = "requests"
 
     def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:

@@ -211,6 +211,8 @@ def test_without_the_extra_the_command_that_brings_it_is_named(monkeypatch):
     monkeypatch.setattr("lori_manager.extras.find_spec", lambda _: None)
     with pytest.raises(InvalidInput, match=r"library lm_eval: .*lori-manager\[lm-eval\]"):
         freeze("hellaswag")
-    options = dict.fromkeys(("task", "include", "metric", "filter", "higher_is_better", "unit"))
+    options = dict.fromkeys(
+        ("task", "include", "metric", "filter", "higher_is_better", "unit", "binary")
+    )
     with pytest.raises(InvalidInput, match=r"lori-manager\[lm-eval\]"):
         request_scorer(options, 1, Path()).ready(run_code=False)

@@ -1,6 +1,8 @@
 """Continual-learning figures against matrices worked by hand."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,14 @@ from hypothesis.extra.numpy import arrays
 from lori_manager.metrics.continual import (
     average_accuracy,
     backward_transfer,
+    best_seen_forgetting,
     continual_figures,
+    first_last_forgetting,
     forgetting,
     forward_transfer,
     intransigence,
     learning_accuracy,
+    other_figures,
     outside_delta,
     trace_backward_transfer,
 )
@@ -23,6 +28,13 @@ from lori_manager.metrics.continual import (
 NAN = math.nan
 R = np.array([[0.9, 0.3, 0.2], [0.7, 0.8, 0.1], [0.5, 0.85, 0.6]])
 BASE = np.array([0.1, 0.2, 0.15])
+
+
+ORACLES = json.loads(Path(__file__).with_name("continual_oracles.json").read_text("utf-8"))
+
+
+def others(*args, **kwargs):
+    return {f.symbol: f for f in other_figures(*args, **kwargs)}
 
 
 def by_symbol(*args, **kwargs):
@@ -168,3 +180,79 @@ def test_definitions_written_out_as_loops_agree(M):
     }
     figures = by_symbol(M, b)
     assert {s: figures[s].value for s in loops} == pytest.approx(loops, abs=1e-12)
+
+
+def test_the_figures_of_others_by_hand():
+    figures = others(R)
+    expected = {
+        "MAA": (0.9 + (0.7 + 0.8) / 2 + (0.5 + 0.85 + 0.6) / 3) / 3,
+        "A": (0.9 + 0.7 + 0.8 + 0.5 + 0.85 + 0.6) / 6,
+        "F_FIRST": ((0.9 - 0.5) + (0.8 - 0.85)) / 2,
+        "F_SEEN": ((0.9 - 0.5) + 0.0) / 2,
+        "BWT_ALL": ((0.7 - 0.9) + (0.5 - 0.9) + (0.85 - 0.8)) / 3,
+        "FWT_ALL": (0.3 + 0.2 + 0.1) / 3,
+    }
+    assert {s: f.value for s, f in figures.items()} == pytest.approx(expected)
+    assert {s: f.denominator for s, f in figures.items()} == {
+        "MAA": 3, "A": 6, "F_FIRST": 2, "F_SEEN": 2, "BWT_ALL": 3, "FWT_ALL": 3,
+    }  # fmt: skip
+    assert [s for s, f in figures.items() if not f.higher_is_better] == ["F_FIRST", "F_SEEN"]
+    assert all(f.name and f.formula and f.source for f in figures.values())
+
+
+@pytest.mark.parametrize("case", ORACLES["cases"], ids=lambda case: f"{len(case['R'])} tasks")
+def test_figures_are_those_of_avalanches_and_fusion_benchs_own_code(case):
+    M, base = np.array(case["R"]), case["base"]
+    avalanche = case["avalanche"]
+    assert first_last_forgetting(M).value == pytest.approx(avalanche["forgetting"])
+    assert backward_transfer(M).value == pytest.approx(avalanche["bwt"])
+    assert forward_transfer(M, base).value == pytest.approx(avalanche["fwt"])
+    assert trace_backward_transfer(M).value == pytest.approx(case["fusion_bench"]["bwt"])
+
+
+@given(squares())
+def test_best_seen_forgetting_is_mammoths_on_rows_that_hold_the_tasks_seen(M):
+    # Its definition, written anew: rows are padded with 0 and the maximum takes in the last.
+    T = len(M)
+    seen = np.array([[M[i, j] if j <= i else 0.0 for j in range(T)] for i in range(T)])
+    expected = np.mean([seen[:, j].max() - seen[-1, j] for j in range(T - 1)])
+    assert best_seen_forgetting(M).value == pytest.approx(expected, abs=1e-12)
+
+
+@given(squares())
+def test_the_three_forgettings_are_ordered(M):
+    assert first_last_forgetting(M).value == -backward_transfer(M).value
+    assert best_seen_forgetting(M).value >= first_last_forgetting(M).value - 1e-12
+    assert best_seen_forgetting(M).value >= 0
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "needing"),
+    [
+        (2, 0, {"MAA", "A", "F_FIRST", "F_SEEN", "BWT_ALL"}),
+        (1, 0, {"MAA", "A", "F_SEEN", "BWT_ALL"}),
+        (2, 2, {"MAA", "A"}),
+        (0, 2, {"FWT_ALL"}),
+    ],
+)
+def test_what_was_not_measured_spoils_exactly_the_others_that_need_it(row, column, needing):
+    M = R.copy()
+    M[row, column] = NAN
+    assert {s for s, f in others(M).items() if math.isnan(f.value)} == needing
+
+
+def test_the_figures_of_others_on_one_task_and_with_lower_is_better():
+    single = others([[0.9]])
+    assert single["MAA"].value == single["A"].value == 0.9
+    assert {s for s, f in single.items() if math.isnan(f.value)} == {
+        "F_FIRST", "F_SEEN", "BWT_ALL", "FWT_ALL",
+    }  # fmt: skip
+    figures, turned = others(R), others(-R, higher_is_better=False)
+    for symbol in ("F_FIRST", "F_SEEN", "BWT_ALL"):
+        assert turned[symbol].value == pytest.approx(figures[symbol].value)
+        assert turned[symbol].higher_is_better == figures[symbol].higher_is_better
+    for symbol in ("MAA", "A", "FWT_ALL"):
+        assert turned[symbol].value == -figures[symbol].value
+        assert not turned[symbol].higher_is_better
+    wide = np.column_stack([R, [0.5, 0.4, 0.3]])
+    assert {s: f.value for s, f in others(wide).items()} == {s: f.value for s, f in figures.items()}

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats import contingency_tables as contingency
 
 from lori_manager.metrics.paired import mcnemar_exact, paired_difference, sign_flip
 from lori_manager.metrics.summary import summarize
@@ -138,7 +139,7 @@ def test_sign_flip_enumerates_every_pattern_of_few_rows():
 
 def test_sign_flip_is_never_below_the_share_of_what_was_seen():
     # All 13 one way: that and its mirror, of 2^13 patterns.
-    assert sign_flip([1.0] * 13) == 2 / 2**13
+    assert sign_flip([1.0] * 13) == pytest.approx(2 / 2**13, rel=1e-9)
 
 
 def test_sign_flip_of_ties_counts_them_as_extreme():
@@ -208,3 +209,68 @@ def test_sign_flip_is_a_probability_that_ignores_scale_and_order(d, scale):
     assert sign_flip([scale * x for x in d]) == pytest.approx(p, abs=1e-6)
     assert sign_flip(d[::-1]) == pytest.approx(p, abs=1e-6)
     assert sign_flip([-x for x in d]) == pytest.approx(p, abs=1e-6)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (5, 0), (7, 3), (3, 7), (40, 20), (700, 640)])
+def test_one_sided_mcnemar_is_the_one_sided_binomial_test(lost, gained):
+    n = lost + gained
+    expected = stats.binomtest(lost, n, 0.5, alternative="greater").pvalue if n else 1.0
+    assert mcnemar_exact(lost, gained, "less") == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_is_that_of_statsmodels():
+    for lost, gained in ((1, 5), (12, 3), (30, 31), (0, 9)):
+        theirs = contingency.mcnemar([[100, lost], [gained, 50]], exact=True).pvalue
+        assert mcnemar_exact(lost, gained) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_one_sided_sign_flip_enumerates_few_rows_and_mirrors():
+    random = np.random.default_rng(7)
+    for n in (1, 4, 12):
+        d = random.normal(-0.3, 1.0, size=n)
+        patterns = np.array(list(itertools.product((1, -1), repeat=n)))
+        expected = np.mean(patterns @ np.abs(d) <= d.sum() + 1e-12)
+        assert sign_flip(d, "less") == pytest.approx(expected, abs=1e-12)
+    d = random.normal(-0.3, 1.0, size=60)
+    assert sign_flip(d) == pytest.approx(2 * sign_flip(d, "less"), rel=1e-9)
+    assert sign_flip(d, "less") + sign_flip(-d, "less") == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("n", [13, 20, 51, 400, 3000])
+def test_sign_flip_of_equal_sizes_is_the_binomial_test(n):
+    # Every sum lies on a lattice, where a normal limit is too sure of itself.
+    d = np.ones(n)
+    d[: n // 2 + int(math.sqrt(n))] = -1
+    lost = int(np.sum(d < 0))
+    expected = mcnemar_exact(lost, n - lost, "less")
+    assert sign_flip(d, "less") == pytest.approx(expected, rel=1e-6)
+    assert sign_flip(0.3 * d) == pytest.approx(mcnemar_exact(lost, n - lost), rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 30])
+def test_sign_flip_of_scores_with_levels_keeps_its_level(alpha):
+    random = np.random.default_rng(8)
+    sizes = random.choice([0.25, 0.5, 1.0, 1 / 3], 40, p=[0.2, 0.2, 0.5, 0.1])
+    signs = random.choice([-1.0, 1.0], (40_000, 40))
+    # The critical sum by bisection over p, then how often chance alone goes beyond it.
+    sums = np.sort(signs @ sizes)
+    critical = next(s for s in np.unique(sums.round(9)) if p_of_sum(sizes, s) > alpha)
+    share = np.mean(sums < critical - 1e-6)
+    assert share <= alpha + 4 * math.sqrt(alpha / 40_000)
+
+
+def p_of_sum(sizes, wanted):
+    """p of differences of these sizes whose signs add up near a wanted sum."""
+    signs, left = np.ones(sizes.size), (sizes.sum() - wanted) / 2
+    for i in np.argsort(-sizes):
+        if sizes[i] <= left + 1e-9:
+            signs[i], left = -1.0, left - sizes[i]
+    return sign_flip(signs * sizes, "less")
+
+
+def test_sign_flip_of_thousands_of_rows_is_its_normal_limit():
+    d = np.random.default_rng(9).normal(-0.01, 1.0, size=20_000)
+    limit = stats.norm.cdf(d.sum() / math.sqrt(np.sum(d**2)))
+    assert sign_flip(d, "less") == pytest.approx(limit, abs=0.005)
+    assert 0 < sign_flip(np.full(2000, -1.0), "less") <= 1e-14
+    assert sign_flip(np.full(2000, 1.0), "less") == pytest.approx(1.0)

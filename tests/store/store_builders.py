@@ -13,7 +13,10 @@ import numpy as np
 
 from lori_manager.errors import Conflict
 from lori_manager.records import Base, NewAdapter, NewScore, Parent, Score, Split, Task
+from lori_manager.store.database import HEAD
 from lori_manager.store.store import Store
+
+NEXT = f"{int(HEAD) + 1:04d}"  # the schema of a later lori
 
 FINGERPRINT = "f" * 64
 
@@ -31,22 +34,28 @@ def base(fingerprint: str = FINGERPRINT, **changes: Any) -> Base:
 
 
 def keys(rows: int) -> list[bytes]:
-    return [hashlib.sha256(str(i).encode()).digest()[:16] for i in range(rows)]
+    return [hashlib.sha256(line).digest()[:16] for line in lines(rows)]
+
+
+def lines(rows: int) -> list[bytes]:
+    return [b'{"completion":"%d","prompt":""}' % i for i in range(rows)]
 
 
 def add_task(store: Store, name: str = "safety", *, rows: int = 10, salt: str = "") -> Task:
     splits = {}
     for split, count in (("train", 100), ("eval", rows)):
-        digest = store.objects.put(f"{name} {split} {count} {salt}".encode())
+        content = f"{name} {split} {count} {salt}".encode()
+        if split == "eval" and not salt:
+            content = b"".join(line + b"\n" for line in lines(count))
+        digest = store.objects.put(content)
         splits[split] = Split(digest, count, tokens=7 * count, longest=40, truncated=1)
     return store.add_task(
         name,
         scorer="exact_match",
-        scorer_version=1,
+        scorer_version="1",
         description="what it is",
         splits=splits,
         options={"seed": 0, "sources": ["a.jsonl"]},
-        eval_keys=keys(rows),
     )
 
 
@@ -137,7 +146,7 @@ def create_store(root: Path, said: Path) -> None:
 def upgrade_store(root: Path, migrations: Path, said: Path) -> None:
     from lori_manager.store import database
 
-    database.HEAD = "0002"
+    database.HEAD = NEXT
     database.migrations_folder = lambda: migrations
     done = database.upgrade(root)
     said.write_text(f"{done.before} {done.after}")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import sqlite3
 
 import pytest
 import store_builders as build
@@ -26,16 +27,19 @@ def test_an_alias_moves_and_every_move_is_kept(two: Store) -> None:
     assert two.aliases("main") == [second]
     two.remove_alias("main", "production")
     assert two.aliases() == []
-    moves = two.alias_moves()
+    moves = two.journal()
     assert [(m.from_version, m.to_version) for m in moves] == [(None, 1), (1, 2), (2, None)]
-    assert {(m.line, m.name, m.user) for m in moves} == {("main", "production", getpass.getuser())}
-    assert moves[0].moved_at == first.moved_at
+    assert [m.action for m in moves] == ["set", "set", "removed"]
+    assert {(m.ref, m.user) for m in moves} == {("main@production", getpass.getuser())}
+    assert {(m.forced, m.reason, m.verdict) for m in moves} == {(False, "", None)}
+    assert moves[0].at == first.moved_at
+    assert [m.id for m in moves] == [1, 2, 3]
 
 
 def test_setting_an_alias_where_it_is_moves_nothing(two: Store) -> None:
     alias = two.set_alias("main", "production", 1)
     assert two.set_alias("main", "production", 1) == alias
-    assert len(two.alias_moves()) == 1
+    assert len(two.journal()) == 1
 
 
 def test_aliases_belong_to_their_line(two: Store) -> None:
@@ -49,7 +53,7 @@ def test_aliases_belong_to_their_line(two: Store) -> None:
         "other@production",
     ]
     assert [alias.ref for alias in two.aliases("other")] == ["other@production"]
-    assert [move.line for move in two.alias_moves("other")] == ["other"]
+    assert [move.line for move in two.journal("other")] == ["other"]
     assert isinstance(two.aliases()[0], Alias)
 
 
@@ -62,7 +66,7 @@ def test_an_alias_needs_a_version_that_is_there(two: Store) -> None:
         two.remove_alias("main", "production")
     with pytest.raises(NotFound, match="no line"):
         two.remove_alias("mian", "production")
-    assert two.alias_moves() == []
+    assert two.journal() == []
 
 
 @pytest.mark.parametrize("name", ["latest", "base", "3", "a@b", "", "x'y"])
@@ -79,4 +83,48 @@ def test_a_user_without_an_account_is_noted_by_number(
 
     monkeypatch.setattr(getpass, "getuser", nobody)
     two.set_alias("main", "production", 1)
-    assert two.alias_moves()[0].user == f"uid {os.getuid()}"
+    assert two.journal()[0].user == f"uid {os.getuid()}"
+
+
+def test_the_journal_keeps_what_was_said_of_a_move(two: Store) -> None:
+    verdict = {"verdict": "regressed", "tasks": [{"task": "nlu", "lost": 12}]}
+    two.set_alias("main", "production", 1, action="promoted")
+    two.set_alias(
+        "main", "production", 2, action="promoted", reason="the fix can't wait", forced=True,
+        verdict=verdict,
+    )  # fmt: skip
+    two.set_alias("main", "production", 1, action="rolled back", reason="it could")
+    two.remove_alias("main", "production", reason="moved elsewhere")
+    told = [(m.action, m.forced, m.reason, m.verdict) for m in two.journal()]
+    assert told == [
+        ("promoted", False, "", None),
+        ("promoted", True, "the fix can't wait", verdict),
+        ("rolled back", False, "it could", None),
+        ("removed", False, "moved elsewhere", None),
+    ]
+
+
+def test_the_journal_is_read_by_line_alias_and_time(two: Store) -> None:
+    two.add_adapter(build.new_adapter("other"), b"x")
+    for line, name in (("main", "best"), ("other", "best"), ("main", "production")):
+        two.set_alias(line, name, 1)
+    best, other, production = two.journal()
+    assert two.journal("main") == [best, production]
+    assert two.journal(alias="best") == [best, other]
+    assert two.journal("main", "best") == [best]
+    assert two.journal(since=other.at) == [other, production]
+    assert two.journal("other", since=production.at) == []
+    assert two.journal(alias="never") == []
+
+
+@pytest.mark.parametrize(
+    "statement", ["UPDATE journal SET user = 'nobody'", "DELETE FROM journal WHERE id = 1"]
+)
+def test_the_database_itself_refuses_to_change_the_journal(two: Store, statement: str) -> None:
+    two.set_alias("main", "production", 1)
+    before = two.journal()
+    connection = sqlite3.connect(two.root / "registry.db")
+    with pytest.raises(sqlite3.IntegrityError, match="the journal only grows"):
+        connection.execute(statement)
+    connection.close()
+    assert two.journal() == before

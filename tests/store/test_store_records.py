@@ -17,6 +17,7 @@ from lori_manager.errors import (
 from lori_manager.records import Split
 from lori_manager.refs import AdapterRef
 from lori_manager.store.store import Store
+from lori_manager.tasks.rows import Row, rows_to_jsonl
 
 ODD = 'it\'s "odd"; DROP TABLE lines; -- % # @ ../../etc/passwd \x00 \u2603 \U0001f600'
 
@@ -76,7 +77,7 @@ def test_a_task_comes_back_as_it_was_given(store: Store) -> None:
     before = datetime.now(UTC)
     task = build.add_task(store, rows=10)
     assert (task.name, task.revision, task.ref) == ("safety", 1, "safety#1")
-    assert (task.scorer, task.scorer_version) == ("exact_match", 1)
+    assert (task.scorer, task.scorer_version) == ("exact_match", "1")
     assert (task.description, task.options) == ("what it is", {"seed": 0, "sources": ["a.jsonl"]})
     assert list(task.splits) == ["train", "eval"]
     assert task.splits["eval"] == Split(task.splits["eval"].digest, 10, 70, 40, 1)
@@ -97,11 +98,10 @@ def test_identical_content_is_the_same_revision(store: Store) -> None:
     again = store.add_task(
         "safety",
         scorer="exact_match",
-        scorer_version=1,
+        scorer_version="1",
         description="told otherwise",
         splits=task.splits,
         options={},
-        eval_keys=build.keys(10),
     )
     assert again == task
     assert store.task_revisions("safety") == [task]
@@ -118,11 +118,10 @@ def test_changed_rows_or_scorer_make_a_revision(store: Store, change: str) -> No
     second = store.add_task(
         "safety",
         scorer="choice" if change == "scorer" else "exact_match",
-        scorer_version=2 if change == "scorer_version" else 1,
+        scorer_version="2" if change == "scorer_version" else "1",
         description="",
         splits=splits,
         options={},
-        eval_keys=build.keys(10),
     )
     assert second.revision == 2
     assert store.task("safety") == second
@@ -160,31 +159,46 @@ def test_a_task_whose_rows_are_not_stored_is_refused(store: Store) -> None:
         store.add_task(
             "safety",
             scorer="exact_match",
-            scorer_version=1,
+            scorer_version="1",
             description="",
             splits={"eval": Split("0" * 64, 1)},
             options={},
-            eval_keys=build.keys(1),
         )
     assert store.tasks() == []
 
 
-@pytest.mark.parametrize(
-    ("splits", "keys"), [("train", 1), ("eval", 2), ("eval", 0), ("eval", "short")]
-)
-def test_eval_rows_and_their_keys_must_agree(store: Store, splits: str, keys: int | str) -> None:
-    split = Split(store.objects.put(b"rows"), 1)
-    with pytest.raises(ValueError, match="eval"):
+def test_a_task_without_eval_rows_is_a_callers_bug(store: Store) -> None:
+    with pytest.raises(ValueError, match="needs an eval split, got train"):
         store.add_task(
             "safety",
             scorer="exact_match",
-            scorer_version=1,
+            scorer_version="1",
             description="",
-            splits={splits: split},
+            splits={"train": Split(store.objects.put(b"rows"), 1)},
             options={},
-            eval_keys=[b"short"] if isinstance(keys, str) else build.keys(keys),
         )
     assert store.lines() == []
+
+
+def test_eval_keys_are_those_of_the_rows_as_tasks_reads_them(store: Store) -> None:
+    rows = [Row("what?", "this", extra={"n": 1}), Row("line\nbreak", "that\u2028so"), Row("", "x")]
+    splits = {"eval": Split(store.objects.put(rows_to_jsonl(rows)), 3)}
+    task = store.add_task(
+        "safety", scorer="exact_match", scorer_version="1", description="", splits=splits,
+        options={},
+    )  # fmt: skip
+    assert store.eval_keys(task) == [row.key for row in rows]
+
+
+def test_eval_keys_of_altered_or_other_rows_are_refused(store: Store) -> None:
+    task = build.add_task(store, rows=10)
+    digest = task.splits["eval"].digest
+    more = dataclasses.replace(task, splits={"eval": Split(digest, 11)})
+    with pytest.raises(DamagedObject, match="has 11 eval rows, its file 10"):
+        store.eval_keys(more)
+    store.objects.path(digest).write_bytes(b"{}\n")
+    with pytest.raises(DamagedObject, match=digest):
+        store.eval_keys(task)
 
 
 def test_an_unknown_task_gets_a_suggestion_and_a_bounded_list(store: Store) -> None:
@@ -412,7 +426,7 @@ def test_what_a_ref_cannot_mean_is_told_with_what_there_is(
 
 
 def test_unknown_lines_are_told(store: Store) -> None:
-    for call in (store.line, store.adapters, store.aliases, store.alias_moves):
+    for call in (store.line, store.adapters, store.aliases, store.journal):
         with pytest.raises(NotFound, match="no line is called 'nope'"):
             call("nope")
 
@@ -474,11 +488,10 @@ def test_odd_text_is_stored_as_it_is_and_found_nowhere(store: Store) -> None:
     odd = store.add_task(
         "odd",
         scorer=ODD,
-        scorer_version=1,
+        scorer_version="1",
         description=ODD,
         splits={ODD: task.splits["train"], "eval": task.splits["eval"]},
         options={ODD: [ODD, None, True, 1.5]},
-        eval_keys=build.keys(10),
     )
     assert store.task("odd") == odd
     assert (odd.scorer, odd.description, odd.options) == (ODD, ODD, {ODD: [ODD, None, True, 1.5]})

@@ -28,7 +28,7 @@ def test_the_function_is_given_the_text_and_the_row(tmp_path):
 
 def test_nothing_of_the_file_is_run_before_something_is_scored(tmp_path):
     mine = scorer(tmp_path, f"open({str(tmp_path / 'ran')!r}, 'w')\n{POLITE}")
-    assert mine.version > 0
+    assert mine.version
     mine.check(None, ROW, None)
     assert mine.new_tokens([Encoded([1, 2, 3], 1)]) == 130
     assert not (tmp_path / "ran").exists()
@@ -46,7 +46,7 @@ def test_the_version_is_the_sources_and_the_settings(tmp_path):
         scorer(tmp_path, POLITE, unit="smiles").version,
     }
     assert len(others | {first}) == 5
-    assert 0 < first < 2**48
+    assert len(first) == 16
 
 
 def test_what_was_read_is_what_runs_whatever_becomes_of_the_file(tmp_path):

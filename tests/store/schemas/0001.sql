@@ -1,0 +1,209 @@
+BEGIN TRANSACTION;
+CREATE TABLE adapters (
+	id INTEGER NOT NULL, 
+	line TEXT NOT NULL, 
+	version INTEGER NOT NULL, 
+	origin TEXT NOT NULL, 
+	task TEXT, 
+	task_revision INTEGER, 
+	mask_task TEXT, 
+	mask_version INTEGER, 
+	method TEXT NOT NULL, 
+	rank INTEGER NOT NULL, 
+	projection TEXT, 
+	base TEXT NOT NULL, 
+	sequence BOOLEAN NOT NULL, 
+	run TEXT, 
+	stage INTEGER, 
+	digest TEXT NOT NULL, 
+	bytes BIGINT NOT NULL, 
+	created_at TEXT NOT NULL, 
+	config TEXT NOT NULL, 
+	versions TEXT NOT NULL, 
+	facts TEXT NOT NULL, 
+	CONSTRAINT pk_adapters PRIMARY KEY (id), 
+	CONSTRAINT fk_adapters_line FOREIGN KEY(line) REFERENCES lines (name), 
+	CONSTRAINT fk_adapters_base FOREIGN KEY(base) REFERENCES base (fingerprint), 
+	CONSTRAINT fk_adapters_run FOREIGN KEY(run) REFERENCES runs (id), 
+	CONSTRAINT fk_adapters_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
+	CONSTRAINT fk_adapters_mask_task_mask_version FOREIGN KEY(mask_task, mask_version) REFERENCES masks (task, version), 
+	CONSTRAINT uq_adapters_line_version UNIQUE (line, version), 
+	CONSTRAINT uq_adapters_run_stage UNIQUE (run, stage)
+);
+INSERT INTO "adapters" VALUES(1,'main',1,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'762036e1ef0cea7232acd90a28bde9177f7a48a74143f27ad78cadd89bffc467',2,'2026-11-22T15:54:42.137296+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{}');
+INSERT INTO "adapters" VALUES(2,'main',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'60c5590f72eef292f9545afc28bf63ca91d2016a0a288f90f9a32f89d3fffcaf',2,'2026-11-22T15:54:42.144946+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{}');
+INSERT INTO "adapters" VALUES(3,'main',3,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'06f8faea3b5f697691b6d063a07ba4ffaf1ece9a1d473c588565231cdc8e59cc',2,'2026-11-22T15:54:42.150162+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{}');
+INSERT INTO "adapters" VALUES(4,'main',4,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'06f8faea3b5f697691b6d063a07ba4ffaf1ece9a1d473c588565231cdc8e59cc',2,'2026-11-22T15:54:42.154474+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{}');
+INSERT INTO "adapters" VALUES(5,'main',5,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'879cc67a846b570c4241f1880f79e6ed1646abd9eca44882782cb6c8c568ab53',2,'2026-11-22T15:54:42.159913+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{}');
+INSERT INTO "adapters" VALUES(6,'main',6,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'bb349f269976d971294e3cdd5847b128917eb85d2834cc5320a5142f8cc579b8',2,'2026-11-22T15:54:42.165123+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{}');
+CREATE TABLE alembic_version (
+	version_num VARCHAR(32) NOT NULL, 
+	CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
+);
+INSERT INTO "alembic_version" VALUES('0001');
+CREATE TABLE alias_moves (
+	id INTEGER NOT NULL, 
+	line TEXT NOT NULL, 
+	name TEXT NOT NULL, 
+	from_version INTEGER, 
+	to_version INTEGER, 
+	user TEXT NOT NULL, 
+	moved_at TEXT NOT NULL, 
+	CONSTRAINT pk_alias_moves PRIMARY KEY (id), 
+	CONSTRAINT fk_alias_moves_line FOREIGN KEY(line) REFERENCES lines (name)
+);
+INSERT INTO "alias_moves" VALUES(1,'main','production',NULL,1,'ana','2026-11-22T15:54:42.285512+00:00');
+INSERT INTO "alias_moves" VALUES(2,'main','production',1,3,'ana','2026-11-22T15:54:42.290774+00:00');
+INSERT INTO "alias_moves" VALUES(3,'main','best',NULL,2,'ana','2026-11-22T15:54:42.295323+00:00');
+INSERT INTO "alias_moves" VALUES(4,'main','best',2,NULL,'ana','2026-11-22T15:54:42.299831+00:00');
+CREATE TABLE aliases (
+	line TEXT NOT NULL, 
+	name TEXT NOT NULL, 
+	version INTEGER NOT NULL, 
+	moved_at TEXT NOT NULL, 
+	CONSTRAINT pk_aliases PRIMARY KEY (line, name), 
+	CONSTRAINT fk_aliases_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version)
+);
+INSERT INTO "aliases" VALUES('main','production',3,'2026-11-22T15:54:42.290774+00:00');
+CREATE TABLE base (
+	id INTEGER NOT NULL, 
+	fingerprint TEXT NOT NULL, 
+	source TEXT NOT NULL, 
+	revision TEXT, 
+	path TEXT NOT NULL, 
+	model_type TEXT NOT NULL, 
+	created_at TEXT NOT NULL, 
+	CONSTRAINT pk_base PRIMARY KEY (id), 
+	CONSTRAINT ck_base_one_row CHECK (id = 1), 
+	CONSTRAINT uq_base_fingerprint UNIQUE (fingerprint)
+);
+INSERT INTO "base" VALUES(1,'ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff','hub/tiny','abc','/models/tiny','llama','2026-01-02T03:04:05.678901+00:00');
+CREATE TABLE lines (
+	id INTEGER NOT NULL, 
+	name TEXT NOT NULL, 
+	of_task BOOLEAN NOT NULL, 
+	sequence TEXT NOT NULL, 
+	created_at TEXT NOT NULL, 
+	CONSTRAINT pk_lines PRIMARY KEY (id), 
+	CONSTRAINT uq_lines_name UNIQUE (name)
+);
+INSERT INTO "lines" VALUES(1,'safety',1,'[]','2026-11-22T15:54:42.111355+00:00');
+INSERT INTO "lines" VALUES(2,'wiki',1,'[]','2026-11-22T15:54:42.129320+00:00');
+INSERT INTO "lines" VALUES(3,'main',0,'[]','2026-11-22T15:54:42.136201+00:00');
+CREATE TABLE masks (
+	id INTEGER NOT NULL, 
+	task TEXT NOT NULL, 
+	task_revision INTEGER NOT NULL, 
+	version INTEGER NOT NULL, 
+	digest TEXT NOT NULL, 
+	projection TEXT NOT NULL, 
+	sparsity FLOAT NOT NULL, 
+	scope TEXT NOT NULL, 
+	kept BIGINT NOT NULL, 
+	total BIGINT NOT NULL, 
+	config TEXT NOT NULL, 
+	created_at TEXT NOT NULL, 
+	CONSTRAINT pk_masks PRIMARY KEY (id), 
+	CONSTRAINT fk_masks_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
+	CONSTRAINT uq_masks_task_version UNIQUE (task, version)
+);
+CREATE TABLE parents (
+	adapter INTEGER NOT NULL, 
+	position INTEGER NOT NULL, 
+	line TEXT NOT NULL, 
+	version INTEGER NOT NULL, 
+	digest TEXT NOT NULL, 
+	weight FLOAT, 
+	CONSTRAINT pk_parents PRIMARY KEY (adapter, position), 
+	CONSTRAINT fk_parents_adapter FOREIGN KEY(adapter) REFERENCES adapters (id), 
+	CONSTRAINT fk_parents_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version)
+);
+CREATE TABLE runs (
+	id TEXT NOT NULL, 
+	"plan" TEXT NOT NULL, 
+	open_plan TEXT, 
+	created_at TEXT NOT NULL, 
+	CONSTRAINT pk_runs PRIMARY KEY (id), 
+	CONSTRAINT uq_runs_open_plan UNIQUE (open_plan)
+);
+CREATE TABLE scores (
+	id INTEGER NOT NULL, 
+	digest TEXT NOT NULL, 
+	task TEXT NOT NULL, 
+	task_revision INTEGER NOT NULL, 
+	scorer TEXT NOT NULL, 
+	scorer_version INTEGER NOT NULL, 
+	precision TEXT NOT NULL, 
+	origin TEXT NOT NULL, 
+	value FLOAT, 
+	error FLOAT, 
+	rows BIGINT NOT NULL, 
+	facts TEXT NOT NULL, 
+	created_at TEXT NOT NULL, 
+	encoding TEXT NOT NULL, 
+	outcomes BLOB NOT NULL, 
+	weights BLOB, 
+	CONSTRAINT pk_scores PRIMARY KEY (id), 
+	CONSTRAINT fk_scores_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
+	CONSTRAINT uq_scores_key UNIQUE (digest, task, task_revision, scorer, scorer_version, precision, origin)
+);
+INSERT INTO "scores" VALUES(1,'ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff','safety',1,'exact_match',1,'fp32','measured',0.4,8.94427190999915883162e-02,30,'{"seconds":1.5}','2026-11-22T15:54:42.173846+00:00','bits',X'D6881614CB121FCB',NULL);
+INSERT INTO "scores" VALUES(2,'762036e1ef0cea7232acd90a28bde9177f7a48a74143f27ad78cadd89bffc467','safety',1,'exact_match',1,'fp32','measured',0.8,7.30296743340221460316e-02,30,'{"higher_is_better":true,"unit":"share"}','2026-11-22T15:54:42.183651+00:00','bits',X'7ED3FBFC9B052866',NULL);
+INSERT INTO "scores" VALUES(3,'762036e1ef0cea7232acd90a28bde9177f7a48a74143f27ad78cadd89bffc467','safety',2,'exact_match',1,'fp32','measured',0.75,0.125,12,'{"seconds":1.5}','2026-11-22T15:54:42.189344+00:00','bits',X'F75071344F71',NULL);
+INSERT INTO "scores" VALUES(4,'60c5590f72eef292f9545afc28bf63ca91d2016a0a288f90f9a32f89d3fffcaf','safety',1,'exact_match',1,'fp32','measured',8.3333333333333337034e-01,6.80413817439771695383e-02,30,'{"higher_is_better":true,"unit":"share"}','2026-11-22T15:54:42.194744+00:00','bits',X'FFFFCB74A056BF3E',NULL);
+INSERT INTO "scores" VALUES(5,'60c5590f72eef292f9545afc28bf63ca91d2016a0a288f90f9a32f89d3fffcaf','safety',2,'exact_match',1,'fp32','measured',0.75,0.125,12,'{"seconds":1.5}','2026-11-22T15:54:42.200045+00:00','bits',X'F2F0DC63EEDA',NULL);
+INSERT INTO "scores" VALUES(6,'06f8faea3b5f697691b6d063a07ba4ffaf1ece9a1d473c588565231cdc8e59cc','safety',1,'exact_match',1,'fp32','measured',0.8,7.30296743340221460316e-02,30,'{"higher_is_better":true,"unit":"share"}','2026-11-22T15:54:42.205152+00:00','bits',X'9FBF3BFCCCC6DC82',NULL);
+INSERT INTO "scores" VALUES(7,'06f8faea3b5f697691b6d063a07ba4ffaf1ece9a1d473c588565231cdc8e59cc','safety',2,'exact_match',1,'fp32','measured',1.0,0.0,12,'{"seconds":1.5}','2026-11-22T15:54:42.210752+00:00','bits',X'FFF0911D406F',NULL);
+INSERT INTO "scores" VALUES(8,'879cc67a846b570c4241f1880f79e6ed1646abd9eca44882782cb6c8c568ab53','safety',1,'exact_match',1,'fp32','measured',8.66666666666666696272e-01,6.20632890834175235394e-02,30,'{"higher_is_better":true,"unit":"share"}','2026-11-22T15:54:42.225380+00:00','bits',X'FFEFDFCC3B198DC9',NULL);
+INSERT INTO "scores" VALUES(9,'879cc67a846b570c4241f1880f79e6ed1646abd9eca44882782cb6c8c568ab53','safety',2,'exact_match',1,'fp32','measured',9.16666666666666629659e-01,7.97855923130281752264e-02,12,'{"seconds":1.5}','2026-11-22T15:54:42.230609+00:00','bits',X'7FF0DA85C354',NULL);
+INSERT INTO "scores" VALUES(10,'bb349f269976d971294e3cdd5847b128917eb85d2834cc5320a5142f8cc579b8','safety',1,'exact_match',1,'fp32','measured',7.66666666666666718477e-01,7.72202237950846692715e-02,30,'{"higher_is_better":true,"unit":"share"}','2026-11-22T15:54:42.236448+00:00','bits',X'AFFEDB784F6D04B7',NULL);
+INSERT INTO "scores" VALUES(11,'bb349f269976d971294e3cdd5847b128917eb85d2834cc5320a5142f8cc579b8','safety',2,'exact_match',1,'fp32','measured',9.16666666666666629659e-01,7.97855923130281752264e-02,12,'{"seconds":1.5}','2026-11-22T15:54:42.241651+00:00','bits',X'7FF0DA85C354',NULL);
+INSERT INTO "scores" VALUES(12,'762036e1ef0cea7232acd90a28bde9177f7a48a74143f27ad78cadd89bffc467','safety',1,'exact_match',1,'','lm-eval',4.81481481481481454753e-01,9.61590242431927672006e-02,27,'{"seconds":1.5}','2026-11-22T15:54:42.246951+00:00','float32',X'000000000000803F0000803F0000C07F0000C07F0000000000000000000000000000000000000000000000000000803F0000803F000000000000803F000000000000803F000000000000803F0000803F000000000000803F000000000000803F0000803F000000000000803F000000000000803F0000C07FF45A789E',NULL);
+INSERT INTO "scores" VALUES(13,'60c5590f72eef292f9545afc28bf63ca91d2016a0a288f90f9a32f89d3fffcaf','safety',1,'exact_match',2,'bf16','measured',5.66666666666666651863e-01,9.04720132703212553959e-02,30,'{"seconds":1.5}','2026-11-22T15:54:42.252452+00:00','bits',X'2FD72D488CD0FE09',NULL);
+INSERT INTO "scores" VALUES(14,'60c5590f72eef292f9545afc28bf63ca91d2016a0a288f90f9a32f89d3fffcaf','safety',1,'exact_match',1,'','nothing measured',NULL,NULL,0,'{"seconds":1.5}','2026-11-22T15:54:42.257858+00:00','float32',X'0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F0000C07F1CD27F36',NULL);
+INSERT INTO "scores" VALUES(15,'762036e1ef0cea7232acd90a28bde9177f7a48a74143f27ad78cadd89bffc467','wiki',1,'perplexity',1,'fp32','measured',2.0022492404641778485e+00,1.02912233033010558358e-01,9,'{"higher_is_better":false}','2026-11-22T15:54:42.263464+00:00','float32',X'83002240BA480A404F7D014009C3D03FD32BFD3FA0D1E33F04E2E43FBF92E43F1A49FE3F4E22E841',X'00002442000044420000C0410000F041000014420000A04000001042000020420000E041079E56E3');
+INSERT INTO "scores" VALUES(16,'60c5590f72eef292f9545afc28bf63ca91d2016a0a288f90f9a32f89d3fffcaf','wiki',1,'perplexity',1,'fp32','measured',2.19317984580993652343e+00,9.6424902294748468523e-02,9,'{"higher_is_better":false}','2026-11-22T15:54:42.268815+00:00','float32',X'D056F33FAFB910401B13CD3F0A7EF93FCDB3234030BF00406F031740E9D31540964719407832CE43',X'00002442000044420000C0410000F041000014420000A04000001042000020420000E041079E56E3');
+INSERT INTO "scores" VALUES(17,'06f8faea3b5f697691b6d063a07ba4ffaf1ece9a1d473c588565231cdc8e59cc','wiki',1,'perplexity',1,'fp32','measured',1.77184150054537026264e+00,9.92510392124727192086e-02,9,'{"higher_is_better":false}','2026-11-22T15:54:42.274289+00:00','float32',X'012C0E40AAFDCA3F79BBF53F2665F13F2286C43FDC2FEE3F37FFCF3FF70AC03F990C0440C5A24041',X'00002442000044420000C0410000F041000014420000A04000001042000020420000E041079E56E3');
+INSERT INTO "scores" VALUES(18,'879cc67a846b570c4241f1880f79e6ed1646abd9eca44882782cb6c8c568ab53','wiki',1,'exact_match',1,'fp32','odd',1.42857145006780883534e+29,1.42857145006780883534e+29,7,'{"seconds":1.5}','2026-11-22T15:54:42.280340+00:00','float32',X'0000000000000080CAF24971C21601000000807F0000C07F000060C00000803F0000803ED3EA2E09',NULL);
+CREATE TABLE splits (
+	id INTEGER NOT NULL, 
+	task TEXT NOT NULL, 
+	task_revision INTEGER NOT NULL, 
+	name TEXT NOT NULL, 
+	digest TEXT NOT NULL, 
+	rows BIGINT NOT NULL, 
+	tokens BIGINT NOT NULL, 
+	longest BIGINT NOT NULL, 
+	truncated BIGINT NOT NULL, 
+	CONSTRAINT pk_splits PRIMARY KEY (id), 
+	CONSTRAINT fk_splits_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
+	CONSTRAINT uq_splits_task_task_revision_name UNIQUE (task, task_revision, name)
+);
+INSERT INTO "splits" VALUES(1,'safety',1,'train','9a6c295d70e13831224a0aa1fbf248a5b8ceab55d5e3030a47277292b596d11b',100,700,40,1);
+INSERT INTO "splits" VALUES(2,'safety',1,'eval','4512ded438bb4585ba9828491b35e37e785c573cce245255d7ed8f34393f18a5',30,210,40,1);
+INSERT INTO "splits" VALUES(3,'safety',2,'train','96cd3c90b171e725cfdf55d8237d17003e3c1cdbd2649a449b091db94bff95a9',100,700,40,1);
+INSERT INTO "splits" VALUES(4,'safety',2,'eval','c952bf5b92d07a6a25097a7fe6fb8ae8fe3196aa292e3a4691839f229e600e9f',12,84,40,1);
+INSERT INTO "splits" VALUES(5,'wiki',1,'train','2a186fa1a414960ea66645ba9b49b0fc637fe3e437876bda2e00dc7c230ca13c',100,700,40,1);
+INSERT INTO "splits" VALUES(6,'wiki',1,'eval','24c677cd5840a2e4cfd71045a02018ba61b57fd5429941ed96589fbddb92c2f5',9,63,40,1);
+CREATE TABLE tasks (
+	id INTEGER NOT NULL, 
+	name TEXT NOT NULL, 
+	revision INTEGER NOT NULL, 
+	scorer TEXT NOT NULL, 
+	scorer_version INTEGER NOT NULL, 
+	description TEXT NOT NULL, 
+	options TEXT NOT NULL, 
+	created_at TEXT NOT NULL, 
+	eval_keys BLOB NOT NULL, 
+	CONSTRAINT pk_tasks PRIMARY KEY (id), 
+	CONSTRAINT fk_tasks_name FOREIGN KEY(name) REFERENCES lines (name), 
+	CONSTRAINT uq_tasks_name_revision UNIQUE (name, revision)
+);
+INSERT INTO "tasks" VALUES(1,'safety',1,'exact_match',1,'what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T15:54:42.112074+00:00',X'5FECEB66FFC86F38D952786C6D696C796B86B273FF34FCE19D6B804EFF5A3F57D4735E3A265E16EEE03F59718B9B5D034E07408562BEDB8B60CE05C1DECFE3AD4B227777D4DD1FC61C6F884F48641D02EF2D127DE37B942BAAD06145E54B0C61E7F6C011776E8DB7CD330B54174FD76F7902699BE42C8A8E46FBBB45017265172C624232CDD221771294DFBB310ACA0019581E27DE7CED00FF1CE50B2047E7A54A44DC15364204A80FE80E9039455CC14FC82B26AECB47D2868C4EFBE35817326B51D431DF5D7F141CBECECCF79EDF3D3FDBA35F04DC8C462986C992BCF875548527A891E224136950FF32CA212B45BCE629FA6598D732768F7C726B4B621285B17EF6D19C7A5B1EE83B907C595526DC4523540F1504CD17100C4835E85B7EEF4EC9599FC203D176A301536C2E091A199400F1B21CB527D7FA3D3EABBA93557AF5CA38F748A1D6EAF726B8A42FB575C36F4B6612125FB3A0DAECD2799DFD6C9C785F3EC7EB32F30B90CD0FCF3657D388535FA30D7E25DD8A49F1536779734EC8C2356069E9D1E79CA924378153CFBBFBB7A56873CD771F2C446D369B649430B65F9C4AB08CAC7457E9111A30E4664920670671CD97404156226E507973F2AB8359E19706D51D39F66711C2653CD7EB1235135AAA6CC23891B40CB3F378C53A1744C8F635');
+INSERT INTO "tasks" VALUES(2,'safety',2,'exact_match',1,'what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T15:54:42.123777+00:00',X'5FECEB66FFC86F38D952786C6D696C796B86B273FF34FCE19D6B804EFF5A3F57D4735E3A265E16EEE03F59718B9B5D034E07408562BEDB8B60CE05C1DECFE3AD4B227777D4DD1FC61C6F884F48641D02EF2D127DE37B942BAAD06145E54B0C61E7F6C011776E8DB7CD330B54174FD76F7902699BE42C8A8E46FBBB45017265172C624232CDD221771294DFBB310ACA0019581E27DE7CED00FF1CE50B2047E7A54A44DC15364204A80FE80E9039455CC14FC82B26AECB47D2868C4EFBE35817324373D257');
+INSERT INTO "tasks" VALUES(3,'wiki',1,'exact_match',1,'what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T15:54:42.129668+00:00',X'5FECEB66FFC86F38D952786C6D696C796B86B273FF34FCE19D6B804EFF5A3F57D4735E3A265E16EEE03F59718B9B5D034E07408562BEDB8B60CE05C1DECFE3AD4B227777D4DD1FC61C6F884F48641D02EF2D127DE37B942BAAD06145E54B0C61E7F6C011776E8DB7CD330B54174FD76F7902699BE42C8A8E46FBBB45017265172C624232CDD221771294DFBB310ACA0037E1A4F4');
+CREATE INDEX ix_adapters_digest ON adapters (digest);
+CREATE INDEX ix_parents_line_version ON parents (line, version);
+CREATE INDEX ix_scores_task_task_revision ON scores (task, task_revision);
+CREATE INDEX ix_alias_moves_line ON alias_moves (line);
+COMMIT;
