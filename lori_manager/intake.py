@@ -85,7 +85,7 @@ def add_task(
     else:
         scorer = scorer or entry.get("scorer") or "exact_match"
         method = find_scorer(scorer, ws.settings.scorers, ws.root)
-        version, check = method.version, method.check
+        version, check = str(method.version), method.check
     rows_wanted = probe_rows if probe_rows is not None else entry.get("probe_rows", 256)
     overlap = allow_overlap if allow_overlap is not None else entry.get("allow_overlap", False)
     render = chat_renderer(ws.tokenizer)
@@ -126,7 +126,7 @@ def add_task(
     task = ws.store.add_task(
         name,
         scorer=scorer,
-        scorer_version=str(version),
+        scorer_version=version,
         description=description or entry.get("description", ""),
         splits=splits,
         options={"sources": {k: str(v) for k, v in sources.items()}, "probe_rows": rows_wanted}

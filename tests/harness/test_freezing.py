@@ -215,4 +215,4 @@ def test_without_the_extra_the_command_that_brings_it_is_named(monkeypatch):
         ("task", "include", "metric", "filter", "higher_is_better", "unit", "binary")
     )
     with pytest.raises(InvalidInput, match=r"lori-manager\[lm-eval\]"):
-        request_scorer(options, 1, Path()).ready(run_code=False)
+        request_scorer(options, "1", Path()).ready(run_code=False)
