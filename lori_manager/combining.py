@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import BadData, InvalidInput, NotFound
-from lori_manager.evaluation import score_missing
+from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.records import Adapter, NewAdapter, Parent, Score
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ def merge(
     if text is not None and not told.general:
         raise InvalidInput("a general text counts only with --general above 0: give both")
     ws.check_line(into)
+    wanted = list(dict.fromkeys(name for m in members for name in ws.tasks_of(m)))
+    ready_to_score(ws, [ws.store.task(name) for name in wanted], config)
     if method is None:
         chosen = method_of("concat" if weights == SEARCH else usual_method(ws, members))
         ws.on_message(f"merging by {chosen.name}")
@@ -147,10 +149,8 @@ def merge(
     adapter = _keep(ws, merged, members, shares, chosen.name, into, kept)
     ws.on_message(f"{adapter.ref}: {chosen.name} of {len(members)} at rank {adapter.rank}")
     scores: list[Score] = []
-    wanted: list[str] = []
     for member in members:
         own = ws.tasks_of(member)
-        wanted.extend(n for n in own if n not in wanted)
         scores += score_missing(ws, member.ref, [ws.store.task(n) for n in own], config)
     scores += score_missing(ws, adapter.ref, [ws.store.task(n) for n in wanted], config)
     return Merged(adapter, tuple(members), tuple(shares), tuple(scores))

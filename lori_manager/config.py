@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_manager.errors import InvalidInput
+from lori_manager.refs import check_name
 
 SCOPES = ("model", "layer", "projection", "matrix")
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
@@ -62,6 +63,7 @@ class Config:
     checkpointing: str = "off"
     store_dtype: str = "bf16"
     score_batch: int = 64
+    run_code: bool = False
     checkpoint_seconds: float = 15.0
 
     def __post_init__(self) -> None:
@@ -150,7 +152,10 @@ class Config:
 def _check_type(key: str, value: object, default: object) -> None:
     expected = type(default)
     if type(value) is not expected:
-        names = {int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+        names = {
+            int: "a whole number", float: "a number", str: "text", tuple: "a list",
+            bool: "true or false",
+        }  # fmt: skip
         raise InvalidInput(f"`{key}` must be {names[expected]}, got {value!r}")
 
 
@@ -223,17 +228,59 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class ScorerEntry:
+    """A scorer of the user's own: a function in a file.
+
+    Attributes:
+        file, name: of the function. unit: of what it says.
+        new_tokens: that a model may write beyond the task's longest completion.
+    """
+
+    file: str
+    name: str
+    higher_is_better: bool = True
+    unit: str = "score"
+    new_tokens: int = 128
+
+    @classmethod
+    def from_toml(cls, value: object) -> ScorerEntry:
+        """`"FILE.py:FUNCTION"`, or a table with that as `function` and other fields.
+
+        Raises:
+            InvalidInput: anything else.
+        """
+        told = {"function": value} if isinstance(value, str) else value
+        usual = {f.name: f.default for f in dataclasses.fields(cls)[2:]}
+        if not isinstance(told, dict) or not told.keys() <= usual.keys() | {"function"}:
+            keys = ", ".join(["function", *usual])
+            raise InvalidInput(f'expected "FILE.py:FUNCTION" or a table of {keys}, got {value!r}')
+        file, colon, name = str(told.get("function", "")).rpartition(":")
+        if not (colon and file.endswith(".py") and name.isidentifier()):
+            raise InvalidInput(
+                f'expected a function as "FILE.py:FUNCTION", got {told.get("function")!r}'
+            )
+        given = {key: value for key, value in told.items() if key != "function"}
+        for key, value in given.items():
+            _check_type(key, value, usual[key])
+        if given.get("new_tokens", 1) < 1:
+            raise InvalidInput(f"`new_tokens` must be at least 1, got {given['new_tokens']}")
+        return cls(file, name, **given)
+
+
+@dataclass(frozen=True)
 class Settings:
-    """A workspace's `lori.toml`: training's defaults, where tasks' files lie, and the gate."""
+    """A workspace's `lori.toml`: training's defaults, tasks' files, own scorers, the gate."""
 
     config: Config = field(default_factory=Config)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    scorers: Mapping[str, ScorerEntry] = field(default_factory=dict)
     gate: Gate = field(default_factory=Gate)
 
 
 TASK_KEYS = frozenset(
     {"train", "eval", "calibration", "probe", "scorer", "description", "probe_rows",
-     "allow_overlap"}
+     "allow_overlap", "lm_eval", "lm_eval_include", "lm_eval_metric", "lm_eval_fewshot",
+     "lm_eval_limit"}
 )  # fmt: skip
 
 
@@ -255,14 +302,15 @@ def load_settings(path: Path) -> Settings:
         raise InvalidInput(f"{path} is not TOML: {e}") from e
     tasks = data.pop("tasks", {})
     defaults = data.pop("defaults", {})
+    scorers = data.pop("scorers", {})
     gate = data.pop("gate", {})
     if data:
         raise InvalidInput(
-            f"{path}: unknown section {next(iter(data))!r}; expected [defaults], [tasks.NAME] "
-            "and [gate]"
+            f"{path}: unknown section {next(iter(data))!r}; expected [defaults], [tasks.NAME], "
+            "[scorers] and [gate]"
         )
-    if not all(isinstance(table, dict) for table in (tasks, defaults, gate)):
-        raise InvalidInput(f"{path}: `defaults`, `tasks` and `gate` must be tables")
+    if not all(isinstance(section, dict) for section in (tasks, defaults, scorers, gate)):
+        raise InvalidInput(f"{path}: `defaults`, `tasks`, `scorers` and `gate` must be tables")
     for name, entry in tasks.items():
         if not isinstance(entry, dict):
             raise InvalidInput(f"{path}: [tasks.{name}] must be a table")
@@ -270,8 +318,14 @@ def load_settings(path: Path) -> Settings:
             if key not in TASK_KEYS:
                 known = ", ".join(sorted(TASK_KEYS))
                 raise InvalidInput(f"{path}: unknown key {key!r} in [tasks.{name}]; known: {known}")
+    own = {}
+    for name, value in scorers.items():
+        try:
+            own[check_name(name, "scorer")] = ScorerEntry.from_toml(value)
+        except InvalidInput as e:
+            raise InvalidInput(f"{path}: [scorers] {name}: {e}") from e
     try:
-        return Settings(Config.from_json(defaults), tasks, Gate.from_json(gate))
+        return Settings(Config.from_json(defaults), tasks, own, Gate.from_json(gate))
     except InvalidInput as e:
         raise InvalidInput(f"{path}: {e}") from e
 
@@ -283,6 +337,7 @@ COMMENTS = {
     "dense_learning_rate": "of all of B: calibration and --dense",
     "weight_decay": "of AdamW; it acts on trained entries alone",
     "score_batch": "rows a forward when scoring",
+    "run_code": "let `pass_at_1` run the programs that a model writes, in a sandbox",
     "checkpoint_seconds": "how often a running training is saved; 0 is every step",
     "rank": "rank of B A; alpha / rank is the update's scaling",
     "sparsity": "share of B frozen at zero; 0.9 is LoRI-S of the paper",
@@ -319,6 +374,8 @@ def default_toml() -> str:
     for key, value in Config().to_json().items():
         if isinstance(value, str):
             shown = f'"{value}"'
+        elif isinstance(value, bool):
+            shown = str(value).lower()
         elif isinstance(value, list):
             shown = "[" + ", ".join(f'"{v}"' for v in value) + "]"
         else:
@@ -331,6 +388,9 @@ def default_toml() -> str:
         '# train = "data/safety/train.jsonl"',
         '# eval = "data/safety/eval.jsonl"',
         '# scorer = "exact_match"',
+        "",
+        "# [scorers]",
+        '# polite = "scorers/polite.py:polite"  # your function of (text, row)',
         "",
         "# [gate]  # before `lori promote`; [gate.tasks.NAME] for one task",
         "# margin = 0.02  # a drop up to this is tolerated",

@@ -112,6 +112,7 @@ def gate(
         config = config or ws.settings.config
         for subject in filter(None, (candidate.ref, before)):
             score_missing(ws, subject, lacking, config)
+        tasks = _tasks(ws, candidate, before)  # an edited scorer began a new revision
         measured = [_Measured.of(ws, task, candidate.ref, before) for task in tasks]
     verdicts = _verdicts(measured)
     pairs = zip(measured, verdicts, strict=True)
@@ -231,10 +232,9 @@ class _Measured:
     @classmethod
     def of(cls, ws: Context, task: Task, candidate: str, before: str | None) -> _Measured:
         from lori_manager.metrics.verdict import Compared
-        from lori_manager.tasks.scorers import scorers
 
         rule = ws.settings.gate.rule(task.name)
-        scorer = scorers.get(task.scorer)
+        scorer = ws.scorer(task)
         now = {_alike(s): s for s in _scores(ws, candidate, task)}
         then = {} if before is None else {_alike(s): s for s in _scores(ws, before, task)}
         common = [key for key in now if key in then]
@@ -280,10 +280,8 @@ def _verdicts(measured: Sequence[_Measured]) -> list[Judged | None]:
 
 
 def _task_gate(ws: Context, one: _Measured, judged: Judged | None, before: str | None) -> TaskGate:
-    from lori_manager.tasks.scorers import scorers
-
     task, rule, after = one.task, one.rule, one.after
-    higher = scorers.get(task.scorer).higher_is_better
+    higher = ws.scorer(task).higher_is_better
     value = math.nan if after is None else after.value
     refusals: list[str] = []
     warnings: list[str] = []
@@ -339,11 +337,10 @@ def _must_stay(ws: Context, task: Task, rule: GateRule, outcomes: Any) -> list[M
         BadData: by line, what is none. InvalidInput: outcomes are not right or wrong.
     """
     from lori_manager.tasks.rows import rows_from_jsonl
-    from lori_manager.tasks.scorers import scorers
 
     if rule.must_stay is None:
         return []
-    if not scorers.get(task.scorer).binary:
+    if not ws.scorer(task).binary:
         raise InvalidInput(
             f"[gate.tasks.{task.name}] must_stay: {task.scorer} has no right and wrong rows; leave "
             "it out"

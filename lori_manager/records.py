@@ -57,6 +57,12 @@ class Task:
         return f"{self.name}#{self.revision}"
 
     @property
+    def requests(self) -> JSON | None:
+        """How lm-evaluation-harness knows the task, where its rows are that one's requests."""
+        told: JSON | None = self.options.get("lm_eval")
+        return told
+
+    @property
     def trainable(self) -> bool:
         """Whether there are rows to train on; a task may be for scoring only."""
         return "train" in self.splits

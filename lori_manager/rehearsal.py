@@ -90,9 +90,7 @@ def _expected(
     inputs: MergeInputs, member: Adapter, task: Task, agrees: float, rows: int
 ) -> Expected:
     """With the member's own score, where it is known and counts right answers."""
-    from lori_manager.tasks.scorers import scorers
-
-    scorer = scorers.get(task.scorer)
+    scorer = inputs.ws.scorer(task)
     own = inputs.ws.store.find_score(
         digest=member.digest,
         task=task,

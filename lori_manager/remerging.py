@@ -23,7 +23,6 @@ from lori_manager.evaluation import run_weights, score_missing
 from lori_manager.plain import counted
 from lori_manager.records import Adapter, Score, Task
 from lori_manager.store.tables import canonical
-from lori_manager.tasks.scorers import scorers
 
 PROBE_ROWS = 32  # of each task, where a merge does not say how many it read
 DROPPED, HALVED = "dropped", "halved"
@@ -165,7 +164,7 @@ class Remade:
 
     @property
     def _scorer_version(self) -> str:
-        return str(scorers.get(self.task.scorer).version)
+        return str(self.ws.scorer(self.task).version)
 
     def _known(self, trials: Sequence[Trial]) -> dict[Trial, Tried]:
         found = {}

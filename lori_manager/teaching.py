@@ -13,7 +13,7 @@ from lori_manager import models
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
-from lori_manager.evaluation import score_missing
+from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lori_manager.engine.weights import AdapterWeights, Block
 
 
-_NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch"})
+_NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def train(
     if options.protect and options.start is None and sequence is None:
         raise InvalidInput("--protect keeps clear of the parents' tasks: it needs --from or "
                            "--sequence")  # fmt: skip
-    tasks = [ws.trainable(name) for name in names]
+    tasks = ready_to_score(ws, [ws.trainable(name) for name in names], config)
     check_projection(
         config, tasks, sequence=sequence is not None, protect=options.protect, avoid=options.avoid
     )

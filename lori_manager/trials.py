@@ -223,7 +223,6 @@ def _outcomes(
     """Task -> outcomes on the judging half of its probe rows."""
     from lori_manager.engine.layers import attached, low_rank_layers
     from lori_manager.scoring import score_rows
-    from lori_manager.tasks.scorers import scorers
 
     ws, base = inputs.ws, inputs.base
     if names is None:
@@ -232,7 +231,7 @@ def _outcomes(
     with attached(base.model, low_rank_layers(base.model, weights.updates())):
         for name in names:
             task = ws.store.task(name)
-            scorer = scorers.get(task.scorer)
+            scorer = ws.scorer(task)
             rows, encoded = ws.rows(task, "probe")
             judged = slice(half, inputs.probe_rows)
             try:

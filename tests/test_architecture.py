@@ -29,7 +29,7 @@ ROWS = (
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
-    ("gradients", "generation"),
+    ("gradients", "generation", "harness"),
     ("graphs",),
     ("forward",),
     ("adapters", "models", "packing", "acceleration"),
@@ -38,7 +38,7 @@ ROWS = (
     ("comparing",),
     ("merging", "metrics"),
     ("engine",),
-    ("config", "records", "refs", "registry", "errors", "plain"),
+    ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -56,7 +56,7 @@ LIGHT_PARTS = {
     "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
     "context", "auditing", "blaming", "differing", "remerging", "answering", "changes", "comparing",
     "plain", "models", "store", "config",
-    "records", "refs", "registry", "errors",
+    "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip
 
 
