@@ -21,7 +21,11 @@ from lori_manager.refs import check_name
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lori_manager.audit import Audit
+    from lori_manager.reporting.changed_rows import Answers
+    from lori_manager.reporting.contents import Report
 
 FOLDER = ".lori"
 
@@ -114,6 +118,26 @@ class Workspace(Context):
         from lori_manager.audit import audit
 
         return audit(self.store, ref, task, max_drop)
+
+    def report(
+        self,
+        ref: str | None = None,
+        tasks: Sequence[str] = (),
+        *,
+        rows: int = 20,
+        answers: Answers | None = None,
+    ) -> Report:
+        """What `lori report` shows, as data; reads the store only.
+
+        Args:
+            ref, tasks: as for `audit`, with several tasks.
+            rows: changed rows to keep of each direction, task and comparison.
+            answers: tells what two versions answered to a row, where that is stored.
+        """
+        from lori_manager.reporting.gather import gather
+        from lori_manager.reporting.source import Source
+
+        return gather(Source(self.store), self.root.name, ref, tasks, rows, answers)
 
     def set_alias(self, ref: str, alias: str) -> Alias:
         """Let `line@alias` mean the adapter `ref`."""

@@ -22,6 +22,7 @@ ROWS = (
     ("evaluation", "projecting", "replaying"),
     ("avoiding",),
     ("context",),
+    ("reporting",),
     ("audit",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
@@ -50,6 +51,7 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "teaching", "combining", "transfer", "intake", "integrity",
     "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "audit",
+    "reporting",
     "models", "store", "config",
     "records", "refs", "registry", "errors",
 }  # fmt: skip

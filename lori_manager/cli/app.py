@@ -13,6 +13,7 @@ import typer
 from lori_manager.cli import (
     history,
     merging,
+    report,
     scores,
     store,
     tasks,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "score": scores.group,
     "merge": merging.merge,
     "audit": scores.audit,
+    "report": report.report,
     "lines": history.lines,
     "show": history.show,
     "log": history.log,
