@@ -188,6 +188,7 @@ def _open(compared: Sequence[tuple[TaskHistory, Cell]]) -> list[Statement]:
 def _against_aliases(report: Report) -> list[Statement]:
     out = []
     for purpose, own in _against(report).items():
+        own = sorted(own, key=lambda c: -abs(c.change.change) if c.change.rows else 0.0)
         worse = [c for c in own if c.change.verdict == "worse"]
         better = [c for c in own if c.change.verdict == "better"]
         told = []
@@ -195,7 +196,12 @@ def _against_aliases(report: Report) -> list[Statement]:
             if found:
                 each = [f"{c.task.partition('#')[0]} {signed(c.change.change)}" for c in found]
                 told.append(f"really {kind} on {_listed(each[:NAMED], len(found))}")
-        said = "; ".join(told) or "no real difference shown"
+        higher = {task.ref: task.higher_is_better for task in report.tasks}
+        room = max(
+            (c.change.possible_drop(higher[c.task]) for c in own if c.change.rows), default=0.0
+        )
+        nothing = f"no real difference shown; the test sets allow drops of up to {number(room)}"
+        said = "; ".join(told) or nothing
         kind = "worse" if worse else "better" if better else "open"
         what = f"{_meant(purpose)} ({own[0].before})"
         out.append(Statement(kind, f"Against {what}, {_count(len(own), 'task')}: {said}."))
@@ -263,7 +269,7 @@ def _next(
     lost = list(dict.fromkeys(lost if used else [task.name for task, _ in worse]))
     if lost:
         out += _after_a_loss(focus, lost, live)
-    elif compared:
+    elif compared or used:
         out += _after_no_loss(focus, own, live)
     if worse and used and not lost:
         names = [task.name for task, _ in worse]

@@ -11,13 +11,13 @@ const changed = (part) => {
   const place = make('div', { class: 'groups' });
   const told = make('p');
   const state = { pair: purposes[0], wanted: '' };
-  const name = (pair) => PAIRS[pair] || (pair.endsWith(' before') ? 'what ' + pair.slice(0, -7) + ' meant before' : pair);
+  const other = (pair) => PAIRS[pair] || (pair.endsWith(' before') ? 'what ' + pair.slice(0, -7) + ' meant before' : pair);
 
   const show = () => {
     const own = found.filter((c) => c.pair === state.pair && c.task.toLowerCase().includes(state.wanted));
     const lost = own.reduce((sum, c) => sum + c.worsened, 0);
     const gained = own.reduce((sum, c) => sum + c.improved, 0);
-    told.textContent = versions[data.focus].ref + ' against ' + name(state.pair) + ': ' + counted(lost, 'row') + ' lost and ' +
+    told.textContent = versions[data.focus].ref + ' against ' + other(state.pair) + ': ' + counted(lost, 'row') + ' lost and ' +
       gained.toLocaleString('en') + ' gained on ' + counted(own.length, 'task') + '.';
     const list = make('div', { class: 'groups' });
     const more = byParts(list, own, GROUPS, group);
@@ -25,7 +25,7 @@ const changed = (part) => {
   };
   const controls = make('div', { class: 'controls' });
   if (purposes.length > 1) {
-    controls.append(choice('Against', 'pair', purposes.map((p) => [p, name(p)]), state.pair, (value) => {
+    controls.append(choice('Against', 'pair', purposes.map((p) => [p, other(p)]), state.pair, (value) => {
       state.pair = value;
       show();
     }));
@@ -51,7 +51,7 @@ const changed = (part) => {
 // One task's rows; they are made when it is unfolded.
 const group = (c) => {
   const details = make('details', { class: 'rows' }, make('summary', {},
-    make('strong', {}, foreign(c.task)), ' ', versionsOf(c), ' ',
+    make('strong', {}, name(c.task)), ' ', versionsOf(c), ' ',
     make('span', { class: 'worse' }, '▼ ' + c.worsened.toLocaleString('en') + ' lost'), ' ',
     make('span', { class: 'better' }, '▲ ' + c.improved.toLocaleString('en') + ' gained')));
   contents.set(details, c);

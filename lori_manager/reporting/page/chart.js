@@ -23,17 +23,21 @@ const ticks = (low, high) => {
   return { found, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
 };
 
-const shape = (v, x, y) => {
+const shape = (v, x, y, dense) => {
+  if (dense) return draw('circle', { cx: x, cy: y, r: 2 });
   if (v.origin === 'base') return draw('rect', { x: x - 4, y: y - 4, width: 8, height: 8 });
   if (v.origin === 'merged') return draw('path', { d: `M${x} ${y - 6}l6 6l-6 6l-6-6z` });
   if (v.origin === 'imported') return draw('path', { d: `M${x} ${y - 6}l6 10h-12z` });
   return draw('circle', { cx: x, cy: y, r: 4.5 });
 };
 
+// A name along the axis keeps its begin and its version.
+const short = (ref) => (ref.length > 24 ? ref.slice(0, 13) + '…' + ref.slice(-10) : ref);
+
 let charts = 0;
 const chart = (task, wantedLine, width) => {
   const cells = cellsOf(task).filter((c) => !wantedLine || !versions[c.version].line || versions[c.version].line === wantedLine);
-  const figure = make('figure', { class: 'chart' }, make('figcaption', {}, make('h3', {}, foreign(task.ref)),
+  const figure = make('figure', { class: 'chart' }, make('figcaption', {}, make('h3', {}, name(task.ref)),
     make('p', { class: 'note' }, task.scorer + (task.higher ? '' : ', lower is better') + ', ' + counted(task.rows, 'row') +
       (task.note ? '; ' + task.note : ''))));
   if (!cells.length) {
@@ -41,7 +45,7 @@ const chart = (task, wantedLine, width) => {
     return figure;
   }
   const named = cells.length <= Math.max(4, (width - 60) / 24);
-  const longest = Math.max(...cells.map((c) => versions[c.version].ref.length));
+  const longest = Math.max(...cells.map((c) => short(versions[c.version].ref).length));
   const foot = named ? Math.min(120, 26 + longest * 4.6) : 34;
   const lead = named ? Math.min(70, longest * 4.6) : 0; // room for the first slanted name
   const left = Math.max(48, Math.min(lead, width / 4));
@@ -76,13 +80,14 @@ const chart = (task, wantedLine, width) => {
   for (const points of byLine.values()) {
     if (points.length > 1) svg.append(draw('path', { class: 'line', d: 'M' + points.join('L') }));
   }
+  const dense = cells.length > 80;
   const every = Math.ceil(cells.length / Math.max(2, (width - left) / 110));
   const points = cells.map((c, i) => {
     const v = versions[c.version];
     const sign = c.parent ? c.parent.mark : 0;
-    const group = draw('g', { class: 'point ' + (VERDICTS[sign] || 'open') + (cells.length > 80 ? ' dense' : ''), role: 'img', tabindex: '-1', 'aria-label': told(task, c).join('; ') },
+    const group = draw('g', { class: 'point ' + (VERDICTS[sign] || 'open') + (dense ? ' dense' : ''), role: 'img', tabindex: '-1', 'aria-label': told(task, c).join('; ') },
       draw('line', { class: 'whisker', x1: x(i), x2: x(i), y1: y(c.low), y2: y(c.high) }),
-      shape(v, x(i), y(c.value)));
+      shape(v, x(i), y(c.value), dense));
     if (sign) {
       group.append(draw('text', { class: 'sign', x: x(i), y: top + plot + 13, 'text-anchor': 'middle' }, MARKS[sign]));
     }
@@ -92,9 +97,9 @@ const chart = (task, wantedLine, width) => {
     });
     if (named) {
       svg.append(draw('text', { class: 'name', 'text-anchor': 'end', 'aria-hidden': 'true',
-        transform: `translate(${x(i) + 4} ${top + plot + 24}) rotate(-35)` }, v.ref));
+        transform: `translate(${x(i) + 4} ${top + plot + 24}) rotate(-35)` }, short(v.ref)));
     } else if (i % every === 0) {
-      svg.append(draw('text', { class: 'name', x: x(i), y: top + plot + 28, 'text-anchor': 'middle', 'aria-hidden': 'true' }, v.ref));
+      svg.append(draw('text', { class: 'name', x: x(i), y: top + plot + 28, 'text-anchor': 'middle', 'aria-hidden': 'true' }, short(v.ref)));
     }
     return group;
   });
@@ -172,7 +177,7 @@ const historyTable = (task, cells) => {
           make('small', {}, interval(task, d.low, d.high, true)),
           make('small', {}, 'from ' + versions[d.against].ref), d.note ? make('small', {}, d.note) : null);
       };
-      return make('tr', {}, make('th', { scope: 'row' }, v.ref, chips(v), make('small', {}, day(v.made))),
+      return make('tr', {}, make('th', { scope: 'row' }, name(v.ref), chips(v), make('small', {}, day(v.made))),
         make('td', {}, number(task, c.value), make('small', {}, interval(task, c.low, c.high))),
         make('td', {}, c.rows.toLocaleString('en'), make('small', {}, c.precision || c.origin)),
         change('parent'), change('best'));

@@ -19,6 +19,9 @@ const hidden = (text) => make('span', { class: 'hidden' }, text);
 // Text of others: its direction is its own, and it may be long without a space.
 const foreign = (text, tag = 'bdi') => make(tag, { dir: 'auto' }, text);
 
+// A name that may break after its own separators rather than anywhere.
+const name = (text) => make('bdi', {}, text.split(/(?<=[-_.@#%])/).flatMap((part, i) => (i ? [make('wbr'), part] : [part])));
+
 const mark = (sign, what) =>
   sign ? [make('span', { class: 'sign ' + VERDICTS[sign], 'aria-hidden': 'true' }, MARKS[sign]),
     hidden(' really ' + VERDICTS[sign] + ' than ' + what)] : [];

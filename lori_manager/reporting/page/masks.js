@@ -16,8 +16,8 @@ const masks = (part) => {
     (percent(low) === percent(high) ? percent(low) : percent(low) + ' to ' + percent(high)) + ', the share of entries that a mask keeps.' +
     (found.left_out ? ' The newest masks of ' + n + ' tasks are shown; ' + counted(found.left_out, 'task') + ' with masks left out.' : '')),
   scrolled('Overlap of masks', make('table', { class: 'matrix' }, make('caption', { class: 'hidden' }, 'Overlap of the masks, in percent'),
-    make('thead', {}, make('tr', {}, make('th', { scope: 'col' }, 'Mask'), found.masks.map((m) => make('th', { scope: 'col' }, m.ref)))),
-    make('tbody', {}, found.masks.map((m, i) => make('tr', {}, make('th', { scope: 'row' }, m.ref,
+    make('thead', {}, make('tr', {}, make('th', { scope: 'col' }, 'Mask'), found.masks.map((m) => make('th', { scope: 'col' }, name(m.ref))))),
+    make('tbody', {}, found.masks.map((m, i) => make('tr', {}, make('th', { scope: 'row' }, name(m.ref),
       make('small', {}, m.kept.toLocaleString('en') + ' of ' + m.total.toLocaleString('en') + ' entries')),
     found.masks.map((_, j) => {
       if (i === j) return make('td', { class: 'none' }, '–', hidden(' itself'));

@@ -80,10 +80,10 @@ const matrix = (part) => {
     place.replaceChildren(scrolled(told, make('table', { class: 'matrix' },
       make('caption', {}, told),
       make('thead', {}, make('tr', {}, make('th', { scope: 'col' }, 'Version'),
-        someColumns.map((task) => make('th', { scope: 'col' }, foreign(task.ref),
+        someColumns.map((task) => make('th', { scope: 'col' }, name(task.ref),
           task.higher ? null : make('small', {}, 'lower is better'))))),
       make('tbody', {}, someRows.map((v) => make('tr', v.index === data.focus ? { class: 'focus' } : {},
-        make('th', { scope: 'row' }, v.ref, chips(v), make('small', {}, v.line ? day(v.made) + ' ' + v.origin : 'untrained')),
+        make('th', { scope: 'row' }, name(v.ref), chips(v), make('small', {}, v.line ? day(v.made) + ' ' + v.origin : 'untrained')),
         someColumns.map((task) => matrixCell(task, v.index, state.mode))))))));
     pager.replaceChildren();
     if (rows.length > MOST_ROWS) {

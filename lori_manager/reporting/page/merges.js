@@ -34,7 +34,7 @@ const merges = (part) => {
 const mergeRow = (task, c) => {
   const p = c.parent;
   const own = c.value - p.change;
-  return make('tr', {}, make('th', { scope: 'row' }, foreign(task.ref)),
+  return make('tr', {}, make('th', { scope: 'row' }, name(task.ref)),
     make('td', {}, number(task, own), make('small', {}, versions[p.against].ref)),
     make('td', {}, number(task, c.value), make('small', {}, interval(task, c.low, c.high))),
     make('td', {}, signed(task, p.change), mark(p.mark, versions[p.against].ref),

@@ -29,7 +29,7 @@ const overview = (current, move) => {
       const colours = palette();
       canvas.width = columns.length;
       canvas.height = rows.length;
-      const context = canvas.getContext('2d');
+      const context = canvas.getContext('2d', { willReadFrequently: true });
       const image = context.createImageData(columns.length, rows.length);
       columns.forEach((task, x) => {
         rows.forEach((v, y) => {

@@ -4,13 +4,12 @@ const summary = () => {
   if (!table || !table.querySelector('.task')) return;
   stackable(table);
   sortable(table, cellKey);
-  for (const name of table.querySelectorAll('.task')) {
-    const found = tasks.find((task) => task.ref === name.dataset.task);
+  for (const place of table.querySelectorAll('.task')) {
+    const found = tasks.find((task) => task.ref === place.dataset.task);
     if (!found || !found.cells.i.length) continue;
-    const open = button(name.textContent, () => showHistory(found), {
+    place.replaceChildren(button(name(found.ref), () => showHistory(found), {
       class: 'link', title: 'Show ' + found.ref + ' over its versions',
-    });
-    name.replaceChildren(open);
+    }));
   }
   if (tasks.length <= 12) return;
   const told = make('p', { class: 'note' });

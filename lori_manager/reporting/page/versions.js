@@ -12,7 +12,7 @@ const sizes = (part) => {
   const show = (order) => {
     const body = make('tbody');
     const more = byParts(body, [...all].sort(orders[order]), 40, (v) => make('tr', v.index === data.focus ? { class: 'focus' } : {},
-      make('th', { scope: 'row' }, v.ref, chips(v), make('small', {}, day(v.made))),
+      make('th', { scope: 'row' }, name(v.ref), chips(v), make('small', {}, day(v.made))),
       make('td', {}, v.method, make('small', {}, origin(v))),
       make('td', {}, v.rank === null ? '–' : v.rank),
       make('td', {}, bytes(v.bytes), sizeBar((v.bytes || 0) / largest))));
