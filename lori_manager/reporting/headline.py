@@ -131,7 +131,8 @@ def _what_it_is(focus: Version, scored: int) -> Statement:
         made = "was imported"
     else:
         start = focus.parents[0][0] if focus.parents else "the base"
-        made = f"was trained on {focus.task} from {start}"
+        on = f" on {focus.task}" if focus.task else ""
+        made = f"was trained{on} from {start}"
     return Statement("change", f"{focus.ref} {made}; scored on {_count(scored, 'task')}.")
 
 

@@ -192,7 +192,7 @@ def _summary(report: Report) -> str:
     return f"""{head}<h2 id="summary-title">What {focus} did to every task</h2>
 <p>Each task against the version that {focus} was made from, on the same rows. Intervals are 95%;
 a mark stands where a change is beyond noise after a correction for the number of tasks.</p>
-<div class="scroll" tabindex="0" role="region" aria-labelledby="summary-title">
+<div class="scroll" tabindex="0" role="region" aria-label="Score and change of every task">
 <table class="summary">
 <caption class="hidden">Score of {focus} on every task and its change</caption>
 <thead><tr><th scope="col" data-sort="text">Task</th><th scope="col" data-sort="number">Score</th>

@@ -63,8 +63,8 @@ class History:
         value, error, rows = summarize(x, w)
         of = self.store.task(task)
         new = NewScore(
-            subject, self._digests.get(subject, FINGERPRINT), task, of.revision, of.scorer, 1, "fp32",
-            value, error, rows,
+            subject, self._digests.get(subject, FINGERPRINT), task, of.revision, of.scorer, 1,
+            "fp32", value, error, rows,
         )  # fmt: skip
         self.store.add_score(dataclasses.replace(new, **changes), x, w)
         return self

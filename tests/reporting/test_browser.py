@@ -4,6 +4,7 @@ Skipped where there is no Chromium: `apt-get install chromium`, or set $CHROMIUM
 """
 
 import json
+from pathlib import Path
 
 import pytest
 from chromium import Chromium, find_chromium
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None,
     reason="NO CHROMIUM: the report's page is not tested in a browser; install it or set $CHROMIUM",
 )
+PROBES = Path(__file__).with_name("probes.js").read_text("utf-8") + ";0"
 COMPLETE = "document.documentElement.classList.contains('complete')"
 MANY = 30
 
@@ -78,23 +80,27 @@ def hostile(tmp_path_factory):
 def opened(browser, path):
     browser.open(path)
     browser.wait(COMPLETE)
+    browser.run(PROBES)
     return browser
+
+
+def ask(browser, probe, *arguments):
+    """The answer of one of the functions in probes.js."""
+    return browser.run(f"probes.{probe}({', '.join(map(json.dumps, arguments))})")
 
 
 def texts(browser, selector):
     """Of all elements that fit and can be seen."""
-    return browser.run(
-        f"[...document.querySelectorAll({json.dumps(selector)})]"
-        ".filter((e) => e.checkVisibility()).map((e) => e.innerText)"
-    )
+    return ask(browser, "texts", selector)
 
 
 def test_every_part_is_drawn_and_nothing_is_asked_of_the_network(fresh, small):
     opened(fresh, small)
     parts = texts(fresh, "main h2")
     assert parts == [
-        "What main@2 did to every task", "All versions on all tasks", "Each task over its versions",
-        "Before and after a merge", "Rows that changed", "Sizes of all versions", "How to read this",
+        "What main@2 did to every task", "All versions on all tasks",
+        "Each task over its versions", "Before and after a merge", "Rows that changed",
+        "Sizes of all versions", "How to read this",
     ]  # fmt: skip
     assert len(texts(fresh, "nav a")) == 7  # no masks, so no way to them
     assert fresh.requests == [small.as_uri()]
@@ -128,10 +134,7 @@ def test_a_choice_is_made_by_keyboard_too(fresh, small):
 
 def test_a_line_is_chosen(fresh, small):
     opened(fresh, small)
-    fresh.run(
-        "(() => { const s = document.querySelector('#matrix select'); s.value = 'nlu';"
-        "s.dispatchEvent(new Event('change')); })()"
-    )
+    ask(fresh, "choose", "#matrix select", "nlu")
     shown = [row.split()[0] for row in texts(fresh, "#matrix tbody tr")]
     assert shown == ["nlu@1", "base"]
 
@@ -148,11 +151,8 @@ def test_points_tell_of_themselves_on_hover_and_by_keyboard(fresh, small):
     assert fresh.run("document.activeElement.getAttribute('aria-label')").startswith("base; 0.100")
     fresh.press("Escape")
     assert texts(fresh, ".tip") == []
-    box = fresh.run(
-        "(() => { const b = document.querySelector('.chart svg').getBoundingClientRect();"
-        "scrollTo({ top: b.y + scrollY - 100, behavior: 'instant' }); return [b.right - 30, 200]; })()"
-    )
-    fresh.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+    box = ask(fresh, "corner", ".chart svg")
+    fresh.call("Input.dispatchMouseEvent", type="mouseMoved", x=box["right"] - 30, y=box["middle"])
     assert texts(fresh, ".tip")[0].startswith("main@2")
 
 
@@ -164,13 +164,7 @@ def test_a_chart_is_one_stop_for_the_tab_key(fresh, small):
 
 def test_the_intervals_lie_where_their_numbers_say(fresh, small):
     opened(fresh, small)
-    found = fresh.run(
-        "(() => { const chart = document.querySelector('.chart');"
-        "const ticks = [...chart.querySelectorAll('.tick')].map((t) => [Number(t.textContent), t.getAttribute('y') - 4]);"
-        "const p = [...chart.querySelectorAll('.point')].at(-1);"
-        "const w = p.querySelector('.whisker');"
-        "return { ticks, label: p.getAttribute('aria-label'), ends: ['y1', 'y2'].map((a) => Number(w.getAttribute(a))) }; })()"
-    )
+    found = ask(fresh, "chart")
     (a, ya), (b, yb) = found["ticks"][0], found["ticks"][-1]
     values = sorted(a + (y - ya) * (b - a) / (yb - ya) for y in found["ends"])
     low, high = found["label"].split("95% ")[1].split(",")[0].split(" to ")
@@ -189,10 +183,7 @@ def test_another_merge_is_chosen(fresh, small):
     opened(fresh, small)
     assert "79.9%" not in texts(fresh, "#merges")[0]
     before = texts(fresh, "#merges tbody tr")
-    fresh.run(
-        "(() => { const s = document.querySelector('#merges select'); s.value = s.options[1].value;"
-        "s.dispatchEvent(new Event('change')); })()"
-    )
+    ask(fresh, "choose", "#merges select", 1)
     after = texts(fresh, "#merges tbody tr")
     assert "0.600" in before[0]
     assert "0.850" in after[0]
@@ -230,13 +221,7 @@ def test_hostile_text_is_shown_and_does_nothing(fresh, hostile):
     assert fresh.run("document.querySelectorAll('img, iframe').length") == 0
     for width in (360, 1200):
         fresh.window(width)
-        assert not fresh.run(WIDER)
-
-
-# What sticks out of the window and would make the page scroll sideways.
-WIDER = (
-    "document.documentElement.scrollWidth > innerWidth || document.body.scrollWidth > innerWidth"
-)
+        assert not ask(fresh, "wider")
 
 
 @pytest.mark.parametrize("page", ["small", "many", "hostile"])
@@ -244,12 +229,9 @@ def test_a_phone_needs_no_scrolling_sideways(fresh, page, request):
     fresh.window(360, 740)
     opened(fresh, request.getfixturevalue(page))
     fresh.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-    assert not fresh.run(WIDER)
-    small = fresh.run(
-        "[...document.querySelectorAll('main button:not(.link):not(.sort), main select, main input[type=search]')]"
-        ".filter((e) => e.checkVisibility()).map((e) => e.getBoundingClientRect().height).filter((h) => h < 24)"
-    )
-    assert small == []  # a finger's target, WCAG 2.5.8
+    assert not ask(fresh, "wider")
+    used = "main button:not(.link):not(.sort), main select, main input[type=search]"
+    assert min(ask(fresh, "heights", used)) >= 24  # a finger's target, WCAG 2.5.8
 
 
 def test_stacked_tables_stay_tables_to_a_screen_reader(fresh, small):
@@ -266,11 +248,9 @@ def test_stacked_tables_stay_tables_to_a_screen_reader(fresh, small):
 def test_everything_that_can_be_used_has_a_name(fresh, many):
     opened(fresh, many)
     used = {"button", "link", "combobox", "searchbox", "radio", "table", "image", "img", "region"}
-    nameless = [
-        n["role"]["value"]
-        for n in fresh.accessible_tree()
-        if not n["ignored"] and n["role"]["value"] in used and not n.get("name", {}).get("value", "").strip()
-    ]  # fmt: skip
+    nodes = [n for n in fresh.accessible_tree() if not n["ignored"]]
+    named = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes]
+    nameless = [role for role, name in named if role in used and not name.strip()]
     assert nameless == []
 
 
@@ -313,30 +293,18 @@ def test_a_task_is_searched(fresh, many):
 def test_a_large_matrix_is_shown_in_windows_beside_an_overview(fresh, many):
     opened(fresh, many)
     assert texts(fresh, "#matrix caption") == ["Score: versions 1 to 30 of 40, tasks 1 to 24 of 30"]
-    size = fresh.run(
-        "(() => { const c = document.querySelector('canvas'); return [c.width, c.height]; })()"
-    )
+    size = [fresh.run(f"document.querySelector('canvas').{side}") for side in ("width", "height")]
     assert size == [30, 40]
-    fresh.run(
-        "[...document.querySelectorAll('.pager button')].find((b) => b.textContent === 'Older versions').click()"
-    )
-    fresh.run(
-        "[...document.querySelectorAll('.pager button')].find((b) => b.textContent === 'Tasks after').click()"
-    )
+    ask(fresh, "press", "Older versions")
+    ask(fresh, "press", "Tasks after")
     assert texts(fresh, "#matrix caption") == [
         "Score: versions 11 to 40 of 40, tasks 7 to 30 of 30"
     ]
     assert fresh.run("document.activeElement.tagName") == "BUTTON"
-    fresh.run(
-        "document.querySelector('canvas').scrollIntoView({ block: 'center', behavior: 'instant' })"
-    )
-    box = fresh.run(
-        "(() => { const b = document.querySelector('canvas').getBoundingClientRect(); return [b.x + 3, b.y + 3]; })()"
-    )
+    box = ask(fresh, "corner", "canvas")
     for kind in ("mousePressed", "mouseReleased"):
-        fresh.call(
-            "Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1
-        )
+        fresh.call("Input.dispatchMouseEvent", type=kind, x=box["left"] + 3, y=box["top"] + 3,
+                   button="left", clickCount=1)  # fmt: skip
     assert texts(fresh, "#matrix caption") == ["Score: versions 1 to 30 of 40, tasks 1 to 24 of 30"]
 
 
@@ -344,38 +312,7 @@ def test_the_overview_has_the_colours_of_the_table(fresh, many):
     opened(fresh, many)
     for scheme in ("light", "dark"):
         fresh.scheme(scheme)
-        fresh.wait(
-            "(() => { const c = document.querySelector('canvas');"
-            "const p = c.getContext('2d').getImageData(17, 0, 1, 1).data;"
-            "const cell = document.querySelector('#matrix tbody tr').cells[18];"
-            "return getComputedStyle(cell).backgroundColor === `rgb(${p[0]}, ${p[1]}, ${p[2]})`; })()",
-            seconds=5,
-        )
-
-
-# Of every piece of text that can be seen: its contrast with what it stands on.
-POOR = """(() => {
-  const channel = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-  const parse = (s) => s.match(/[\\d.]+/g).map(Number);
-  const luminance = ([r, g, b]) => 0.2126 * channel(r / 255) + 0.7152 * channel(g / 255) + 0.0722 * channel(b / 255);
-  const poor = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  let count = 0;
-  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-    const e = node.parentElement;
-    if (!node.textContent.trim() || !e.checkVisibility() || e.closest('.hidden, script, style, [disabled]')) continue;
-    const svg = e.closest('svg');
-    const colour = parse(svg ? getComputedStyle(e).fill : getComputedStyle(e).color);
-    let under = e;
-    while (under && parse(getComputedStyle(under).backgroundColor)[3] === 0) under = under.parentElement;
-    const ground = under ? parse(getComputedStyle(under).backgroundColor) : [255, 255, 255];
-    const [a, b] = [luminance(colour), luminance(ground)].sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    count += 1;
-    if (ratio < 4.5) poor.push([node.textContent.trim().slice(0, 30), ratio.toFixed(2)]);
-  }
-  return [count, poor];
-})()"""
+        fresh.wait("probes.sameColour(17)", seconds=5)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -386,9 +323,9 @@ def test_text_as_drawn_has_the_contrast_that_wcag_aa_asks(fresh, small, scheme, 
     fresh.click(f"#matrix input[value={mode}]")
     fresh.click("#changed details summary")
     fresh.wait("document.querySelector('.changed-rows li')")
-    count, poor = fresh.run(POOR)
-    assert count > 200
-    assert poor == []
+    found = ask(fresh, "contrast")
+    assert found["count"] > 200
+    assert found["poor"] == []
 
 
 def test_in_print_the_rows_are_unfolded_and_nothing_is_cut(fresh, small):
@@ -415,6 +352,7 @@ def test_without_script_headline_and_summary_are_there(fresh, small):
     fresh.scripting(False)
     fresh.call("Page.navigate", url=small.as_uri())
     fresh.wait("document.readyState === 'complete' && document.querySelector('h1')")
+    fresh.run(PROBES)
     assert texts(fresh, "h1")[0].startswith("main@2 is really worse than production")
     assert len(texts(fresh, "#summary tbody tr")) == 2
     assert texts(fresh, "#matrix") == []

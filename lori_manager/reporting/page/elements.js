@@ -20,7 +20,7 @@ const hidden = (text) => make('span', { class: 'hidden' }, text);
 const foreign = (text, tag = 'bdi') => make(tag, { dir: 'auto' }, text);
 
 // A name that may break after its own separators rather than anywhere.
-const name = (text) => make('bdi', {}, text.split(/(?<=[-_.@#%])/).flatMap((part, i) => (i ? [make('wbr'), part] : [part])));
+const name = (text) => make('bdi', {}, text.split(/(?<=[-_.])/).flatMap((part, i) => (i ? [make('wbr'), part] : [part])));
 
 const mark = (sign, what) =>
   sign ? [make('span', { class: 'sign ' + VERDICTS[sign], 'aria-hidden': 'true' }, MARKS[sign]),
