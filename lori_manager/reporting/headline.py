@@ -335,7 +335,8 @@ def _after_no_loss(focus: Version, own: Sequence[Alias], live: Sequence[Alias]) 
     if own:
         alias = own[0]
         text = (
-            f"Nothing shown speaks against moving {alias.ref} from {alias.version} to {focus.ref}."
+            f"As far as the test sets can tell, nothing speaks against moving {alias.ref} from "
+            f"{alias.version} to {focus.ref}."
         )
         return [Statement("next", text, f"lori alias {focus.ref} {alias.ref.partition('@')[2]}")]
     text = "Give an alias to what is in use, so that the next version is compared with it."
