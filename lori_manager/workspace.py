@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from lori_manager.blaming import Blame
     from lori_manager.config import Config
     from lori_manager.differing import Diff
+    from lori_manager.reporting.changed_rows import Answers
+    from lori_manager.reporting.contents import Report
 
 FOLDER = ".lori"
 
@@ -179,6 +181,26 @@ class Workspace(Context):
         from lori_manager.blaming import blame
 
         return blame(self, ref, task, halve=halve, general=general, config=config)
+
+    def report(
+        self,
+        ref: str | None = None,
+        tasks: Sequence[str] = (),
+        *,
+        rows: int = 20,
+        answers: Answers | None = None,
+    ) -> Report:
+        """What `lori report` shows, as data; reads the store only.
+
+        Args:
+            ref, tasks: as for `audit`, with several tasks.
+            rows: changed rows to keep of each direction, task and comparison.
+            answers: tells what two versions answered to a row, where that is stored.
+        """
+        from lori_manager.reporting.gather import gather
+        from lori_manager.reporting.source import Source
+
+        return gather(Source(self.store), self.root.name, ref, tasks, rows, answers)
 
     def set_alias(self, ref: str, alias: str) -> Alias:
         """Let `line@alias` mean the adapter `ref`."""

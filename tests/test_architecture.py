@@ -25,6 +25,7 @@ ROWS = (
     ("evaluation", "projecting", "replaying"),
     ("avoiding", "changes"),
     ("context",),
+    ("reporting",),
     ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
@@ -55,7 +56,7 @@ LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
     "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
     "context", "auditing", "blaming", "differing", "remerging", "answering", "changes", "comparing",
-    "plain", "models", "store", "config",
+    "plain", "reporting", "models", "store", "config",
     "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip
 
