@@ -179,7 +179,8 @@ def bca_bounds(
     bias = normal_quantile(min(max(under, 0.5 / resamples), 1 - 0.5 / resamples))
     left = (d.sum() - d) / (n - 1) if w is None else (w @ d - w * d) / (w.sum() - w)
     u = left.mean() - left  # jackknife influences
-    acceleration = float(np.sum(u**3)) / (6 * float(np.sum(u**2)) ** 1.5)
+    u = u / (float(np.abs(u).max()) or 1.0)  # tiny ones would vanish when squared
+    acceleration = float(np.sum(u**3)) / (6 * (float(np.sum(u**2)) or 1.0) ** 1.5)
     if expand:
         widened = math.sqrt(n / (n - 1)) * student_quantile(level, n - 1)
         level = max(normal_below(widened), 1e-300)
