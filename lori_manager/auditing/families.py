@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from functools import cached_property
 
 from lori_manager.auditing.comparing import Loaded, Pair, differences
 from lori_manager.auditing.groups import Group, Ranking, groups
@@ -56,6 +55,19 @@ class Families:
         self._judged = judged
         self._revision = revision
         self.tasks = tasks
+        self._families: dict[tuple[str, str], Family] = {}  # by judged subject and kind
+        self._read: set[str] = set()  # judged subjects whose families are there
+
+    def look_at(self, subjects: Set[str]) -> None:
+        """Read the families of the judged among `subjects`, which `p` then knows.
+
+        The first task waits for its own alone; with the second, all others are read at once.
+        """
+        missing = (self._judged & subjects) - self._read
+        if missing and len(self.tasks) > 1:
+            wanted = self._judged - self._read if self._read else missing
+            self._families |= self._families_of(wanted)
+            self._read |= wanted
 
     def p(self, kind: str, before: Score, after: Score, p: float) -> tuple[float, str, int]:
         """Corrected p, by what, and for how many comparisons."""
@@ -78,15 +90,16 @@ class Families:
             c, real=p < SIGNIFICANCE, p_corrected=p, correction=correction, family=family
         )
 
-    @cached_property
-    def _families(self) -> dict[tuple[str, str], Family]:
-        """By judged subject and kind: all of them in one reading."""
-        candidates = {subject: self._candidates(subject) for subject in self._judged}
-        wanted = self._judged.union(*(refs for of in candidates.values() for refs in of.values()))
+    def _families_of(self, judged: Set[str]) -> dict[tuple[str, str], Family]:
+        """In one reading."""
+        candidates = {subject: self._candidates(subject) for subject in judged}
+        wanted = frozenset(judged).union(
+            *(refs for of in candidates.values() for refs in of.values())
+        )
         found = groups(s for s in self._store.scores_of(wanted) if s.task in self.tasks)
         pairs: dict[tuple[str, str], list[Pair]] = defaultdict(list)
         for group in [g for own in found.values() for g in own]:
-            for subject in self._judged & group.scores.keys():
+            for subject in judged & group.scores.keys():
                 for score in group.scores[subject]:
                     for kind, before in self._pairs(score, group, candidates[subject]):
                         pairs[subject, kind].append((before, score))

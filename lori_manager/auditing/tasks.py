@@ -76,6 +76,7 @@ def audit_group(group: Group, current: Task, view: View, comparer: Comparer) -> 
         group: its scores.
         current: the task's latest revision.
     """
+    view.families.look_at(view.scope & group.scores.keys())
     scored, best = _scored(group, view, comparer)
     within = [s for s in scored if view.filters.keep(s.score.subject, view.lineage)]
     own = view.lineage.own(group.task)

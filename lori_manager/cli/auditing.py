@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, time
 from enum import StrEnum
 from typing import Annotated
@@ -100,11 +103,9 @@ def audit(
             raise InvalidInput("--gate goes with REF, --against and --json alone")
         _gate(ctx, ref, against, json)
         return
-    from lori_manager.auditing import MOST
-
     names = None if task is None else [n.strip() for part in task for n in part.split(",")]
     cut = not (everything or json or format in (Format.CSV, Format.JUNIT))
-    with workspace(ctx) as ws:
+    with _uncollected(), workspace(ctx) as ws:
         run = ws.audit_run(
             ref,
             names,
@@ -113,7 +114,7 @@ def audit(
             since=_moment(since, "since", time.min),
             until=_moment(until, "until", time.max),
             alias=alias,
-            most=MOST if cut else None,
+            most=_most() if cut else None,
             judged_alone=format is Format.JUNIT,
         )
         if json:
@@ -170,8 +171,24 @@ def _gate(ctx: typer.Context, ref: str | None, against: str | None, json: bool) 
         raise GateRefused(said)
 
 
-def _write(pieces: object) -> None:
-    for piece in pieces:  # type: ignore[attr-defined]
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No looking for cycles in what is only read: a tenth of the time to the first task."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _most() -> int:
+    from lori_manager.auditing import MOST
+
+    return MOST
+
+
+def _write(pieces: Iterable[str]) -> None:
+    for piece in pieces:
         typer.echo(piece, nl=False)
 
 
