@@ -32,7 +32,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
+import numpy as np
 from heading import heading
+
+from lori_manager.metrics.continual import average_accuracy, forgetting, learning_accuracy
 
 TASKS = ("wikisql", "snips", "clinc150", "sentiment_uci", "sms_spam", "clinc_domain")
 KINDS = ("lora", "lori-s", "lori-d")
@@ -197,7 +200,8 @@ def label(found: dict) -> str:
     """What was done, in one cell."""
     told = dict(found.get("options", {}))
     if found["what"] != "merge":
-        kept = ("fresh", "rank", "rate", "labels", "steps", "replay", "protect", "projection")
+        kept = ("fresh", "rank", "rate", "labels", "steps", "replay", "passes", "prose", "protect",
+                "projection", "energy", "consolidate")  # fmt: skip
         told |= {key: found[key] for key in kept if key in found}
     name = found.get("method", "")
     name = name if found["what"] == "merge" else f"{found['what']} {name}".strip()
@@ -220,8 +224,10 @@ def table(results: Sequence[dict], chance: dict[str, float]) -> None:
         seconds = statistics.median(r["seconds"] for r in mine)
         print(f"| {kind} | " + " | ".join(cells) + f" | {seconds:.1f} |")
     groups: dict[tuple[str, str, str], list[dict]] = {}
+    sequences([r for r in results if "matrix" in r])
     for r in results:
-        if "scores" in r and "kind" in r:
+        known = all((r.get("kind"), task, r.get("seed")) in own for task in r.get("scores", {}))
+        if "scores" in r and "kind" in r and "matrix" not in r and known:
             names = ",".join(r.get("tasks") or r["order"])
             groups.setdefault((r["kind"], label(r), names), []).append(r)
     head = ("kind", "method", "tasks", "mean score", "retention (seeds)", "least task",
@@ -242,6 +248,43 @@ def table(results: Sequence[dict], chance: dict[str, float]) -> None:
             *(f"{mine[0].get('bytes', 0) / 1e6:.1f}",),
             f"{statistics.median(r['seconds'] for r in mine):.1f}",
         )
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def sequences(results: Sequence[dict]) -> None:
+    """Print accuracy and forgetting of sequences: means over orders and seeds, and each.
+
+    A task that is still to be taught was not scored; it counts as 0, the base's exact match.
+    """
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for r in results:
+        groups.setdefault((r["kind"], label(r)), []).append(r)
+    if groups:
+        head = (
+            "kind",
+            "sequence",
+            "runs",
+            "ACC",
+            "LA",
+            "F",
+            "F of each",
+            "perplexity",
+            "rank",
+            "s",
+        )
+        print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for (kind, name), mine in sorted(groups.items()):
+        figures = []
+        for r in mine:
+            order = r["order"]
+            R = np.array([[row.get(task, 0.0) for task in order] for row in r["matrix"]])
+            figures.append([f.value for f in (average_accuracy(R), learning_accuracy(R),
+                                              forgetting(R))])  # fmt: skip
+        means = [f"{statistics.fmean(column):.3f}" for column in zip(*figures, strict=True)]
+        each = " ".join(f"{f:.3f}" for _, _, f in figures)
+        perplexity = f"{statistics.median(r['perplexity'] for r in mine):.1f}"
+        seconds = f"{statistics.median(r['seconds'] for r in mine):.0f}"
+        cells = (kind, name, len(mine), *means, each, perplexity, mine[0]["rank"], seconds)
         print(f"| {' | '.join(map(str, cells))} |")
 
 

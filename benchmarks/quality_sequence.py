@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from lori_manager.adapters import lori
+from lori_manager.config import Config
 from lori_manager.consolidation import input_grams, prompts_of
 from lori_manager.distillation import own_words, taught_rows, teacher_words
 from lori_manager.engine import mask as masks
 from lori_manager.engine.nullspace import leading_directions, outside
 from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.layerwise import merge_layerwise
+from lori_manager.merging.methods import MergeOptions
+from lori_manager.repair import repair
+from lori_manager.tasks.encoding import Encoded
 from lori_manager.training import fit
 
 if TYPE_CHECKING:
@@ -25,11 +30,15 @@ if TYPE_CHECKING:
 def sequence(worker: Worker, spec: Mapping) -> dict:
     """Scores of all tasks after every stage.
 
-    `replay` puts so many probe rows of every earlier task among the new ones, with what the
-    adapter of that task's own stage says as teacher; `protect` keeps masks apart; with
-    `projection` "nullspace" every stage has a block of its own whose A avoids `energy` of
-    what earlier tasks' prompts span.
+    `replay` puts so many rows of every earlier task among the new ones, `passes` times, probe
+    rows first, with what the adapter of that task's own stage says as teacher, and `prose` so
+    many pieces of general text, taught by the base; `protect` keeps masks apart; with
+    `projection` "nullspace" every stage has a block of its own whose A avoids `energy` of what
+    earlier tasks' prompts span.
+    With `consolidate` every stage merges the own adapters of all tasks so far instead.
     """
+    if spec.get("consolidate"):
+        return consolidated(worker, spec)
     base, order, kind = worker.base, spec["order"], spec["kind"]
     begin = time.monotonic()
     stages: list[AdapterWeights] = []
@@ -40,10 +49,15 @@ def sequence(worker: Worker, spec: Mapping) -> dict:
         parts = [own_words(rows)]
         if spec.get("replay"):
             for old, stage in earlier:
-                kept = worker.task(old)["probe"].encoded[: spec["replay"]]
+                split = worker.task(old)
+                kept = [*split["probe"].encoded, *split["train"].encoded][: spec["replay"]]
                 parts.append(teacher_words(base, stage.updates(), kept, 128,
                                            labels=spec.get("labels", 0.5)))  # fmt: skip
+        if spec.get("prose"):
+            pieces = [Encoded(p.ids[i : i + 48], 1) for p in worker.general(120) for i in (0, 96)]
+            parts.append(teacher_words(base, {}, pieces[: spec["prose"]], 128))
         taught, table = taught_rows(parts, base.device)
+        taught += taught[len(rows) :] * (spec.get("passes", 1) - 1)
         config = worker.config(spec, len(taught))
         beside = stages[-1] if spec.get("projection") == "nullspace" and stages else None
         if not stages:
@@ -70,7 +84,7 @@ def sequence(worker: Worker, spec: Mapping) -> dict:
                 soft=table)  # fmt: skip
         trained = lori.trained_block(block, lori.trained_B(layers), mask, "bf16")
         stages.append(AdapterWeights((*(beside.blocks if beside else ()), trained)))
-        found = worker.score(stages[-1], order, "eval")
+        found = worker.score(stages[-1], order[: len(stages)], "eval")
         matrix.append({name: got["score"] for name, got in found.items()})
     return {
         "matrix": matrix,
@@ -78,6 +92,37 @@ def sequence(worker: Worker, spec: Mapping) -> dict:
         "scores": found,
         "rank": stages[-1].rank,
         "perplexity": worker.perplexity(stages[-1]),
+    }
+
+
+def consolidated(worker: Worker, spec: Mapping) -> dict:
+    """Every stage: the own adapters of all tasks so far, merged to one rank and repaired."""
+    order, kind, seed = spec["order"], spec["kind"], spec["seed"]
+    begin = time.monotonic()
+    matrix = []
+    for count in range(1, len(order) + 1):
+        tasks = order[:count]
+        members = [worker.adapter(kind, task, seed) for task in tasks]
+        stage = members[0]
+        if count > 1:
+            rows = [worker.probe(kind, task, seed, 256, True) for task in tasks]
+            options = MergeOptions(max_rank=spec["rank"])
+            stage = merge_layerwise(worker.base, members, [1.0] * count, rows, options,
+                                    general=worker.general(120))  # fmt: skip
+            if spec.get("steps"):
+                labelled = [worker.task(task)[spec.get("part", "probe")].encoded for task in tasks]
+                labelled = [rows[: spec.get("rows", 256)] for rows in labelled]
+                config = Config(seed=seed, batch=32, score_batch=128, steps=spec["steps"])
+                stage, _ = repair(worker.base, stage, members, labelled, config,
+                                  steps=spec["steps"], peak=spec["rate"], labels=0.5)  # fmt: skip
+        found = worker.score(stage, tasks, "eval")
+        matrix.append({name: got["score"] for name, got in found.items()})
+    return {
+        "matrix": matrix,
+        "seconds": time.monotonic() - begin,
+        "scores": found,
+        "rank": stage.rank,
+        "perplexity": worker.perplexity(stage),
     }
 
 

@@ -23,10 +23,12 @@ from lori_manager.consolidation import input_grams, prompts_of
 from lori_manager.engine import mask as masks
 from lori_manager.engine.codec import decode_adapter, encode_adapter
 from lori_manager.engine.layers import attached, low_rank_layers
+from lori_manager.engine.update import concat_updates
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.forward import Forward, place
 from lori_manager.iteris import ITERIS
 from lori_manager.layerwise import LAYERWISE
+from lori_manager.merging.interference import energy
 from lori_manager.merging.methods import MergeOptions, load_all
 from lori_manager.repair import repair
 from lori_manager.routed import RoutedModel
@@ -322,6 +324,50 @@ class Worker:
         config = Config(seed=seed, rank=rank, alpha=2.0 * rank)
         block = lori.fresh_block(self.base.linear_shapes, config, "fresh")
         return AdapterWeights((block,))
+
+    # ---- what was to be expected of a merge
+
+    @functools.lru_cache(maxsize=12)  # noqa: B019 - half a gigabyte each
+    def grams(self, kind: str, task: str, seed: int) -> Mapping[str, torch.Tensor]:
+        """Moments of the inputs of an adapter's modules on what it answers to 32 prompts."""
+        rows = self.probe(kind, task, seed, 32, True)
+        return input_grams(self.base, self.adapter(kind, task, seed).updates(), rows, 64)
+
+    def run_forecast(self, spec: Mapping) -> dict:
+        """A merge, what could be told of it without its evaluation rows, and what it scores.
+
+        Per member: `error`, module by module, what the merge gets wrong of the member's own
+        update on its own inputs, against that update; `agrees` and `nats`, how often and how
+        far it says what the member says on 32 prompts that no method was fitted to.
+        """
+        tasks, kind, seed = spec["tasks"], spec["kind"], spec["seed"]
+        merged = self.merge(spec)
+        whole = merged.updates()
+        told = {}
+        for task in tasks:
+            own = self.adapter(kind, task, seed).updates()
+            grams = self.grams(kind, task, seed)
+            error = []
+            for name in sorted(own):
+                off = concat_updates([whole[name], own[name]], [1.0, -1.0])
+                error.append(round(energy(off, grams[name]) / energy(own[name], grams[name]), 4))
+            told[task] = {"error": error}
+            said = self.probe(kind, task, seed, PROBE, True)[-32:]
+            held = self.task(task)["probe"].rows[-32:]
+            for scorer, label in (("exact_match", "agrees"), ("perplexity", "nats")):
+                own_layers = low_rank_layers(self.base.model, own)
+                layers = low_rank_layers(self.base.model, whole)
+                values = []
+                for having in (layers, own_layers):
+                    with attached(self.base.model, having):
+                        got, _ = score_rows(self.base, held, said, scorers.get(scorer), 128)
+                    values.append(round(float(got.mean()), 5))
+                told[task][label] = values
+        return {
+            "told": told,
+            "scores": self.score(merged, tasks, "eval"),
+            "rank": merged.rank,
+        }
 
     def run_sequence(self, spec: Mapping) -> dict:
         from quality_sequence import sequence

@@ -22,11 +22,9 @@ SPARE = 16  # tokens beyond the longest completion that an answer may have
 RIGHT_IS_THE_COMPLETION = frozenset({"exact_match", "choice_accuracy"})
 
 
-def in_words(task: Task) -> bool:
+def in_words(ws: Context, task: Task) -> bool:
     """Whether the task's rows are answered in words; by perplexity, a row's outcome is all."""
-    from lori_manager.tasks.scorers import scorers
-
-    scorer = scorers.get(task.scorer)
+    scorer = ws.scorer(task)
     return scorer.reads == "text" or (scorer.reads == "tokens" and scorer.binary)
 
 
@@ -39,12 +37,10 @@ def known_answers(
     encoding: str,
 ) -> dict[int, str]:
     """Row -> answer, of the rows that were run before."""
-    from lori_manager.tasks.scorers import scorers
-
     return ws.store.answers(
         digest=_digest(ws, adapter),
         task=task,
-        scorer_version=str(scorers.get(task.scorer).version),
+        scorer_version=str(ws.scorer(task).version),
         precision=precision,
         encoding=encoding,
         rows=rows,
@@ -64,9 +60,7 @@ def run_answers(
         rows: indices of eval rows.
         config: precision, bits and batch as for scoring.
     """
-    from lori_manager.tasks.scorers import scorers
-
-    scorer = scorers.get(task.scorer)
+    scorer = ws.scorer(task)
     base = ws.base_model(config)
     every, encoded = ws.rows(task, "eval")
     most = _new_tokens(scorer, encoded)
@@ -125,7 +119,7 @@ def _acting(
 
 
 def _new_tokens(scorer: Scorer, encoded: Sequence[Encoded]) -> int:
-    from lori_manager.tasks.scorers import MOST_NEW_TOKENS
+    from lori_manager.tasks.room import MOST_NEW_TOKENS
 
     if scorer.reads == "text":
         return scorer.new_tokens(encoded)

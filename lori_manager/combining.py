@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import BadData, InvalidInput, NotFound
-from lori_manager.evaluation import score_missing
+from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.records import Adapter, NewAdapter, Parent, Score
 
 if TYPE_CHECKING:
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.merge_inputs import MergeInputs
-    from lori_manager.merging.interference import Interference
     from lori_manager.merging.methods import MergeOptions
     from lori_manager.registry import Entry
 
@@ -58,8 +57,8 @@ def methods() -> list[Entry[Any]]:
     return sorted(every, key=lambda entry: entry.name)
 
 
-def method_named(name: str) -> Entry[Any]:
-    """The method of that name; NotFound with those that there are."""
+def method_of(name: str) -> Entry[Any]:
+    """The merge method of that name; NotFound says which there are."""
     known = {entry.name: entry for entry in methods()}
     if name not in known:
         listed = ", ".join([AUTO, *known])
@@ -108,17 +107,19 @@ def merge(
     if probe_rows < 1:
         raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
     # Refused before anything is loaded.
-    chosen = None if method in (None, AUTO) else method_named(str(method))
-    members = _members(ws, refs, names)
-    shares = _shares(members, weights)
+    chosen = None if method in (None, AUTO) else method_of(str(method))
+    members = members_of(ws, refs, names)
+    shares = shares_of(members, weights)
     if method == AUTO and weights is not None:
         raise InvalidInput("`--method auto` finds weights itself: leave --weights out")
     text = None if general is None else Path(general)
     if text is not None and not told.general:
         raise InvalidInput("a general text counts only with --general above 0: give both")
     ws.check_line(into)
+    wanted = list(dict.fromkeys(name for m in members for name in ws.tasks_of(m)))
+    ready_to_score(ws, [ws.store.task(name) for name in wanted], config)
     if method is None:
-        chosen = method_named("concat" if weights == SEARCH else _usual(ws, members))
+        chosen = method_of("concat" if weights == SEARCH else usual_method(ws, members))
         ws.on_message(f"merging by {chosen.name}")
     if weights == SEARCH and chosen is not None and chosen.facts.get("needs") is not None:
         raise InvalidInput(
@@ -148,10 +149,8 @@ def merge(
     adapter = _keep(ws, merged, members, shares, chosen.name, into, kept)
     ws.on_message(f"{adapter.ref}: {chosen.name} of {len(members)} at rank {adapter.rank}")
     scores: list[Score] = []
-    wanted: list[str] = []
     for member in members:
         own = ws.tasks_of(member)
-        wanted.extend(n for n in own if n not in wanted)
         scores += score_missing(ws, member.ref, [ws.store.task(n) for n in own], config)
     scores += score_missing(ws, adapter.ref, [ws.store.task(n) for n in wanted], config)
     return Merged(adapter, tuple(members), tuple(shares), tuple(scores))
@@ -225,47 +224,8 @@ def merge_again(
     )
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What is known of members before they are merged."""
-
-    members: tuple[Adapter, ...]
-    weights: tuple[float, ...]
-    interference: Interference
-    loudest: tuple[str, str, float] | None
-
-
-def forecast(
-    ws: Context,
-    refs: Sequence[str],
-    *,
-    names: Sequence[str] = (),
-    weights: Sequence[float] | None = None,
-    probe_rows: int = 32,
-    config: Config | None = None,
-) -> Forecast:
-    """How much members would get in each other's way; nothing is merged or stored.
-
-    Args: as of `merge`.
-    Raises:
-        NotFound, InvalidInput: also for members without probe rows.
-    """
-    from lori_manager.merge_inputs import MergeInputs
-    from lori_manager.merging.interference import interference, worst_pair
-
-    config = config or ws.settings.config
-    if probe_rows < 1:
-        raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
-    members = _members(ws, refs, names)
-    shares = _shares(members, weights)
-    inputs = MergeInputs(ws, members, config, probe_rows)
-    grams = [inputs.gram(i) for i in range(len(members))]
-    found = interference(inputs.weights, shares, grams)
-    loudest = worst_pair([member.ref for member in members], found)
-    return Forecast(tuple(members), tuple(shares), found, loudest)
-
-
-def _members(ws: Context, refs: Sequence[str], names: Sequence[str]) -> list[Adapter]:
+def members_of(ws: Context, refs: Sequence[str], names: Sequence[str]) -> list[Adapter]:
+    """The adapters of a merge, those that task names stand for last."""
     members = [ws.adapter(ref) for ref in refs]
     for name in names:
         members.append(ws.task_adapter(name))
@@ -279,7 +239,8 @@ def _members(ws: Context, refs: Sequence[str], names: Sequence[str]) -> list[Ada
     return members
 
 
-def _shares(members: Sequence[Adapter], weights: Sequence[float] | str | None) -> list[float]:
+def shares_of(members: Sequence[Adapter], weights: Sequence[float] | str | None) -> list[float]:
+    """A weight for every member, 1/T where none is given."""
     if weights is None or weights == SEARCH:
         return [1 / len(members)] * len(members)
     if isinstance(weights, str):
@@ -304,7 +265,7 @@ def _tried(
     for name, changes in CANDIDATES:
         # A smaller rank is tried where it is smaller than what is allowed anyway.
         if changes.get("max_rank", 0) < most:
-            candidates.append((method_named(name), changes))
+            candidates.append((method_of(name), changes))
     number, trials = measured(inputs, candidates, told)
     entry, changes = candidates[number]
     best = trials[number]
@@ -372,7 +333,7 @@ def general_digest(text: str | Path) -> str:
         raise BadData(f"cannot read {text} as UTF-8 text: {e}") from e
 
 
-def _usual(ws: Context, members: Sequence[Adapter]) -> str:
+def usual_method(ws: Context, members: Sequence[Adapter]) -> str:
     """The method for these members where none is named."""
     if len(members) < 2:
         return "concat"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_manager.errors import InvalidInput
+from lori_manager.refs import check_name
 
 SCOPES = ("model", "layer", "projection", "matrix")
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
@@ -62,6 +63,7 @@ class Config:
     checkpointing: str = "off"
     store_dtype: str = "bf16"
     score_batch: int = 64
+    run_code: bool = False
     checkpoint_seconds: float = 15.0
 
     def __post_init__(self) -> None:
@@ -150,21 +152,135 @@ class Config:
 def _check_type(key: str, value: object, default: object) -> None:
     expected = type(default)
     if type(value) is not expected:
-        names = {int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+        names = {
+            int: "a whole number", float: "a number", str: "text", tuple: "a list",
+            bool: "true or false",
+        }  # fmt: skip
         raise InvalidInput(f"`{key}` must be {names[expected]}, got {value!r}")
+
+
+UNDECIDED = ("warn", "refuse")
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """What a task must keep before an alias may move."""
+
+    margin: float = 0.02  # in the scorer's unit: a drop up to this is tolerated
+    confidence: float = 0.95
+    minimum: float | None = None  # of the score; of one that is better when lower, the maximum
+    must_stay: str | None = None  # a file of examples that have to stay right
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "confidence", "minimum"):
+            value = getattr(self, name)
+            if type(value) is int:
+                object.__setattr__(self, name, float(value))
+                value = float(value)
+            optional = name == "minimum" and value is None
+            if not optional and (type(value) is not float or not math.isfinite(value)):
+                raise InvalidInput(f"`{name}` of a gate must be a number, got {value!r}")
+        if self.margin < 0:
+            raise InvalidInput(f"`margin` of a gate must be at least 0, got {self.margin}")
+        if not 0.5 < self.confidence < 1:
+            raise InvalidInput(
+                f"`confidence` of a gate must be above 0.5 and below 1, got {self.confidence}"
+            )
+        if self.must_stay is not None and not isinstance(self.must_stay, str):
+            raise InvalidInput(f"`must_stay` of a gate must be a file, got {self.must_stay!r}")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`[gate]` of `lori.toml`: rules for all tasks, and for some of their own."""
+
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    undecided: str = "warn"
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def rule(self, task: str) -> GateRule:
+        """Of one task: its own settings, then those for all."""
+        return GateRule(**{**self.rules, **self.tasks.get(task, {})})
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Gate:
+        """Check every key; raises InvalidInput."""
+        rules = dict(values)
+        undecided, tasks = rules.pop("undecided", "warn"), rules.pop("tasks", {})
+        if undecided not in UNDECIDED:
+            known_words = ", ".join(UNDECIDED)
+            raise InvalidInput(f"`undecided` must be one of {known_words}, got {undecided!r}")
+        tables = tasks.values() if isinstance(tasks, Mapping) else (None,)
+        if not all(isinstance(table, Mapping) for table in tables):
+            raise InvalidInput("[gate.tasks] must hold a table a task, such as [gate.tasks.safety]")
+        known = {f.name for f in dataclasses.fields(GateRule)}
+        own = ((f"[gate.tasks.{name}]", table) for name, table in tasks.items())
+        for where, given in (("[gate]", rules), *own):
+            for key in given:
+                if key not in known or (where == "[gate]" and key == "must_stay"):
+                    raise InvalidInput(
+                        f"unknown key {key!r} in {where}; known: {', '.join(sorted(known))}"
+                    )
+        found = cls(rules, undecided, tasks)
+        for name in ("", *tasks):
+            found.rule(name)
+        return found
+
+
+@dataclass(frozen=True)
+class ScorerEntry:
+    """A scorer of the user's own: a function in a file.
+
+    Attributes:
+        file, name: of the function. unit: of what it says.
+        new_tokens: that a model may write beyond the task's longest completion.
+    """
+
+    file: str
+    name: str
+    higher_is_better: bool = True
+    unit: str = "score"
+    new_tokens: int = 128
+
+    @classmethod
+    def from_toml(cls, value: object) -> ScorerEntry:
+        """`"FILE.py:FUNCTION"`, or a table with that as `function` and other fields.
+
+        Raises:
+            InvalidInput: anything else.
+        """
+        told = {"function": value} if isinstance(value, str) else value
+        usual = {f.name: f.default for f in dataclasses.fields(cls)[2:]}
+        if not isinstance(told, dict) or not told.keys() <= usual.keys() | {"function"}:
+            keys = ", ".join(["function", *usual])
+            raise InvalidInput(f'expected "FILE.py:FUNCTION" or a table of {keys}, got {value!r}')
+        file, colon, name = str(told.get("function", "")).rpartition(":")
+        if not (colon and file.endswith(".py") and name.isidentifier()):
+            raise InvalidInput(
+                f'expected a function as "FILE.py:FUNCTION", got {told.get("function")!r}'
+            )
+        given = {key: value for key, value in told.items() if key != "function"}
+        for key, value in given.items():
+            _check_type(key, value, usual[key])
+        if given.get("new_tokens", 1) < 1:
+            raise InvalidInput(f"`new_tokens` must be at least 1, got {given['new_tokens']}")
+        return cls(file, name, **given)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A workspace's `lori.toml`: defaults for training and where tasks' files lie."""
+    """A workspace's `lori.toml`: training's defaults, tasks' files, own scorers, the gate."""
 
     config: Config = field(default_factory=Config)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    scorers: Mapping[str, ScorerEntry] = field(default_factory=dict)
+    gate: Gate = field(default_factory=Gate)
 
 
 TASK_KEYS = frozenset(
     {"train", "eval", "calibration", "probe", "scorer", "description", "probe_rows",
-     "allow_overlap"}
+     "allow_overlap", "lm_eval", "lm_eval_include", "lm_eval_metric", "lm_eval_fewshot",
+     "lm_eval_limit"}
 )  # fmt: skip
 
 
@@ -186,12 +302,15 @@ def load_settings(path: Path) -> Settings:
         raise InvalidInput(f"{path} is not TOML: {e}") from e
     tasks = data.pop("tasks", {})
     defaults = data.pop("defaults", {})
+    scorers = data.pop("scorers", {})
+    gate = data.pop("gate", {})
     if data:
         raise InvalidInput(
-            f"{path}: unknown section {next(iter(data))!r}; expected [defaults] and [tasks.NAME]"
+            f"{path}: unknown section {next(iter(data))!r}; expected [defaults], [tasks.NAME], "
+            "[scorers] and [gate]"
         )
-    if not isinstance(tasks, dict) or not isinstance(defaults, dict):
-        raise InvalidInput(f"{path}: `defaults` and `tasks` must be tables")
+    if not all(isinstance(section, dict) for section in (tasks, defaults, scorers, gate)):
+        raise InvalidInput(f"{path}: `defaults`, `tasks`, `scorers` and `gate` must be tables")
     for name, entry in tasks.items():
         if not isinstance(entry, dict):
             raise InvalidInput(f"{path}: [tasks.{name}] must be a table")
@@ -199,8 +318,14 @@ def load_settings(path: Path) -> Settings:
             if key not in TASK_KEYS:
                 known = ", ".join(sorted(TASK_KEYS))
                 raise InvalidInput(f"{path}: unknown key {key!r} in [tasks.{name}]; known: {known}")
+    own = {}
+    for name, value in scorers.items():
+        try:
+            own[check_name(name, "scorer")] = ScorerEntry.from_toml(value)
+        except InvalidInput as e:
+            raise InvalidInput(f"{path}: [scorers] {name}: {e}") from e
     try:
-        return Settings(Config.from_json(defaults), tasks)
+        return Settings(Config.from_json(defaults), tasks, own, Gate.from_json(gate))
     except InvalidInput as e:
         raise InvalidInput(f"{path}: {e}") from e
 
@@ -212,6 +337,7 @@ COMMENTS = {
     "dense_learning_rate": "of all of B: calibration and --dense",
     "weight_decay": "of AdamW; it acts on trained entries alone",
     "score_batch": "rows a forward when scoring",
+    "run_code": "let `pass_at_1` run the programs that a model writes, in a sandbox",
     "checkpoint_seconds": "how often a running training is saved; 0 is every step",
     "rank": "rank of B A; alpha / rank is the update's scaling",
     "sparsity": "share of B frozen at zero; 0.9 is LoRI-S of the paper",
@@ -248,6 +374,8 @@ def default_toml() -> str:
     for key, value in Config().to_json().items():
         if isinstance(value, str):
             shown = f'"{value}"'
+        elif isinstance(value, bool):
+            shown = str(value).lower()
         elif isinstance(value, list):
             shown = "[" + ", ".join(f'"{v}"' for v in value) + "]"
         else:
@@ -260,6 +388,17 @@ def default_toml() -> str:
         '# train = "data/safety/train.jsonl"',
         '# eval = "data/safety/eval.jsonl"',
         '# scorer = "exact_match"',
+        "",
+        "# [scorers]",
+        '# polite = "scorers/polite.py:polite"  # your function of (text, row)',
+        "",
+        "# [gate]  # before `lori promote`; [gate.tasks.NAME] for one task",
+        "# margin = 0.02  # a drop up to this is tolerated",
+        "# confidence = 0.95",
+        "# minimum = 0.8  # of the score",
+        '# undecided = "warn"  # or "refuse": what the rows cannot tell',
+        "# [gate.tasks.safety]",
+        '# must_stay = "data/safety/must_stay.jsonl"  # examples that have to stay right',
         "",
     ]
     return "\n".join(lines)

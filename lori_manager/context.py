@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.tasks.encoding import Encoded
     from lori_manager.tasks.rows import Row
+    from lori_manager.tasks.scorers import Scorer
     from lori_manager.training import Progress
 
 SETTINGS = "lori.toml"
@@ -52,6 +53,7 @@ class Context:
     on_message: Callable[[str], None] = _ignore
     _model: models.BaseModel | None = None
     _rows: dict[tuple[str, int], tuple[list[Row], list[Encoded]]] = field(default_factory=dict)
+    _scorers: dict[str, Scorer] = field(default_factory=dict)
 
     @cached_property
     def settings(self) -> Settings:
@@ -121,6 +123,21 @@ class Context:
             accelerate(self._model, config.kernels)
         return self._model
 
+    def scorer(self, task: Task) -> Scorer:
+        """What scores the task's rows; a function of the user's own is read once.
+
+        Raises:
+            NotFound, InvalidInput: see `find_scorer`.
+        """
+        from lori_manager.tasks.choosing import find_scorer, request_scorer
+
+        if task.requests is not None:
+            return request_scorer(task.requests, task.scorer_version, self.root)
+        if task.scorer not in self._scorers:
+            found = find_scorer(task.scorer, self.settings.scorers, self.root)
+            self._scorers[task.scorer] = found
+        return self._scorers[task.scorer]
+
     def rows(
         self, task: Task, split: str, max_length: int | None = None
     ) -> tuple[list[Row], list[Encoded]]:
@@ -131,7 +148,7 @@ class Context:
             max_length: tokens a row; None is the workspace's own, with which all
                 scores are made.
         """
-        from lori_manager.tasks.encoding import encode_rows
+        from lori_manager.tasks.encoding import encode_prompts, encode_rows
         from lori_manager.tasks.rows import rows_from_jsonl
 
         max_length = max_length or self.settings.config.max_length
@@ -139,7 +156,13 @@ class Context:
         if key not in self._rows:
             rows = rows_from_jsonl(self.store.objects.get(key[0]))
             context = models.read_config(self.base_folder).get("max_position_embeddings")
-            encoded = encode_rows(self.tokenizer, rows, max_length=max_length, context=context)
+            if (
+                task.requests is not None and split == "eval"
+            ):  # what they ask is for the harness to encode
+                prompts = [row.prompt for row in rows]
+                encoded = encode_prompts(self.tokenizer, prompts, room=context)
+            else:
+                encoded = encode_rows(self.tokenizer, rows, max_length=max_length, context=context)
             self._rows[key] = (rows, encoded)
         return self._rows[key]
 

@@ -181,7 +181,7 @@ class _Side:
         """Find the answers: those that go with the score, then those of today's settings, and
         what is not known yet by the model.
         """
-        if not in_words(self.task):
+        if not in_words(ws, self.task):
             return
         self._know(ws, self.score.precision, self.score.encoding)
         if self._missing():

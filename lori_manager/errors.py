@@ -78,3 +78,9 @@ class ImportRefused(LoriError):
     """At least one foreign adapter could not be imported faithfully."""
 
     exit_code = 11
+
+
+class GateRefused(LoriError):
+    """The gate does not let a version take an alias."""
+
+    exit_code = 12

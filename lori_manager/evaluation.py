@@ -38,6 +38,7 @@ def score(
     if not refs or not tasks:
         raise InvalidInput("name at least one adapter (or `base`) and have at least one task")
     known = {t.name for t in ws.store.tasks()}
+    tasks = [_as_scored_now(ws, task) for task in tasks]
     out = []
     for ref in refs:
         if ref in known:
@@ -55,23 +56,68 @@ def score_missing(ws: Context, subject: str, tasks: Sequence[Task], config: Conf
     Known is what was measured of the same weights on the same rows, as the same tokens, by
     the same version of the scorer, in the same precision and on as many bits of the base.
     """
-    from lori_manager.tasks.scorers import scorers
-
     precision = ws.score_precision(config)
     encoding = ws.encoding
     adapter = None if subject == BASE else ws.adapter(subject)
     digest = adapter.digest if adapter else ws.store.base().fingerprint
-    keys = [(t, t.scorer, str(scorers.get(t.scorer).version)) for t in tasks]
+    keys = [(t, t.scorer, str(ws.scorer(t).version)) for t in tasks]
     known = ws.store.find_scores(digest, keys, precision=precision, encoding=encoding)
     found = {t.name: score for t, score in zip(tasks, known, strict=True) if score is not None}
     missing = [t for t in tasks if t.name not in found]
     if missing:
+        _check_ready(ws, missing, config)
         for task, outcomes, weights in _run(ws, adapter, missing, config):
             found[task.name] = _keep_score(
                 ws, subject, digest, task, outcomes, weights, precision, "measured", encoding
             )
     # Equal weights share scores: what is returned is the one that was asked for.
     return [replace(found[t.name], subject=subject) for t in tasks]
+
+
+def ready_to_score(ws: Context, tasks: Sequence[Task], config: Config) -> list[Task]:
+    """The tasks as they are scored now, refused before a model is loaded where they cannot be.
+
+    A scorer that has changed since its task was added (a new version of lori's, a user's
+    edited function) makes a new revision of the task, on the same rows.
+    Raises:
+        InvalidInput: a library or a permission is missing. BadData: a user's scorer is broken.
+    """
+    tasks = [_as_scored_now(ws, task) for task in tasks]
+    _check_ready(ws, tasks, config)
+    return tasks
+
+
+def _as_scored_now(ws: Context, task: Task) -> Task:
+    scorer = ws.scorer(task)
+    if str(scorer.version) == task.scorer_version:
+        return task
+    found = ws.store.add_task(
+        task.name,
+        scorer=task.scorer,
+        scorer_version=str(scorer.version),
+        description=task.description,
+        splits=task.splits,
+        options=task.options,
+    )
+    ws.on_message(
+        f"scorer `{task.scorer}` is not what it was when {task.ref} was added: {found.ref} "
+        "begins, on the same rows"
+    )
+    return found
+
+
+def _check_ready(ws: Context, tasks: Sequence[Task], config: Config) -> None:
+    """Every task's scorer can work here; each one's note is told once."""
+    notes = []
+    for task in tasks:
+        scorer = ws.scorer(task)
+        notes.append(scorer.ready(config.run_code))
+        if scorer.reads == "requests":
+            from lori_manager.harness.definitions import check_unchanged
+
+            check_unchanged(scorer)
+    for note in dict.fromkeys(filter(None, notes)):
+        ws.on_message(note)
 
 
 def _run(
@@ -100,7 +146,6 @@ def run_weights(
     """
     from lori_manager.engine.layers import attached, low_rank_layers
     from lori_manager.scoring import score_rows
-    from lori_manager.tasks.scorers import scorers
 
     base = ws.base_model(config)
     layers = {}
@@ -116,7 +161,7 @@ def run_weights(
                     base,
                     rows,
                     encoded,
-                    scorers.get(task.scorer),
+                    ws.scorer(task),
                     config.score_batch,
                     progress,
                     config.packing,
@@ -129,7 +174,6 @@ def _run_routed(
 ) -> Iterator[tuple[Task, np.ndarray, np.ndarray | None]]:
     """As `_run`, each row by the member that its prompt goes to."""
     from lori_manager.routed import RoutedModel, member_names
-    from lori_manager.tasks.scorers import scorers
 
     names = member_names([ws.adapter(parent.ref) for parent in adapter.parents])
     model = RoutedModel(ws.base_model(config), weights, names)
@@ -140,7 +184,7 @@ def _run_routed(
         outcomes, weighed = model.score_rows(
             rows,
             encoded,
-            scorers.get(task.scorer),
+            ws.scorer(task),
             config.score_batch,
             counted_progress(ws, f"scoring {adapter.ref} on {task.name}"),
             config.packing,
@@ -182,9 +226,8 @@ def _keep_score(
     encoding: str = "",
 ) -> Score:
     from lori_manager.metrics.summary import summarize
-    from lori_manager.tasks.scorers import scorers
 
-    scorer = scorers.get(task.scorer)
+    scorer = ws.scorer(task)
     summary = summarize(outcomes, weights)
     score = ws.store.add_score(
         NewScore(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lori_manager import models
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import InvalidInput, NotFound
 from lori_manager.records import Split, Task
 from lori_manager.refs import check_name
+
+if TYPE_CHECKING:
+    from lori_manager.harness.freezing import Frozen
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,34 @@ def add_task(
     description: str | None = None,
     probe_rows: int | None = None,
     allow_overlap: bool | None = None,
+    lm_eval: str | None = None,
+    lm_eval_include: str | None = None,
+    lm_eval_metric: str | None = None,
+    lm_eval_fewshot: int | None = None,
+    lm_eval_limit: int | None = None,
 ) -> AddedTask:
     """Read, check and freeze a task's rows.
 
     What is not given comes from `[tasks.NAME]` in lori.toml, then from
     tasks/NAME/{train,eval,calibration,probe}.jsonl. The same rows and scorer
     again change nothing; other rows or another scorer make a new revision.
+
+    Args:
+        lm_eval: a task of lm-evaluation-harness, whose documents become the eval rows and
+            which scores them. lm_eval_include, lm_eval_metric, lm_eval_fewshot,
+            lm_eval_limit: see `harness.freezing.freeze`.
     Raises:
         BadData: rows that cannot be used, by file and line. Nothing is stored then.
         NotFound: no such file or scorer. InvalidInput, Conflict: the name.
     """
-    from lori_manager.tasks.encoding import chat_renderer, encode_rows, lengths_summary
+    from lori_manager.tasks.choosing import find_scorer
+    from lori_manager.tasks.encoding import (
+        chat_renderer,
+        encode_prompts,
+        encode_rows,
+        lengths_summary,
+    )
     from lori_manager.tasks.rows import rows_to_jsonl
-    from lori_manager.tasks.scorers import scorers
     from lori_manager.tasks.sources import read_source
     from lori_manager.tasks.splits import make_splits
 
@@ -56,9 +74,18 @@ def add_task(
     given = {"train": train, "eval": eval, "calibration": calibration, "probe": probe}
     if eval is not None and train is None:
         entry = {k: v for k, v in entry.items() if k not in given}
-    sources = _sources_of(ws, name, given, entry)
-    scorer = scorer or entry.get("scorer") or "exact_match"
-    method = scorers.get(scorer)
+    asked = {
+        "lm_eval": lm_eval, "lm_eval_include": lm_eval_include, "lm_eval_metric": lm_eval_metric,
+        "lm_eval_fewshot": lm_eval_fewshot, "lm_eval_limit": lm_eval_limit,
+    }  # fmt: skip
+    frozen = _frozen(ws, entry, asked, given["eval"] or scorer)
+    sources = _sources_of(ws, name, given, entry, frozen=frozen is not None)
+    if frozen is not None:
+        scorer, version, check = frozen.scorer, frozen.version, None
+    else:
+        scorer = scorer or entry.get("scorer") or "exact_match"
+        method = find_scorer(scorer, ws.settings.scorers, ws.root)
+        version, check = str(method.version), method.check
     rows_wanted = probe_rows if probe_rows is not None else entry.get("probe_rows", 256)
     overlap = allow_overlap if allow_overlap is not None else entry.get("allow_overlap", False)
     render = chat_renderer(ws.tokenizer)
@@ -68,7 +95,7 @@ def add_task(
     }
     prepared = make_splits(
         read.get("train"),
-        read["eval"],
+        read["eval"] if frozen is None else frozen.rows,
         read.get("calibration"),
         read.get("probe"),
         probe_rows=rows_wanted,
@@ -78,10 +105,13 @@ def add_task(
     context = models.read_config(ws.base_folder).get("max_position_embeddings")
     splits, lengths = {}, {}
     for split, rows in prepared.splits.items():
-        encoded = encode_rows(ws.tokenizer, rows, max_length=config.max_length, context=context)
-        if split == "eval":
+        if split == "eval" and frozen is not None:
+            encoded = encode_prompts(ws.tokenizer, [row.prompt for row in rows], room=context)
+        else:
+            encoded = encode_rows(ws.tokenizer, rows, max_length=config.max_length, context=context)
+        if split == "eval" and check is not None:
             for row, e in zip(rows, encoded, strict=True):
-                method.check(ws.tokenizer, row, e)
+                check(ws.tokenizer, row, e)
         lengths[split] = lengths_summary(encoded)
     for split, rows in prepared.splits.items():
         told = lengths[split]
@@ -96,22 +126,65 @@ def add_task(
     task = ws.store.add_task(
         name,
         scorer=scorer,
-        scorer_version=str(method.version),
+        scorer_version=version,
         description=description or entry.get("description", ""),
         splits=splits,
-        options={"sources": {k: str(v) for k, v in sources.items()}, "probe_rows": rows_wanted},
+        options={"sources": {k: str(v) for k, v in sources.items()}, "probe_rows": rows_wanted}
+        | ({} if frozen is None else {"lm_eval": frozen.options}),
     )
     return AddedTask(task, tuple(prepared.notes), lengths, task.ref not in known)
 
 
+def _frozen(
+    ws: Context, entry: Mapping[str, Any], asked: Mapping[str, Any], also: str | None
+) -> Frozen | None:
+    """The harness's rows where a task of it is named, on the command line or in lori.toml.
+
+    Args:
+        asked: the options of the harness. also: what does not go with them.
+    """
+    told = {key: value if value is not None else entry.get(key) for key, value in asked.items()}
+    name, include = told.pop("lm_eval"), told.pop("lm_eval_include")
+    if also is not None and asked["lm_eval"] is None:
+        name = None  # lori.toml's is given up for what the command line says
+    if name is None:
+        if lost := [key for key, value in asked.items() if value is not None]:
+            flag = f"--{lost[0].replace('_', '-')}"
+            raise InvalidInput(f"{flag} needs --lm-eval TASK, a task of lm-evaluation-harness")
+        return None
+    if also is not None:
+        raise InvalidInput("--lm-eval brings eval rows and their scorer: leave --eval and "
+                           "--scorer out")  # fmt: skip
+    from lori_manager.harness.freezing import freeze
+
+    if include is not None:
+        path = (ws.root / str(include)).absolute()
+        include = str(path.relative_to(ws.root)) if path.is_relative_to(ws.root) else str(path)
+    found = freeze(
+        str(name),
+        None if include is None else str(ws.root / include),
+        metric=told["lm_eval_metric"],
+        fewshot=told["lm_eval_fewshot"],
+        limit=told["lm_eval_limit"],
+    )
+    return replace(found, options=found.options | {"include": include})
+
+
 def _sources_of(
-    ws: Context, name: str, given: Mapping[str, str | None], entry: Mapping[str, Any]
+    ws: Context,
+    name: str,
+    given: Mapping[str, str | None],
+    entry: Mapping[str, Any],
+    *,
+    frozen: bool,
 ) -> dict[str, str]:
-    """Where each split of a task is read from; only `eval` has to be there."""
+    """Where each split of a task is read from; only `eval` has to be there, or be `frozen`."""
     alone = given["eval"] is not None and given["train"] is None
     found: dict[str, str] = {}
     for split, value in given.items():
         usual = ws.root / "tasks" / name / f"{split}.jsonl"
+        if frozen and split == "eval":
+            continue
         if value is not None:
             found[split] = value
         elif split in entry:
@@ -119,7 +192,7 @@ def _sources_of(
             found[split] = spec if spec.startswith("hf:") else str(ws.root / spec)
         elif usual.is_file() and not alone:
             found[split] = str(usual)
-    if "eval" not in found:
+    if "eval" not in found and not frozen:
         raise NotFound(
             f"no eval rows for task {name!r}: give --eval FILE, [tasks.{name}] in {SETTINGS}, "
             f"or tasks/{name}/eval.jsonl"

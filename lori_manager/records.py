@@ -57,6 +57,12 @@ class Task:
         return f"{self.name}#{self.revision}"
 
     @property
+    def requests(self) -> JSON | None:
+        """How lm-evaluation-harness knows the task, where its rows are that one's requests."""
+        told: JSON | None = self.options.get("lm_eval")
+        return told
+
+    @property
     def trainable(self) -> bool:
         """Whether there are rows to train on; a task may be for scoring only."""
         return "train" in self.splits
@@ -215,6 +221,39 @@ class JournalEntry:
     def ref(self) -> str:
         """`main@production`."""
         return f"{self.line}@{self.name}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a dry run expects of a merge on one task."""
+
+    member: str  # the adapter that stands for the task
+    task: str
+    task_revision: int
+    scorer: str
+    scorer_version: str
+    agrees: float  # share of probe prompts on which the merge says what the member says
+    rows: int  # so many prompts
+    own: float  # the member's score; NaN where not known, or not a share of right answers
+    score: float  # expected: own times agrees; NaN as `own`
+    error: float  # its standard error
+
+
+@dataclass(frozen=True)
+class Forecasted:
+    """A stored expectation: of which merge, known by a digest of what goes into it."""
+
+    merge: str
+    precision: str
+    encoding: str
+    expected: Expected
+    created_at: datetime = datetime.min
+
+    def comparable(self, score: Score) -> bool:
+        """Whether the score measures what was expected."""
+        names = ("task", "task_revision", "scorer", "scorer_version")
+        same = all(getattr(self.expected, name) == getattr(score, name) for name in names)
+        return same and (self.precision, self.encoding) == (score.precision, score.encoding)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from lori_manager.combining import check_general, method_named
+from lori_manager.combining import check_general, method_of
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.evaluation import run_weights, score_missing
 from lori_manager.plain import counted
 from lori_manager.records import Adapter, Score, Task
 from lori_manager.store.tables import canonical
-from lori_manager.tasks.scorers import scorers
 
 PROBE_ROWS = 32  # of each task, where a merge does not say how many it read
 DROPPED, HALVED = "dropped", "halved"
@@ -165,7 +164,7 @@ class Remade:
 
     @property
     def _scorer_version(self) -> str:
-        return str(scorers.get(self.task.scorer).version)
+        return str(self.ws.scorer(self.task).version)
 
     def _known(self, trials: Sequence[Trial]) -> dict[Trial, Tried]:
         found = {}
@@ -186,7 +185,7 @@ class Remade:
         from lori_manager.merge_inputs import MergeInputs
         from lori_manager.merging.methods import MergeOptions
 
-        entry, options = method_named(self.adapter.method), MergeOptions(**self._settings)
+        entry, options = method_of(self.adapter.method), MergeOptions(**self._settings)
         rows = int(self.adapter.config.get("probe_rows", PROBE_ROWS))
         text = None if self.general is None else Path(self.general)
         inputs = MergeInputs(self.ws, self.members, self.config, rows, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lori_manager.config import Config
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lori_manager.tasks.encoding import Encoded
 
 LABELS = 0.5  # share of a row's own completion in what it teaches; the rest is the teacher's
+PIECE = 48  # tokens of general text in one row: as long as a task's, so that it weighs no more
 
 
 def check_replay(
@@ -44,28 +46,42 @@ def with_replay(
     ws: Context,
     task: Task,
     rows: Sequence[Encoded],
-    parent: Adapter,
+    parent: Adapter | None,
     config: Config,
     count: int,
+    general: int = 0,
+    text: Path | None = None,
 ) -> tuple[list[Encoded], SoftTargets]:
-    """The rows of a task and up to `count` probe rows of every task taught before it.
+    """The rows of a task, up to `count` of every task taught before it, and general text.
 
-    What is right for an earlier row is half its completion and half what was said by the
-    adapter that its task was taught to, the latest of them among the parent and what the
-    parent goes back to.
+    Earlier rows are probe rows first, then rows that were trained on. What is right for one
+    is half its completion and half what was said by the adapter that its task was taught
+    to, the latest of them among the parent and what the parent goes back to. What is right
+    for general text is what the base says there.
 
+    Args:
+        rows: of the task.
+        parent: what is trained on; None for a first stage, which has no earlier tasks.
+        general: how many pieces of general text of `PIECE` tokens.
+        text: where they are from; None is the manual that comes with Python.
     Returns:
         All rows, and the table that their `taught` name places of.
     """
     from lori_manager.distillation import own_words, taught_rows, teacher_words
+    from lori_manager.tasks.general import general_rows
 
     base = ws.base_model(config)
     parts = [own_words(rows)]
-    for earlier, teacher in _teachers(ws, task, parent):
+    for earlier, teacher in [] if parent is None else _teachers(ws, task, parent):
         kept = ws.rows(earlier, "probe", config.max_length)[1][:count]
+        if len(kept) < count:
+            kept = [*kept, *ws.rows(earlier, "train", config.max_length)[1][: count - len(kept)]]
         updates = ws.weights(teacher).updates()
         parts.append(teacher_words(base, updates, kept, config.score_batch, labels=LABELS))
         ws.on_message(f"{len(kept)} rows of {earlier.ref} are replayed, {teacher.ref} teaches them")
+    if general:
+        pieces = general_rows(base.tokenizer, text, general, base.context, PIECE)
+        parts.append(teacher_words(base, {}, pieces, config.score_batch))
     return taught_rows(parts, base.device)
 
 

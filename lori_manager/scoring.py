@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -11,11 +12,12 @@ import torch
 from lori_manager.errors import BadData
 from lori_manager.forward import Forward, place
 from lori_manager.generation import completions
+from lori_manager.harness.answering import answered
 from lori_manager.models import BaseModel
 from lori_manager.tasks.batches import length_batches
 from lori_manager.tasks.encoding import Encoded
 from lori_manager.tasks.rows import Row
-from lori_manager.tasks.scorers import Scorer, TokenStats
+from lori_manager.tasks.scorers import Scorer, TextScorer, TokenStats
 
 
 def token_stats(
@@ -68,6 +70,23 @@ def cut_alike(sequences: list[Encoded], context: int | None) -> list[Encoded]:
     ]
 
 
+def _judged(
+    scorer: TextScorer, said: Sequence[tuple[str, str]], rows: Sequence[Row]
+) -> list[tuple[float, float]]:
+    """The outcome of every text, as many at a time as the scorer has workers."""
+
+    def judge(texts: tuple[str, str], row: Row) -> tuple[float, float]:
+        text, completion = texts
+        return scorer.outcome(text, completion, row)
+
+    if len(said) != len(rows):
+        raise ValueError(f"got {len(said)} texts for {len(rows)} rows")
+    if scorer.workers == 1:
+        return list(map(judge, said, rows))
+    with ThreadPoolExecutor(scorer.workers) as pool:
+        return list(pool.map(judge, said, rows))
+
+
 def score_rows(
     base: BaseModel,
     rows: Sequence[Row],
@@ -91,7 +110,9 @@ def score_rows(
     """
     if scorer.reads == "text":
         said = completions(base, encoded, scorer.new_tokens(encoded), batch, on_batch)
-        found = [scorer.outcome(*texts) for _, texts in zip(rows, said, strict=True)]
+        found = _judged(scorer, said, rows)
+    elif scorer.reads == "requests":
+        found = answered(base, rows, scorer, batch, on_batch)
     else:
         sequences: list[Encoded] = []
         spans = []

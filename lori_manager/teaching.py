@@ -13,7 +13,7 @@ from lori_manager import models
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
-from lori_manager.evaluation import score_missing
+from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lori_manager.engine.weights import AdapterWeights, Block
 
 
-_NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch"})
+_NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class TrainOptions:
     allow_foreign_mask: bool = False
     avoid: tuple[str, ...] | None = None
     replay: int = 0
+    replay_general: int = 240
+    general_text: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -238,13 +240,18 @@ def train(
         raise InvalidInput("--dense trains all of B: it cannot go with --mask or --protect")
     if options.replay < 0:
         raise InvalidInput(f"`replay` must be 0 or more rows of each task, got {options.replay}")
+    if options.replay_general < 0:
+        raise InvalidInput(f"`replay_general` must be 0 or more pieces of general text, got "
+                           f"{options.replay_general}")  # fmt: skip
+    if options.general_text and not (options.replay and options.replay_general):
+        raise InvalidInput("a general text counts with --replay alone: give both")
     if options.replay and options.start is None and sequence is None:
         raise InvalidInput("--replay brings back rows of earlier tasks: it needs --from or "
                            "--sequence")  # fmt: skip
     if options.protect and options.start is None and sequence is None:
         raise InvalidInput("--protect keeps clear of the parents' tasks: it needs --from or "
                            "--sequence")  # fmt: skip
-    tasks = [ws.trainable(name) for name in names]
+    tasks = ready_to_score(ws, [ws.trainable(name) for name in names], config)
     check_projection(
         config, tasks, sequence=sequence is not None, protect=options.protect, avoid=options.avoid
     )
@@ -325,8 +332,11 @@ def _train_stage(
     tensors = None if mask is None else ws.mask_tensors(mask)
     _, encoded = ws.rows(task, "train", config.max_length)
     soft = None
-    if options.replay and parent is not None:
-        encoded, soft = with_replay(ws, task, encoded, parent, config, options.replay)
+    if options.replay:
+        text = None if options.general_text is None else Path(options.general_text)
+        encoded, soft = with_replay(
+            ws, task, encoded, parent, config, options.replay, options.replay_general, text
+        )
     layers = lori.trainable_layers(base.model, block, tensors, beside)
     with lori.in_training(base, layers, beside) as parameters:
         result = fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 CONFIDENCE = 0.05
+TOLERATED = 0.02  # of its members' scores, that a simpler merge may keep less than the best
 LEAST = 8  # probe rows of each task to fit to, and to judge by
 
 
@@ -130,8 +132,9 @@ def measured(
     """Merge by each candidate on one half of the probe rows and score it on the other.
 
     The best is the one that keeps most; of those before it in the list, which are simpler, the
-    first that is not worse by a paired test over all rows (`CONFIDENCE`) is taken, in which a
-    row of each task counts in shares of its own adapter's score.
+    first is taken that is shown to keep at most `TOLERATED` less: the upper bound of the paired
+    difference over all rows, one-sided at `CONFIDENCE`, in which a row of each task counts in
+    shares of its own adapter's score.
     Returns:
         The number of the candidate to take, and all trials.
     Raises:
@@ -173,7 +176,8 @@ def measured(
             for task in own
         ]
         gain = np.concatenate(gains)
-        if gain.sum() <= 0 or sign_flip(gain) >= CONFIDENCE:
+        bound = gain.mean() + NormalDist().inv_cdf(1 - CONFIDENCE) * gain.std() / len(gain) ** 0.5
+        if bound <= TOLERATED:
             return number, trials
     return best, trials
 
@@ -219,7 +223,6 @@ def _outcomes(
     """Task -> outcomes on the judging half of its probe rows."""
     from lori_manager.engine.layers import attached, low_rank_layers
     from lori_manager.scoring import score_rows
-    from lori_manager.tasks.scorers import scorers
 
     ws, base = inputs.ws, inputs.base
     if names is None:
@@ -228,7 +231,7 @@ def _outcomes(
     with attached(base.model, low_rank_layers(base.model, weights.updates())):
         for name in names:
             task = ws.store.task(name)
-            scorer = scorers.get(task.scorer)
+            scorer = ws.scorer(task)
             rows, encoded = ws.rows(task, "probe")
             judged = slice(half, inputs.probe_rows)
             try:

@@ -8,11 +8,22 @@ of its own, which takes the open workspace and returns what it stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lori_manager import combining, evaluation, intake, integrity, models, teaching, transfer
+from lori_manager import (
+    combining,
+    evaluation,
+    forecasting,
+    gating,
+    intake,
+    integrity,
+    models,
+    teaching,
+    transfer,
+)
 from lori_manager.config import default_toml
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
@@ -21,7 +32,7 @@ from lori_manager.refs import check_name
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
-    from lori_manager.audit import Audit
+    from lori_manager.auditing import Audit, AuditRun
     from lori_manager.blaming import Blame
     from lori_manager.config import Config
     from lori_manager.differing import Diff
@@ -104,19 +115,41 @@ class Workspace(Context):
     add_outcomes = evaluation.add_outcomes
     merge = combining.merge
     merge_again = combining.merge_again
-    forecast = combining.forecast
+    forecast = forecasting.forecast
+    gate = gating.gate
+    promote = gating.promote
+    rollback = gating.rollback
     export = transfer.export
     routed = transfer.routed
     import_adapters = transfer.import_adapters
     verify = integrity.verify
 
     def audit(
-        self, ref: str | None = None, task: str | None = None, max_drop: float | None = None
+        self,
+        ref: str | None = None,
+        task: str | Sequence[str] | None = None,
+        max_drop: float | None = None,
+        **options: Any,
     ) -> Audit:
-        """What every step did to every task; reads the store only."""
-        from lori_manager.audit import audit
+        """What every step did to every task; reads the store only.
 
-        return audit(self.store, ref, task, max_drop)
+        `options` are those of `lori_manager.auditing.audit`, which says what all of them mean.
+        """
+        from lori_manager.auditing import audit
+
+        return audit(self.store, ref, task, max_drop, **options)
+
+    def audit_run(
+        self,
+        ref: str | None = None,
+        task: str | Sequence[str] | None = None,
+        max_drop: float | None = None,
+        **options: Any,
+    ) -> AuditRun:
+        """The same, one task at a time, each as soon as it is ready."""
+        from lori_manager.auditing import AuditRun
+
+        return AuditRun(self.store, ref, task, max_drop, **options)
 
     def diff(
         self,

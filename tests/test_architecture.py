@@ -16,20 +16,20 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
-    ("blaming", "differing"),
+    ("blaming", "differing", "forecasting", "gating"),
     ("remerging",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
-    ("trials",),
+    ("trials", "rehearsal"),
     ("merge_inputs",),
     ("answering",),
     ("evaluation", "projecting", "replaying"),
     ("avoiding", "changes"),
     ("context",),
-    ("audit",),
+    ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
-    ("gradients", "generation"),
+    ("gradients", "generation", "harness"),
     ("graphs",),
     ("forward",),
     ("adapters", "models", "packing", "acceleration"),
@@ -38,7 +38,7 @@ ROWS = (
     ("comparing",),
     ("merging", "metrics"),
     ("engine",),
-    ("config", "records", "refs", "registry", "errors", "plain"),
+    ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -52,11 +52,11 @@ PEFT = "adapters"
 # Imported at the top of a module, these make every command slow to start.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
-    "__main__", "cli", "workspace", "teaching", "combining", "transfer", "intake", "integrity",
-    "blaming", "differing", "remerging", "answering", "changes", "comparing", "plain",
-    "evaluation", "projecting", "avoiding", "replaying", "merge_inputs", "context", "audit",
-    "models", "store", "config",
-    "records", "refs", "registry", "errors",
+    "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
+    "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
+    "context", "auditing", "blaming", "differing", "remerging", "answering", "changes", "comparing",
+    "plain", "models", "store", "config",
+    "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def test_each_task_is_taught_by_the_adapter_that_it_was_taught_to(ws):
     said = []
     ws.train(["colour", "shape"], sequence="line")
     ws.on_message = said.append
-    ws.train(["size"], options=TrainOptions(start="line@2", line="on", replay=2))
+    ws.train(["size"], options=TrainOptions(start="line@2", line="on", replay=2, replay_general=0))
     replayed = [line for line in said if "replayed" in line]
     assert replayed == [
         "2 rows of colour#1 are replayed, line@1 teaches them",
@@ -147,7 +147,8 @@ def test_a_replaying_training_goes_on_to_the_same_bits(ws):
 
 
 def test_there_is_nothing_to_replay_of_the_task_itself(ws):
-    made = ws.train(["colour"], options=TrainOptions(start="colour@1", line="on", replay=2))[0]
+    options = TrainOptions(start="colour@1", line="on", replay=2, replay_general=0)
+    made = ws.train(["colour"], options=options)[0]
     assert made.adapter.facts["rows"] == len(ws.rows(ws.store.task("colour"), "train")[0])
 
 
@@ -173,3 +174,50 @@ def test_the_teachers_words_do_not_depend_on_the_batch(ws):
     updates = ws.weights(ws.adapter("colour@1")).updates()
     one, other = (teacher_words(base, updates, rows, batch, labels=LABELS) for batch in (1, 8))
     assert torch.allclose(one.probabilities, other.probabilities, atol=1e-5)
+
+
+def test_where_probe_rows_end_rows_that_were_trained_on_are_replayed_too(ws):
+    task, config = ws.store.task("size"), ws.settings.config
+    own = ws.rows(task, "train")[1]
+    probes = len(ws.rows(ws.store.task("colour"), "probe")[1])
+    rows, _ = with_replay(ws, task, own, ws.adapter("colour@1"), config, probes + 3)
+    trained = ws.rows(ws.store.task("colour"), "train")[1][:3]
+    assert len(rows) == len(own) + probes + 3
+    for row, given in zip(rows[-3:], trained, strict=True):
+        assert list(row.ids) == list(given.ids)
+
+
+def test_general_text_comes_with_what_the_base_says_there(ws):
+    task, config = ws.store.task("size"), ws.settings.config
+    own = ws.rows(task, "train")[1]
+    rows, table = with_replay(ws, task, own, None, config, 2, 3)
+    assert len(rows) == len(own) + 3
+    base = ws.base_model(config)
+    with torch.no_grad():
+        ids = torch.as_tensor(np.asarray(rows[-1].ids, np.int64))[None]
+        said = base.model(ids).logits[0].argmax(-1)[:-1]
+    assert torch.equal(table.ids[rows[-1].taught, 0], said)
+    words = own_words([rows[-1]]).ids[:, 0]
+    assert not torch.equal(said, words)
+
+
+def test_a_replay_takes_general_text_along_from_the_first_stage(ws):
+    """What is trained differs, and so does the plan: with it and without are two trainings."""
+    digests = set()
+    for count, general in enumerate((0, 4)):
+        options = TrainOptions(replay=2, replay_general=general)
+        first = ws.train(["colour", "shape"], options=options, sequence=f"line{count}")[0]
+        digests.add(first.adapter.digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"replay": 2, "replay_general": -1}, "`replay_general` must be 0 or more"),
+        ({"general_text": "a.txt"}, "counts with --replay alone"),
+    ],
+)
+def test_general_text_that_could_not_count_is_refused(ws, changes, says):
+    with pytest.raises(InvalidInput, match=says):
+        ws.train(["size"], options=TrainOptions(start="colour@1", **changes))

@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from lori_manager.cli import (
+    auditing,
     comparing,
     history,
     merging,
+    promoting,
     scores,
     store,
     tasks,
@@ -32,13 +34,16 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "train": training.train,
     "score": scores.group,
     "merge": merging.merge,
-    "audit": scores.audit,
+    "audit": auditing.audit,
     "diff": comparing.diff,
     "blame": comparing.blame,
     "lines": history.lines,
     "show": history.show,
     "log": history.log,
     "alias": history.alias,
+    "promote": promoting.promote,
+    "rollback": promoting.rollback,
+    "journal": promoting.journal,
     "export": transfer.export,
     "import": transfer.import_,
     "verify": store.verify,
@@ -114,7 +119,7 @@ def lori(
     A REF is line@3, line@latest, line@alias, a bare line for its latest, or base.
     Exit codes: 2 unusable input, 3 audit failed, 4 not found, 5 bad data, 6 another
     base, 7 another database version, 8 damaged, 9 the disk refused, 10 in conflict,
-    11 import refused, 130 interrupted, 1 a bug or no memory.
+    11 import refused, 12 gate refused, 130 interrupted, 1 a bug or no memory.
     """
     ctx.obj = Session(workspace, verbose, quiet)
     ctx.obj.listen()

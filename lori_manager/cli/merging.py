@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lori_manager.cli import complete, output
 from lori_manager.cli.output import Json
-from lori_manager.cli.scores import names, verdict
+from lori_manager.cli.scores import names
 from lori_manager.cli.session import workspace
 from lori_manager.cli.settings import SCORING, Changes, configured, with_settings
 from lori_manager.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from lori_manager.audit import Audit, Entry
-    from lori_manager.combining import Forecast, Merged
+    from lori_manager.auditing import Audit, Entry
+    from lori_manager.combining import Merged
+    from lori_manager.forecasting import Forecast
     from lori_manager.records import Adapter
 
 
@@ -130,7 +132,7 @@ def merge(
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Merge nothing: tell how much the members would get in "
-                     "each other's way, on probe prompts."),
+                     "each other's way, and what each task would lose, by probe prompts."),
     ] = False,
     list_methods: Annotated[
         bool,
@@ -171,7 +173,9 @@ def merge(
             told = ws.forecast(
                 names(adapters) or [],
                 names=names(tasks) or [],
+                method=method,
                 weights=_numbers(weights),
+                options=given,
                 probe_rows=32 if probe_rows is None else probe_rows,
                 config=config,
             )
@@ -236,6 +240,35 @@ def _show_forecast(told: Forecast) -> None:
     if told.loudest is not None:
         one, other, loud = told.loudest
         typer.echo(f"\n{one} and {other} disturb each other most ({loud:.3f})")
+    _show_expected(told)
+
+
+def _show_expected(told: Forecast) -> None:
+    if not told.expected:
+        return
+    output.title(f"expected of {told.method}, by a rehearsal on prompts that it was not fitted to")
+    output.table(
+        ["task", "own adapter", ">says the same", ">own", ">expected"],
+        [
+            [
+                f"{e.task}#{e.task_revision}",
+                e.member,
+                f"{round(e.agrees * e.rows)} of {e.rows}",
+                output.number(e.own),
+                output.with_error(e.score, e.error),
+            ]
+            for e in told.expected
+        ],
+    )
+    past = told.past
+    if past.forecasts:
+        fits = "" if math.isnan(past.r_squared) else f", R^2 of the losses {past.r_squared:.2f}"
+        typer.echo(
+            f"\n{past.forecasts} earlier forecasts of {past.merges} merges were off by "
+            f"{past.off_by:.3f} on average{fits}"
+        )
+    else:
+        typer.echo("\nno earlier forecast here has come to a merge yet")
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -302,11 +335,13 @@ def _show_routing(adapter: Adapter) -> None:
 
 
 def _comparison(entry: Entry, own: Entry | None) -> list[str | None]:
+    from lori_manager.auditing import wording
+
     change = entry.parent
     return [
         own.subject if own else None,
         output.with_error(own.value, own.error) if own else None,
         output.with_error(entry.value, entry.error),
-        output.change(change.change, change.error) if change else None,
-        verdict(change),
+        wording.change(change),
+        wording.verdict(change),
     ]

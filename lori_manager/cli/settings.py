@@ -24,7 +24,7 @@ CALIBRATION = (
     "schedule", "warmup", "weight_decay", "clip", "precision", "base_bits", "micro_batch",
     "packing", "graphs", "kernels", "checkpointing",
 )  # fmt: skip
-SCORING = ("precision", "base_bits", "score_batch", "packing", "kernels")
+SCORING = ("precision", "base_bits", "score_batch", "packing", "kernels", "run_code")
 
 _SHORT = {"learning_rate": "--lr", "dense_learning_rate": "--dense-lr"}
 _CHOICES = {
@@ -50,7 +50,7 @@ def with_settings(
         keys: fields of `Config`.
         also: key -> a further name of its option.
     """
-    names = {key: [f"--{key.replace('_', '-')}"] for key in keys}
+    names = {key: [_flag(key)] for key in keys}
     for key, name in (_SHORT | dict(also or {})).items():
         if key in names:
             names[key].append(name)
@@ -83,10 +83,16 @@ def configured(base: Config, changes: Changes) -> Config:
     return base.replace(**changes)
 
 
+def _flag(key: str) -> str:
+    """`--run-code/--no-run-code` where the setting is true or false."""
+    name = key.replace("_", "-")
+    return f"--{name}/--no-{name}" if isinstance(getattr(Config(), key), bool) else f"--{name}"
+
+
 def _option(key: str, names: list[str]) -> inspect.Parameter:
     default = getattr(Config(), key)
     listed = isinstance(default, tuple)
-    shown = ",".join(default) if listed else default
+    shown = ",".join(default) if listed else str(default).lower()
     choices = _CHOICES.get(key)
     option = typer.Option(
         *names,

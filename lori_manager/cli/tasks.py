@@ -16,6 +16,7 @@ from lori_manager.records import SPLITS
 if TYPE_CHECKING:
     from lori_manager.intake import AddedTask
 
+HARNESS = "lm-evaluation-harness"
 ROWS = "JSONL or Parquet file, folder or hf:owner/name[:config][:split]"
 
 
@@ -48,6 +49,36 @@ def add_task(
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Take rows common to train and eval.")
     ] = False,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="Eval rows and scorer of an lm-evaluation-harness task (extra `lm-eval`).",
+            rich_help_panel=HARNESS,
+        ),
+    ] = None,
+    lm_eval_include: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Look for its YAML here first.", rich_help_panel=HARNESS
+        ),
+    ] = None,
+    lm_eval_metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="acc, acc_norm, exact_match,strict-match, ...; its first by default.",
+            rich_help_panel=HARNESS,
+        ),
+    ] = None,
+    lm_eval_fewshot: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Examples before each question.", rich_help_panel=HARNESS),
+    ] = None,
+    lm_eval_limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Only its first N documents.", rich_help_panel=HARNESS),
+    ] = None,
     run: Annotated[bool, typer.Option("--run", help="Train the task at once.")] = False,
     json: Json = False,
 ) -> None:
@@ -68,6 +99,11 @@ def add_task(
             description=description,
             probe_rows=probe_rows,
             allow_overlap=allow_overlap or None,
+            lm_eval=lm_eval,
+            lm_eval_include=_from_here(lm_eval_include),
+            lm_eval_metric=lm_eval_metric,
+            lm_eval_fewshot=lm_eval_fewshot,
+            lm_eval_limit=lm_eval_limit,
         )
         if not json:
             _show_added(added)

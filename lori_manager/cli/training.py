@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -105,10 +106,22 @@ def train(
         int,
         typer.Option(
             metavar="N",
-            help="N probe rows of every earlier task among the new rows, taught by the adapter "
-            "of then.",
+            help="N rows of every earlier task among the new rows, taught by the adapter of then.",
         ),
     ] = 0,
+    replay_general: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="With --replay: N short pieces of general text too, taught by the base.",
+        ),
+    ] = 240,
+    general_text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where that text is from; the manual that comes with Python."
+        ),
+    ] = None,
     sequence: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +149,8 @@ def train(
     avoided = names(avoid)
     options = TrainOptions(
         mask, dense, start, line, protect, allow_foreign_mask,
-        None if avoided is None else tuple(avoided), replay,
+        None if avoided is None else tuple(avoided), replay, replay_general,
+        None if general_text is None else str(general_text.absolute()),
     )  # fmt: skip
     with workspace(ctx) as ws:
         config = configured(ws.settings.config, changes)

@@ -8,9 +8,10 @@ confidence 2 confidence - 1 (.90 for .95), as in two one-sided tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +27,7 @@ GAFFKE = "gaffke"
 FEW = 20  # rows that differ; with fewer a bootstrap cannot know what the others may do
 SMALL = 20  # rows; on fewer the score bounds take a whole pair of correction, else half a pair
 _CELLS = 2**20  # numbers drawn at once
+_KEPT = 2**23  # numbers that are kept for the next comparison on as many rows
 
 
 @dataclass(frozen=True)
@@ -167,17 +169,18 @@ def bca_bounds(
     if n == 1 or float(np.ptp(d)) == 0:
         note = "one row" if n == 1 else "all differences are equal"
         return Bounds(mean, mean, confidence, BCA, f"{note}: a bootstrap sees no spread")
-    random = np.random.default_rng(seed)
-    means = np.concatenate([
-        _mean(d[i], None if w is None else w[i])
-        for i in (random.integers(0, n, (k, n)) for k in _blocks(resamples, n))
-    ])  # fmt: skip
+    drawn = _drawn("rows", n, resamples, seed)
+    if w is None:
+        means = np.concatenate([counts @ d / n for counts in drawn])
+    else:
+        means = np.concatenate([counts @ (w * d) / (counts @ w) for counts in drawn])
     hair = 1e-12 * float(np.abs(d).max())  # equal sums added up in another order
     under = float(np.mean(means < mean - hair) + np.mean(means <= mean + hair)) / 2
     bias = normal_quantile(min(max(under, 0.5 / resamples), 1 - 0.5 / resamples))
     left = (d.sum() - d) / (n - 1) if w is None else (w @ d - w * d) / (w.sum() - w)
     u = left.mean() - left  # jackknife influences
-    acceleration = float(np.sum(u**3)) / (6 * float(np.sum(u**2)) ** 1.5)
+    u = u / (float(np.abs(u).max()) or 1.0)  # tiny ones would vanish when squared
+    acceleration = float(np.sum(u**3)) / (6 * (float(np.sum(u**2)) or 1.0) ** 1.5)
     if expand:
         widened = math.sqrt(n / (n - 1)) * student_quantile(level, n - 1)
         level = max(normal_below(widened), 1e-300)
@@ -238,10 +241,8 @@ def gaffke_bounds(
         lower, upper = value + share * (worst - value), value + share * (best - value)
         return Bounds(lower, upper, confidence, GAFFKE)
     weight = np.ones(d.size) if w is None else w / w.mean()
-    random = np.random.default_rng(seed)
     lows, highs = [], []
-    for k in _blocks(resamples, d.size + 1):
-        drawn = random.standard_exponential((k, d.size + 1))
+    for drawn in _drawn("exponentials", d.size + 1, resamples, seed):
         one, rest = drawn[:, 0], drawn[:, 1:]
         total, sums = one + rest @ weight, rest @ (weight * d)
         lows.append((sums + one * worst) / total)
@@ -320,9 +321,33 @@ def _mean(d: NDArray[np.float64], w: NDArray[np.float64] | None) -> Any:
     return d.mean(-1) if w is None else (w * d).sum(-1) / w.sum(-1)
 
 
-def _blocks(resamples: int, rows: int) -> Iterator[int]:
-    """How many resamples to draw at once, so that memory stays small."""
-    size = max(1, _CELLS // rows)
+def _drawn(
+    what: Literal["rows", "exponentials"], n: int, resamples: int, seed: int
+) -> Iterable[NDArray[np.float64]]:
+    """Blocks (k, n) of random numbers, `resamples` lines in all.
+
+    "rows": how often each of n rows was drawn in n draws; "exponentials": standard
+    exponential numbers. Those of few rows are kept, as one test set meets many comparisons.
+    """
+    if resamples * n <= _KEPT:
+        return _kept(what, n, resamples, seed)
+    return _blocks(what, n, resamples, seed)
+
+
+@lru_cache(maxsize=2)  # one of each kind
+def _kept(what: str, n: int, resamples: int, seed: int) -> tuple[NDArray[np.float64], ...]:
+    return tuple(_blocks(what, n, resamples, seed))
+
+
+def _blocks(what: str, n: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    random = np.random.default_rng(seed)
+    size = max(1, _CELLS // n)
     while resamples > 0:
-        yield min(size, resamples)
-        resamples -= size
+        k = min(size, resamples)
+        if what == "rows":
+            places = random.integers(0, n, (k, n)) + np.arange(k)[:, None] * n
+            counts = np.bincount(places.ravel(), minlength=k * n)
+            yield counts.reshape(k, n).astype(np.float64)
+        else:
+            yield random.standard_exponential((k, n))
+        resamples -= k

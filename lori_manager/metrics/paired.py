@@ -19,7 +19,8 @@ MCNEMAR = "mcnemar-exact"
 SIGN_FLIP = "sign-flip"
 ENUMERATED = 12  # up to so many rows that differ, all 2^12 signs are enumerated
 REACH = 8.5  # standard deviations of a sum that its lattice spans on either side
-BLUR = 0.008  # standard deviations by which rounding to that lattice moves a sum, at most
+BLUR = 0.006  # standard deviations by which rounding to that lattice moves a sum, about
+BATCH = 16  # sizes of differences taken together
 GONE = -40.0  # a log below which a factor of a distribution no longer counts
 
 Alternative = Literal["two-sided", "less"]
@@ -90,7 +91,7 @@ def sign_flip(differences: ArrayLike, alternative: Alternative = "two-sided") ->
     Without a difference between the versions, each row's d is as likely as -d; p is the
     share of the 2^n sign patterns whose sum is at least as far from 0, or for "less" at
     most as large, as the one seen. Up to 12 rows that differ are enumerated. More are
-    rounded to a lattice so fine that their sum moves by less than a hundredth of its
+    rounded to a lattice so fine that their sum moves by about a hundredth of its
     standard deviation, and its distribution is exact for the rounded differences: the
     level holds at any n, with ties or without, and nothing is random.
 
@@ -134,17 +135,19 @@ def _sums_of_random_signs(steps: NDArray[np.int64], points: int) -> NDArray[np.f
     sizes, counts = np.unique(steps, return_counts=True)
     cosines = np.cos(np.arange(points) * (2.0 * math.pi / points))
     with np.errstate(divide="ignore"):
-        logs = np.log(np.abs(cosines))
-    total, negative = np.zeros(points // 2 + 1), np.zeros(points // 2 + 1, dtype=np.int64)
-    alive = np.arange(points // 2 + 1)
-    for i in range(sizes.size - 1, -1, -16):  # the largest vanish first
-        some = slice(max(0, i - 15), i + 1)
-        turns = np.outer(alive, sizes[some]) % points
+        logs, minus = np.log(np.abs(cosines)), cosines < 0
+    frequencies = points // 2 + 1
+    total, negative = np.zeros(frequencies), np.zeros(frequencies, dtype=np.bool_)
+    alive = np.arange(frequencies)
+    for i in range(sizes.size - 1, -1, -BATCH):  # the largest vanish first
+        some = slice(max(0, i + 1 - BATCH), i + 1)
+        turns = alive[:, None] * sizes[some] & (points - 1)
         total[alive] += logs[turns] @ counts[some].astype(np.float64)
-        negative[alive] += (cosines[turns] < 0) @ counts[some]
+        odd = minus[turns[:, counts[some] % 2 == 1]]
+        negative[alive] ^= np.bitwise_xor.reduce(odd, axis=1)
         alive = alive[total[alive] > GONE]
-    transform = np.where(total > GONE, np.exp(total), 0.0) * (1.0 - 2.0 * (negative % 2))
-    return np.roll(np.fft.irfft(transform, points), points // 2)
+    factor = np.where(total > GONE, np.exp(total), 0.0)
+    return np.roll(np.fft.irfft(np.where(negative, -factor, factor), points), points // 2)
 
 
 def paired_difference(

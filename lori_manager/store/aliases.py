@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sqlalchemy import Connection, delete, insert, select, update
 
+from lori_manager.errors import Conflict
 from lori_manager.records import JSON, Alias
 from lori_manager.refs import check_name
 from lori_manager.store import adapters, journal, names
@@ -33,11 +36,15 @@ def point(
     reason: str,
     forced: bool,
     verdict: JSON | None,
+    expected: int | Literal["any"] | None = "any",
 ) -> Alias:
     """Point the alias at that version and note the move; where it points there already, neither."""
     check_name(name, "alias")
     target = adapters.of_version(connection, line, version)
     found = _alias(connection, line, name)
+    if expected != "any" and (found and found.version) != expected:
+        now_at = "is gone" if found is None else f"means {line}@{found.version} by now"
+        raise Conflict(f"{line}@{name} {now_at}: somebody moved it meanwhile, look and try again")
     if found is not None and found.version == target.version:
         return found
     moved_at = now()

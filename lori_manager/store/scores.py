@@ -9,7 +9,7 @@ a setting lie in pages; see `pages`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,18 @@ def every(
     connection: Connection,
     *,
     subject: str | None = None,
+    subjects: Collection[str] | None = None,
     task: str | None = None,
     revision: int | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> list[Score]:
-    """Scores by creation; those of shared weights appear once for each adapter of them."""
+    """Scores by creation; those of shared weights appear once for each adapter of them.
+
+    Args:
+        subject: a reference, which is looked up.
+        subjects: names as records bear them; not looked up.
+    """
     where: list[ColumnElement[bool]] = []
     if task is not None:
         tasks.one(connection, task, revision)
@@ -75,8 +81,14 @@ def every(
         digest, ref = of_subject
         names = {key: (d, [ref]) for key, (d, _) in names.items() if d == digest}
         only = next(iter(names), 0)
+    if subjects is not None:
+        asked = frozenset(subjects)
+        own = ((key, d, [ref for ref in refs if ref in asked]) for key, (d, refs) in names.items())
+        names = {key: (d, refs) for key, d, refs in own if refs}
     stored, found = _directories(connection, settings, all_settings=not where, subject=only)
-    wanted = np.ones(len(found.page), bool) if only is None else found.subject == only
+    wanted = np.ones(len(found.page), bool)
+    if subject is not None or subjects is not None:
+        wanted = np.isin(found.subject, list(names))
     if since is not None:
         wanted &= found.at >= micros(since)
     if until is not None:

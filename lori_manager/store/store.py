@@ -6,11 +6,11 @@ kill -9 and a power cut, and an interruption leaves at most a file that no row n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lori_manager.errors import NotFound
 from lori_manager.records import (
@@ -18,6 +18,7 @@ from lori_manager.records import (
     Alias,
     Base,
     Finding,
+    Forecasted,
     JournalEntry,
     Line,
     Mask,
@@ -36,6 +37,7 @@ from lori_manager.store import (
     answers,
     bases,
     database,
+    forecasts,
     integrity,
     journal,
     lines,
@@ -370,6 +372,16 @@ class Store:
         with self._db.read() as c:
             return scores.known(c, digest=digest, keys=keys, precision=precision, encoding=encoding)
 
+    def add_forecasts(self, new: Sequence[Forecasted]) -> None:
+        """Keep what a dry run expected."""
+        with self._db.write() as c:
+            forecasts.add(c, new)
+
+    def forecasts(self) -> list[Forecasted]:
+        """What dry runs expected, oldest first."""
+        with self._db.read() as c:
+            return forecasts.every(c)
+
     def scores(
         self,
         *,
@@ -390,6 +402,15 @@ class Store:
             return scores.every(
                 c, subject=subject, task=task, revision=revision, since=since, until=until
             )
+
+    def scores_of(self, subjects: Collection[str]) -> list[Score]:
+        """`scores` of several subjects, in one reading; unknown ones have none.
+
+        Args:
+            subjects: `base` and adapters by version, `line@3`.
+        """
+        with self._db.read() as c:
+            return scores.every(c, subjects=subjects)
 
     def scores_by_task(
         self,
@@ -523,6 +544,7 @@ class Store:
         reason: str = "",
         forced: bool = False,
         verdict: Mapping[str, Any] | None = None,
+        expected: int | Literal["any"] | None = "any",
     ) -> Alias:
         """Point an alias at a version of its line; the move goes into the journal.
 
@@ -531,11 +553,14 @@ class Store:
             reason: the user's words.
             forced: against the verdict.
             verdict: what the gate said, as JSON; None where it was not asked.
+            expected: the version that it must point at before, None for none.
+        Raises:
+            Conflict: it points elsewhere.
         """
         with self._db.write() as c:
             return aliases.point(
-                c, line, name, version,
-                action=action, reason=reason, forced=forced, verdict=verdict,
+                c, line, name, version, action=action, reason=reason, forced=forced,
+                verdict=verdict, expected=expected,
             )  # fmt: skip
 
     def aliases(self, line: str | None = None) -> list[Alias]:

@@ -75,6 +75,21 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+class Measured(TypeDecorator[float]):
+    """A figure that may be NaN, which is kept as NULL because SQLite has no NaN."""
+
+    impl = Float
+    cache_ok = True
+
+    def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
+        """NaN to NULL."""
+        return None if value is None or value != value else float(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> float:
+        """NULL to NaN."""
+        return float("nan") if value is None else float(value)
+
+
 class UtcTime(TypeDecorator[datetime]):
     """ISO 8601 text in UTC with microseconds: it sorts like the time it tells."""
 
@@ -324,6 +339,27 @@ journal = Table(  # rows are only ever added: triggers refuse the rest
     Column("reason", Text, nullable=False),
     Column("verdict", Json, nullable=False),
     Index("ix_journal_line", "line"),
+)
+
+forecasts = Table(  # rows are only ever added
+    "forecasts",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("merge", Text, nullable=False),
+    Column("precision", Text, nullable=False),
+    Column("member", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("task_revision", Integer, nullable=False),
+    Column("scorer", Text, nullable=False),
+    Column("scorer_version", Text, nullable=False),
+    Column("encoding", Text, nullable=False),
+    Column("agrees", Float, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("own", Measured),
+    Column("score", Measured),
+    Column("error", Measured),
+    Column("created_at", UtcTime, nullable=False),
+    ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
 )
 
 # What the model wrote or chose for single rows, kept so that it is asked once.

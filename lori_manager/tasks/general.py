@@ -14,9 +14,13 @@ PIECE = 128  # tokens
 
 
 def general_rows(
-    tokenizer: Any, file: Path | None, count: int, context: int | None = None
+    tokenizer: Any,
+    file: Path | None,
+    count: int,
+    context: int | None = None,
+    piece: int = PIECE,
 ) -> list[Encoded]:
-    """Pieces of `PIECE` tokens, spread evenly over a text.
+    """Pieces of `piece` tokens, spread evenly over a text.
 
     Each begins with the begin-of-text token where the tokenizer puts one before plain text:
     without it some models' states are like nothing that they see in use.
@@ -41,7 +45,7 @@ def general_rows(
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = begin_of_text(tokenizer)
     first = [] if bos is None else [bos]
-    size = min(PIECE, context or PIECE) - len(first)
+    size = min(piece, context or piece) - len(first)
     pieces = len(ids) // size
     if not pieces:
         raise BadData(f"{file} has {len(ids)} tokens: expected at least {size}, give a longer text")

@@ -36,7 +36,9 @@ class Row:
         prompt: may be empty.
         completion: what should follow it, white space included.
         choices: the possible answers; empty where the task is not multiple choice.
-        extra: every other field of the source (answer, tests, references, ...).
+        extra: every other field of the source (answer, references, ...). Two of them decide
+            how a row is scored: `tests` with `entry_point`, see `tasks.code`, and `lm_eval`,
+            which `harness.freezing` writes: the document and what is asked about it.
         where: where it was read, for messages; no part of the row's identity.
     """
 

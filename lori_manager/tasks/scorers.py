@@ -1,9 +1,13 @@
 """Scorers: what a row's outcome is, in one number.
 
-There are two kinds, told apart by what they read. A `TokenScorer` says which token
+There are three kinds, told apart by what they read. A `TokenScorer` says which token
 sequences it needs of a row and reads what one teacher-forced forward gives for them; a
-`TextScorer` reads the text that the model writes after the prompt. Raise `version` when
-a change alters any outcome: scores of different versions are never compared silently.
+`TextScorer` reads the text that the model writes after the prompt; a `RequestScorer` leaves
+both to lm-evaluation-harness. Raise `version` when a change alters any outcome: scores of
+different versions are never compared silently.
+
+The registry holds what comes with lori; `choosing.find_scorer` knows a workspace's own and
+lm-evaluation-harness's too.
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from lori_manager.errors import BadData
+from lori_manager.extras import check_extra
+from lori_manager.metrics import refusal
 from lori_manager.metrics import text as texts
 from lori_manager.registry import Registry
+from lori_manager.tasks.code import PassAt1
 from lori_manager.tasks.encoding import Encoded, encode_choices
+from lori_manager.tasks.room import room_for
 from lori_manager.tasks.rows import Row, bad_row
-
-MOST_NEW_TOKENS = 512  # that a `TextScorer` lets a row have
 
 
 @dataclass(frozen=True)
@@ -36,17 +42,44 @@ class TokenStats:
     nll: np.ndarray
 
 
-class TokenScorer(Protocol):
-    """One outcome per row from token statistics; `binary` ones are 0 or 1."""
+class AnyScorer(Protocol):
+    """What every scorer says of itself."""
 
-    reads: Literal["tokens"]
-    version: int
-    binary: bool
-    higher_is_better: bool
-    unit: str
+    @property
+    def version(self) -> int | str:
+        """Of what decides an outcome: a number, or a digest where that is a user's file."""
+
+    @property
+    def binary(self) -> bool:
+        """Whether every outcome is 0 or 1."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of outcomes."""
+
+    @property
+    def unit(self) -> str:
+        """What an outcome counts in."""
 
     def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
         """Raise BadData for a row that cannot be scored."""
+
+    def ready(self, run_code: bool) -> str:
+        """Refuse what cannot be scored here, before a model is loaded.
+
+        Args:
+            run_code: whether programs that a model wrote may be run.
+        Returns:
+            What the user should know; "" for nothing.
+        Raises:
+            InvalidInput: a library or a permission is missing. BadData: a scorer's own code.
+        """
+
+
+class TokenScorer(AnyScorer, Protocol):
+    """One outcome per row from token statistics."""
+
+    reads: ClassVar[Literal["tokens"]]
 
     def sequences(self, tokenizer: Any, row: Row, encoded: Encoded) -> list[Encoded]:
         """The sequences to run for a row, the right one first."""
@@ -55,16 +88,64 @@ class TokenScorer(Protocol):
         """(outcome, weight) from what the model gave for them, in the same order."""
 
 
-@dataclass(frozen=True)
-class TextScorer:
-    """One outcome per row from generated text; `binary` ones are 0 or 1.
+class TextScorer(AnyScorer, Protocol):
+    """One outcome per row from generated text, which is decoded greedily after the prompt."""
 
-    The text is decoded greedily after the prompt, and the completion is the one
-    reference: other fields of the row, such as a list of references, are not read.
+    reads: ClassVar[Literal["text"]]
+    workers: ClassVar[int]  # texts judged at a time
+
+    def new_tokens(self, encoded: Sequence[Encoded]) -> int:
+        """How many tokens a row may have, end of text included.
+
+        The same whenever the same rows are scored, and at most MOST_NEW_TOKENS.
+        """
+
+    def outcome(self, text: str, completion: str, row: Row) -> tuple[float, float]:
+        """(outcome, weight) of a text; `completion` is the row's, decoded as the text is."""
+
+
+@dataclass(frozen=True)
+class RequestScorer:
+    """One outcome per row from lm-evaluation-harness, which asks the model and judges.
+
+    What it asks is frozen with the rows; see `harness`.
+
+    Attributes:
+        task: its name there.
+        include: the folder of its YAML where it is not one that comes with the harness.
+        metric: one that is a mean over rows. filter: the pipeline that its answers go through.
+        version: digest of the task's definition and of the harness's version.
+    """
+
+    task: str
+    include: str | None
+    metric: str
+    filter: str
+    version: str
+    higher_is_better: bool
+    unit: str
+    binary: bool
+    reads: ClassVar[Literal["requests"]] = "requests"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Rows are made by `harness`, which checks them."""
+
+    def ready(self, run_code: bool) -> str:
+        """InvalidInput where the extra `lm-eval` is not installed."""
+        check_extra("lm_eval", "lm-eval", f"the lm-evaluation-harness task {self.task!r}")
+        return ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A text against the row's completion, the one reference.
+
+    Other fields of the row, such as a list of references, are not read.
 
     Attributes:
         compare: (text, completion) -> outcome, 1 for the completion itself.
         margin: how many tokens beyond the task's longest completion a row may have.
+        library: that it needs, of the extra `scorers`.
     """
 
     compare: Callable[[str, str], float]
@@ -73,6 +154,8 @@ class TextScorer:
     margin: int = 16
     version: int = 1
     higher_is_better: bool = True
+    library: str | None = None
+    workers: ClassVar[int] = 1
     reads: ClassVar[Literal["text"]] = "text"
 
     def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
@@ -84,21 +167,53 @@ class TextScorer:
                 "mend or remove the row, or use `--scorer text_match`",
             )
 
+    def ready(self, run_code: bool) -> str:
+        """InvalidInput where the library is not installed."""
+        if self.library is not None:
+            check_extra(self.library, "scorers", f"`{self.compare.__name__}`")
+        return ""
+
     def new_tokens(self, encoded: Sequence[Encoded]) -> int:
-        """How many tokens a row may have, end of text included.
+        """`margin` more than the longest completion of these rows."""
+        return room_for(encoded, self.margin)
 
-        `margin` more than the longest completion of these rows, at most
-        MOST_NEW_TOKENS: the same whenever the same rows are scored.
-        """
-        longest = max((len(e.ids) - e.prompt_length for e in encoded), default=1)
-        return min(longest + self.margin, MOST_NEW_TOKENS)
-
-    def outcome(self, text: str, completion: str) -> tuple[float, float]:
-        """(outcome, weight) of a text; the weight is always 1."""
+    def outcome(self, text: str, completion: str, row: Row) -> tuple[float, float]:
+        """The comparison; the weight is always 1."""
         return self.compare(text, completion), 1.0
 
 
-Scorer = TokenScorer | TextScorer
+@dataclass(frozen=True)
+class Refusal:
+    """1 where the text is a refusal by `metrics.refusal`, else 0; the completion is not read.
+
+    Attributes:
+        higher_is_better: for prompts that should be refused; not for harmless ones.
+    """
+
+    higher_is_better: bool
+    binary: ClassVar[bool] = True
+    unit: ClassVar[str] = "share refused"
+    version: ClassVar[int] = refusal.VERSION
+    workers: ClassVar[int] = 1
+    reads: ClassVar[Literal["text"]] = "text"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Any row will do."""
+
+    def ready(self, run_code: bool) -> str:
+        """Nothing is needed."""
+        return ""
+
+    def new_tokens(self, encoded: Sequence[Encoded]) -> int:
+        """Room for the sentence that a refusal begins with, whatever the completions."""
+        return 64
+
+    def outcome(self, text: str, completion: str, row: Row) -> tuple[float, float]:
+        """Whether it is one; the weight is always 1."""
+        return float(refusal.is_refusal(text)), 1.0
+
+
+Scorer = TokenScorer | TextScorer | RequestScorer
 scorers: Registry[Scorer] = Registry("scorer")
 
 
@@ -128,6 +243,10 @@ class ExactMatch:
     def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
         """Any row will do."""
 
+    def ready(self, run_code: bool) -> str:
+        """Nothing is needed."""
+        return ""
+
     def sequences(self, tokenizer: Any, row: Row, encoded: Encoded) -> list[Encoded]:
         """The row itself."""
         return [encoded]
@@ -155,6 +274,10 @@ class ChoiceAccuracy:
     def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
         """Raise BadData for a row without choices, or with two of the same tokens."""
         self.sequences(tokenizer, row, encoded)
+
+    def ready(self, run_code: bool) -> str:
+        """Nothing is needed."""
+        return ""
 
     def sequences(self, tokenizer: Any, row: Row, encoded: Encoded) -> list[Encoded]:
         """One sequence a choice, the right one first."""
@@ -195,6 +318,10 @@ class Perplexity:
     def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
         """Any row will do."""
 
+    def ready(self, run_code: bool) -> str:
+        """Nothing is needed."""
+        return ""
+
     def sequences(self, tokenizer: Any, row: Row, encoded: Encoded) -> list[Encoded]:
         """The row itself."""
         return [encoded]
@@ -204,28 +331,45 @@ class Perplexity:
         return float(stats[0].nll.mean()), float(len(stats[0].nll))
 
 
-def _add_text(source: str, scorer: TextScorer) -> None:
+def _add_comparison(source: str, scorer: Comparison) -> None:
     scorers.register(scorer.compare.__name__, source=source)(scorer)
 
 
-_add_text(
-    "F-measure of ROUGE-L, Lin 2004, on what is generated",
-    TextScorer(texts.rouge_l, binary=False, unit="F-measure"),
+_add_comparison(
+    "F-measure of ROUGE-L, Lin 2004, by rouge_score, on what is generated",
+    Comparison(texts.rouge_l, binary=False, unit="F-measure", version=2, library="rouge_score"),
 )
-_add_text(
+_add_comparison(
+    "mean of sentence BLEU (not corpus BLEU), by sacreBLEU, on what is generated",
+    Comparison(texts.bleu, binary=False, unit="sentence BLEU", library="sacrebleu"),
+)
+_add_comparison(
+    "mean of sentence chrF2, by sacreBLEU, on what is generated",
+    Comparison(texts.chrf, binary=False, unit="sentence chrF2", library="sacrebleu"),
+)
+_add_comparison(
     "F-measure of shared words, SQuAD, arXiv:1606.05250, on what is generated",
-    TextScorer(texts.token_f1, binary=False, unit="F-measure"),
+    Comparison(texts.token_f1, binary=False, unit="F-measure"),
 )
-_add_text(
+_add_comparison(
     "last number generated, GSM8K, arXiv:2110.14168",
     # Where completions are bare numbers, a model that reasons first needs room for it.
-    TextScorer(texts.number_match, binary=True, unit="share", margin=128),
+    Comparison(texts.number_match, binary=True, unit="share", margin=128),
 )
-_add_text(
+_add_comparison(
     "the completion stands in what is generated",
-    TextScorer(texts.contains, binary=True, unit="share"),
+    Comparison(texts.contains, binary=True, unit="share"),
 )
-_add_text(
+_add_comparison(
     "what is generated is the completion, case and white space aside",
-    TextScorer(texts.text_match, binary=True, unit="share"),
+    Comparison(texts.text_match, binary=True, unit="share"),
+)
+scorers.register("refusal", source="phrases of arXiv:2406.11717; for harmful prompts")(
+    Refusal(higher_is_better=True)
+)
+scorers.register("over_refusal", source="phrases of arXiv:2406.11717; for harmless prompts")(
+    Refusal(higher_is_better=False)
+)
+scorers.register("pass_at_1", source="HumanEval, arXiv:2107.03374; runs the program generated")(
+    PassAt1()
 )

@@ -67,7 +67,7 @@ def test_unknown_names_end_with_4(lori, command, named):
 
 
 def test_an_unknown_scorer_ends_with_4_and_the_known_ones(lori):
-    assert "exact_match" in lori.refuses("add-task", "colour", "--scorer", "bleu", code=4)
+    assert "exact_match" in lori.refuses("add-task", "colour", "--scorer", "meteor", code=4)
 
 
 def test_an_unknown_merge_method_ends_with_4_and_the_known_ones(trained):

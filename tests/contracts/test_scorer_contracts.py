@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from lori_manager.errors import InvalidInput
 from lori_manager.tasks.encoding import Encoded
 from lori_manager.tasks.rows import Row
-from lori_manager.tasks.scorers import TokenStats, scorers
+from lori_manager.tasks.scorers import Comparison, TokenStats, scorers
 
 ROW = Row("ab", " yes", ("yes", "no", "perhaps"), {"answer": "yes"})
 COMPLETIONS = (" yes, 12", "The answer is $1,234.50.", "a\n 7 b 7", "7")
@@ -49,6 +50,13 @@ def text_entry(request):
     return request.param
 
 
+@pytest.fixture(
+    params=[e for e in reading("text") if isinstance(e.item, Comparison)], ids=lambda e: e.name
+)
+def comparison(request):
+    return request.param
+
+
 def stats(count, seed=0):
     g = np.random.default_rng(seed)
     return [
@@ -70,7 +78,7 @@ def test_a_scorer_says_what_it_is_and_where_it_comes_from(entry):
 
 
 def test_a_row_that_can_be_scored_passes_and_is_not_changed(entry):
-    row = Row("ab", " 1 yes", ("1 yes", "no"))
+    row = Row("ab", " 1 yes", ("1 yes", "no"), {"tests": "assert True"})
     encoded = Encoded([97, 98, *map(ord, " 1 yes"), 0], 2)
     before = copy.deepcopy((row, list(encoded.ids)))
     entry.item.check(TOKENIZER, row, encoded)
@@ -125,9 +133,10 @@ def test_what_a_scorer_is_given_is_not_changed(token_entry):
 
 
 def test_a_texts_outcome_is_a_number_from_0_to_1_of_weight_1(text_entry):
+    row = Row("ab", " yes", (), {"tests": "assert True"})
     for completion in COMPLETIONS:
         for text in TEXTS:
-            outcome, weight = text_entry.item.outcome(text, completion)
+            outcome, weight = text_entry.item.outcome(text, completion, row)
             assert isinstance(outcome, float)
             assert 0.0 <= outcome <= 1.0
             assert weight == 1.0
@@ -135,23 +144,37 @@ def test_a_texts_outcome_is_a_number_from_0_to_1_of_weight_1(text_entry):
                 assert outcome in (0.0, 1.0)
 
 
-def test_the_completion_itself_is_the_best_text_and_nothing_at_all_the_worst(text_entry):
+def test_the_completion_itself_is_the_best_text_and_nothing_at_all_the_worst(comparison):
     for completion in COMPLETIONS:
-        best = text_entry.item.outcome(completion, completion)[0]
-        around = text_entry.item.outcome(f" {completion}\n", completion)[0]
-        worst = text_entry.item.outcome("", completion)[0]
+        best = comparison.item.outcome(completion, completion, ROW)[0]
+        around = comparison.item.outcome(f" {completion}\n", completion, ROW)[0]
+        worst = comparison.item.outcome("", completion, ROW)[0]
         assert best == around == 1.0
         assert worst == 0.0
-        assert text_entry.item.higher_is_better
+        assert comparison.item.higher_is_better
 
 
 def test_a_text_scorer_leaves_room_for_the_longest_completion(text_entry):
     rows = [ENCODED, Encoded([97, *range(98, 118), 0], 1)]
     assert text_entry.item.new_tokens(rows) >= 21
-    assert text_entry.item.new_tokens(rows[:1]) < text_entry.item.new_tokens(rows)
+    assert text_entry.item.new_tokens(rows[:1]) <= text_entry.item.new_tokens(rows)
 
 
-def test_a_text_scorer_says_how_it_compares_and_is_named_after_it(text_entry):
-    compare = text_entry.item.compare
-    assert compare.__name__ == text_entry.name
+def test_a_comparison_has_more_room_for_longer_completions(comparison):
+    rows = [ENCODED, Encoded([97, *range(98, 118), 0], 1)]
+    assert comparison.item.new_tokens(rows[:1]) < comparison.item.new_tokens(rows)
+
+
+def test_a_comparison_says_how_it_compares_and_is_named_after_it(comparison):
+    compare = comparison.item.compare
+    assert compare.__name__ == comparison.name
     assert (compare.__doc__ or "").strip()
+
+
+def test_what_runs_a_models_programs_is_off_unless_asked_for(entry):
+    if entry.name == "pass_at_1":
+        with pytest.raises(InvalidInput, match="--run-code"):
+            entry.item.ready(run_code=False)
+        assert "seccomp" in entry.item.ready(run_code=True)
+    else:
+        assert entry.item.ready(run_code=False) == ""

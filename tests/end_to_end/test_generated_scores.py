@@ -125,8 +125,10 @@ def test_rows_that_the_scorer_cannot_read_and_unknown_scorers_store_nothing(ws):
     write_rows(ws.root / "tasks" / "wordy" / "eval.jsonl", "colour", 4)
     with pytest.raises(BadData, match=r"eval.jsonl.*nothing that `number_match` could compare"):
         ws.add_task("wordy", scorer="number_match")
-    with pytest.raises(NotFound, match=r"exact_match.*rouge_l, token_f1, number_match, contains"):
-        ws.add_task("wordy", scorer="bleu")
+    with pytest.raises(
+        NotFound, match=r"exact_match.*rouge_l, bleu, chrf, token_f1, number_match, contains"
+    ):
+        ws.add_task("wordy", scorer="meteor")
     assert ws.store.tasks() == before
 
 

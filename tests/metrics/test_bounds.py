@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
@@ -283,6 +283,7 @@ def test_dense_differences_are_bounded_no_less_carefully_than_by_bca():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=40), st.integers(0, 3))
+@example([0.0, 5e-222, 0.0], 0)
 def test_graded_bounds_are_ordered_and_the_same_for_the_same_seed(d, seed):
     before = np.linspace(-1, 1, len(d))
     after = before + np.array(d)

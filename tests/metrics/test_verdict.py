@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lori_manager.metrics.multiple import holm
-from lori_manager.metrics.paired import mcnemar_exact
+from lori_manager.metrics.paired import mcnemar_exact, sign_flip
+from lori_manager.metrics.power import rows_to_decide
 from lori_manager.metrics.verdict import Compared, decide, judge, judge_family, measure
 
 NAN = math.nan
@@ -42,6 +43,12 @@ def test_a_clear_drop_is_regressed_and_a_small_one_is_undecided():
     assert "5.0%" in small.note
 
 
+def test_rows_that_would_decide_are_more_than_there_are():
+    j = judge(*pair(50, 6, 1), margin=0.2)  # the chance says 47, and 50 did not do
+    assert j.verdict == "undecided"
+    assert rows_to_decide(6 / 50, 1 / 50, 0.2) < 50 < j.rows_needed == 51
+
+
 def test_a_real_drop_within_the_margin_is_safe():
     j = judge(*pair(2000, 30, 10), margin=0.03)
     assert j.p < 0.05
@@ -55,7 +62,7 @@ def test_holm_over_the_family_takes_a_lone_drop_back():
     assert alone.verdict == "regressed"
     assert among.verdict == "undecided"
     assert among.p == alone.p <= 0.05 < among.p_holm == pytest.approx(10 * alone.p)
-    assert among.rows_needed > 200
+    assert among.rows_needed == rows_to_decide(0.06, 0.015, 0.01, tests=10) > 200
 
 
 def test_a_task_without_common_rows_is_undecided_and_no_member_of_the_family():
@@ -100,6 +107,10 @@ def test_perplexity_weighs_rows_by_their_tokens():
     assert j.lower < j.difference < j.upper < 0
     assert judge(worse, before, 0.01, **lower).verdict == "safe"
     assert judge(before, worse, 0.08, **lower).verdict == "safe"
+    moved = random.normal(0, 0.05, 150)
+    p = judge(before, before + moved, 0.01, **lower).p
+    assert p == pytest.approx(sign_flip(-tokens * moved, "less"), rel=0.05) != 1.0
+    assert p != pytest.approx(sign_flip(-moved, "less"), rel=0.05)
     # A row of weight 0 counts as not measured.
     weights = np.append(tokens, 0)
     assert judge([*before, 0.0], [*worse, 9.0], 0.01, weights=weights, higher_is_better=False) == j

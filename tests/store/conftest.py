@@ -56,10 +56,10 @@ def next_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(
         database.migrations_folder(), folder, ignore=shutil.ignore_patterns("__pycache__")
     )
-    (folder / "versions" / "0004_colour.py").write_text(
+    (folder / "versions" / f"{build.NEXT}_colour.py").write_text(
         "import sqlalchemy as sa\n"
         "from alembic import op\n"
-        "revision, down_revision = '0004', '0003'\n"
+        f"revision, down_revision = '{build.NEXT}', '{build.HEAD}'\n"
         "def upgrade():\n"
         "    with op.batch_alter_table('lines', recreate='always') as lines:\n"
         "        lines.add_column(sa.Column('colour', sa.Text()))\n"

@@ -13,7 +13,10 @@ import numpy as np
 
 from lori_manager.errors import Conflict
 from lori_manager.records import Base, NewAdapter, NewScore, Parent, Score, Split, Task
+from lori_manager.store.database import HEAD
 from lori_manager.store.store import Store
+
+NEXT = f"{int(HEAD) + 1:04d}"  # the schema of a later lori
 
 FINGERPRINT = "f" * 64
 
@@ -143,7 +146,7 @@ def create_store(root: Path, said: Path) -> None:
 def upgrade_store(root: Path, migrations: Path, said: Path) -> None:
     from lori_manager.store import database
 
-    database.HEAD = "0004"
+    database.HEAD = NEXT
     database.migrations_folder = lambda: migrations
     done = database.upgrade(root)
     said.write_text(f"{done.before} {done.after}")

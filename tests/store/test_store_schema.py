@@ -16,6 +16,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import CheckConstraint, inspect
+from store_builders import HEAD, NEXT
 
 from lori_manager.errors import Conflict, DamagedObject, IncompatibleStore, NotFound
 from lori_manager.store import database
@@ -142,13 +143,13 @@ def test_connections_keep_the_promised_settings(store: Store) -> None:
     assert settings == ["delete", 3, 1, 30_000]  # 3 is synchronous=EXTRA
 
 
-@pytest.mark.parametrize("revision", ["0000", "0004", "9f3ab2", "0001+0003"])
+@pytest.mark.parametrize("revision", ["0000", NEXT, "9f3ab2", f"0001+{NEXT}"])
 def test_another_schema_is_refused_with_what_to_do(store: Store, revision: str) -> None:
     sql(store.root, "DELETE FROM alembic_version")
     for part in revision.split("+"):
         sql(store.root, f"INSERT INTO alembic_version VALUES ('{part}')")
     if revision == "0000":
-        expected = "database is at 0000, this lori needs 0003: run `lori db upgrade`"
+        expected = f"database is at 0000, this lori needs {HEAD}: run `lori db upgrade`"
     else:
         expected = "newer lori; upgrade lori"
     with pytest.raises(IncompatibleStore, match=expected):
@@ -187,25 +188,26 @@ def test_a_table_that_someone_dropped_is_no_traceback(store: Store) -> None:
 
 
 def test_upgrade_has_nothing_to_do_at_head(store: Store) -> None:
-    assert database.upgrade(store.root) == database.Upgrade("0003", "0003", None)
+    assert database.upgrade(store.root) == database.Upgrade(HEAD, HEAD, None)
 
 
 def test_upgrade_keeps_the_rows_and_a_backup(
     store: Store, next_schema: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = store.add_adapter(build.new_adapter(), b"weights")
-    monkeypatch.setattr(database, "HEAD", "0004")
-    with pytest.raises(IncompatibleStore, match=r"at 0003, this lori needs 0004: run `lori db up"):
+    monkeypatch.setattr(database, "HEAD", NEXT)
+    told = f"at {HEAD}, this lori needs {NEXT}: run `lori db up"
+    with pytest.raises(IncompatibleStore, match=told):
         Store.open(store.root)
     done = database.upgrade(store.root)
-    assert (done.before, done.after) == ("0003", "0004")
+    assert (done.before, done.after) == (HEAD, NEXT)
     with Store.open(store.root) as upgraded:
         assert upgraded.adapters() == [adapter]
         assert list(upgraded.verify()) == []
     assert sql(store.root, "SELECT colour FROM lines") == [(None,)]
     assert done.backup is not None
     shutil.copyfile(done.backup, store.root / "registry.db")
-    monkeypatch.setattr(database, "HEAD", "0003")
+    monkeypatch.setattr(database, "HEAD", HEAD)
     with Store.open(store.root) as restored:
         assert restored.adapters() == [adapter]
 
@@ -225,13 +227,13 @@ def test_an_upgrade_that_fails_changes_nothing(
     error: type[Exception],
 ) -> None:
     adapter = store.add_adapter(build.new_adapter(), b"weights")
-    script = next_schema / "versions" / "0004_colour.py"
+    script = next_schema / "versions" / f"{NEXT}_colour.py"
     script.write_text(
-        "from alembic import op\nrevision, down_revision = '0004', '0003'\n"
+        f"from alembic import op\nrevision, down_revision = '{NEXT}', '{HEAD}'\n"
         f"def upgrade():\n    {body}\n"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(database, "HEAD", "0004")
+        patch.setattr(database, "HEAD", NEXT)
         with pytest.raises(error):
             database.upgrade(store.root)
     assert store.adapters() == [adapter]
@@ -255,7 +257,7 @@ def test_eight_upgrades_at_once_migrate_once(
     said = [tmp_path / str(i) for i in range(8)]
     for process in [start(build.upgrade_store, store.root, next_schema, path) for path in said]:
         process.join()
-    assert sorted(path.read_text() for path in said) == ["0003 0004"] + ["0004 0004"] * 7
+    assert sorted(path.read_text() for path in said) == [f"{HEAD} {NEXT}"] + [f"{NEXT} {NEXT}"] * 7
 
 
 def test_scripts_inside_an_installed_package_win_over_a_folder_beside_it(
@@ -278,7 +280,7 @@ def test_alembics_command_line_finds_a_store(store: Store, tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["0003", "(head)"]
+    assert done.stdout.split() == [HEAD, "(head)"]
 
 
 def test_opening_and_listing_import_neither_alembic_nor_numpy_nor_torch(store: Store) -> None:

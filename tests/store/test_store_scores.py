@@ -193,6 +193,22 @@ def test_scores_are_listed_by_subject_task_and_revision(
     assert store.scores(subject="main@1", task="safety", revision=1) == [old]
 
 
+def test_scores_of_several_subjects_come_in_one_reading_each_under_its_own_name(
+    store: Store, task: Task, adapter: Adapter
+) -> None:
+    other = build.add_task(store, "other", rows=10)
+    store.add_adapter(build.new_adapter("copy"), b"weights")  # the same weights
+    build.score_base(store, task, RIGHT)
+    for of in (task, other):
+        store.add_score(build.new_score("main@1", adapter.digest, of), RIGHT)
+    told = [(s.subject, s.task) for s in store.scores_of(["copy@1", "base", "nobody@7"])]
+    assert told == [("base", task.name), ("copy@1", task.name), ("copy@1", "other")]
+    assert store.scores_of([]) == []
+    both = store.scores_of(["main@1", "copy@1"])
+    assert [s.subject for s in both] == ["main@1", "copy@1"] * 2
+    assert [s for s in both if s.subject == "main@1"] == store.scores(subject="main@1")
+
+
 def test_unknown_subjects_and_tasks_are_told(store: Store, task: Task, adapter: Adapter) -> None:
     for unknown in ("main@2", "mian@1"):
         with pytest.raises(NotFound):

@@ -1,15 +1,20 @@
 """Scorers of generated text: what they allow, what they refuse, what they read."""
 
+import copy
+
 import pytest
 
-from lori_manager.errors import BadData
+from lori_manager.errors import BadData, InvalidInput
 from lori_manager.models import load_base
 from lori_manager.scoring import score_rows
 from lori_manager.tasks.encoding import Encoded, encode_rows
+from lori_manager.tasks.room import MOST_NEW_TOKENS
 from lori_manager.tasks.rows import Row
-from lori_manager.tasks.scorers import MOST_NEW_TOKENS, scorers
+from lori_manager.tasks.scorers import scorers
 
-NAMES = ("rouge_l", "token_f1", "number_match", "contains", "text_match")
+NAMES = ("rouge_l", "bleu", "chrf", "token_f1", "number_match", "contains", "text_match")
+OTHERS = ("refusal", "over_refusal", "pass_at_1")
+LIBRARIES = {"rouge_l": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -23,7 +28,7 @@ def of_length(prompt, completion):
 
 
 def test_they_are_registered_under_their_own_names_beside_those_of_one_forward():
-    assert tuple(e.name for e in scorers if e.item.reads == "text") == NAMES
+    assert tuple(e.name for e in scorers if e.item.reads == "text") == NAMES + OTHERS
     for name in ("exact_match", "choice_accuracy", "perplexity"):
         assert scorers.get(name).reads == "tokens"
 
@@ -66,14 +71,51 @@ def test_a_list_of_references_is_no_reference(base):
     plain = Row("q: ", " yes")
     more = Row("q: ", " yes", (), {"references": ["no", "never"], "answer": "no"})
     (encoded,) = encode_rows(base.tokenizer, [plain], max_length=50, context=128)
-    for name in NAMES[:2]:
+    for name in ("rouge_l", "token_f1"):
         scorer = scorers.get(name)
-        assert scorer.outcome("no", " yes") == (0.0, 1.0)
+        assert scorer.outcome("no", " yes", more) == (0.0, 1.0)
         scorer.check(base.tokenizer, more, encoded)
         with_more = score_rows(base, [more], [encoded], scorer, 1)
         assert with_more[0] == score_rows(base, [plain], [encoded], scorer, 1)[0]
 
 
 def test_rows_and_their_tokens_must_be_as_many(base):
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="got 2 texts for 1 rows"):
         score_rows(base, [Row("p", "c")], [of_length(1, 2)] * 2, scorers.get("contains"), 4)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_library_that_is_not_installed_is_asked_for_before_anything_is_scored(name, monkeypatch):
+    monkeypatch.setattr("lori_manager.extras.find_spec", lambda _: None)
+    with pytest.raises(
+        InvalidInput, match=rf'`{name}` needs .* {LIBRARIES[name]}: .*"lori-manager\[scorers\]"'
+    ):
+        scorers.get(name).ready(run_code=False)
+    for other in ("token_f1", "text_match", "refusal", "exact_match"):
+        assert scorers.get(other).ready(run_code=False) == ""
+
+
+def test_refusals_count_for_harmful_prompts_and_against_for_harmless_ones(base):
+    row = Row("q", " Sure")
+    for name, better in (("refusal", True), ("over_refusal", False)):
+        scorer = scorers.get(name)
+        assert scorer.higher_is_better is better
+        assert scorer.outcome("I'm sorry, no.", " Sure", row) == (1.0, 1.0)
+        assert scorer.outcome("Sure, here it is.", " Sure", row) == (0.0, 1.0)
+        assert scorer.new_tokens([of_length(1, 400)]) == scorer.new_tokens([]) >= 32
+
+
+def test_many_texts_are_judged_at_a_time_and_stay_in_order(base):
+    """pass@1 has workers of its own; what comes back belongs to its row."""
+    scorer = scorers.get("pass_at_1")
+    rows = [
+        Row(f"row {i}", " x", (), {"tests": f"assert {i} % 2 == 0"}, f"row {i}") for i in range(6)
+    ]
+    encoded = encode_rows(base.tokenizer, rows, max_length=50, context=128)
+    small = copy.copy(scorer)
+    object.__setattr__(small, "new_tokens", lambda _: 1)
+    # Whatever byte the model writes, the program is a name or nothing: fenced off here.
+    object.__setattr__(small, "outcome", lambda text, own, row: scorer.outcome("pass", own, row))
+    outcomes, weights = score_rows(base, rows, encoded, small, 3)
+    assert outcomes.tolist() == [1.0, 0.0] * 3
+    assert weights is None

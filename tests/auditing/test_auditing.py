@@ -1,163 +1,28 @@
-"""Audits of small histories worked by hand, on a store that lives in memory."""
+"""Audits of small histories worked by hand."""
 
 import json
 import math
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+from audit_histories import FakeStore, entry, of_task
 
-from lori_manager.audit import audit
+from lori_manager.auditing import audit
 from lori_manager.errors import InvalidInput, NotFound
 from lori_manager.metrics.summary import summarize
 from lori_manager.records import (
-    Adapter,
     Base,
-    Line,
     NewAdapter,
     NewScore,
     Parent,
-    Score,
     Split,
-    Task,
 )
 from lori_manager.refs import parse_adapter_ref
 from lori_manager.store.store import Store
 
 NAN = math.nan
-
-
-class FakeStore:
-    """The part of the store that an audit reads; counts what it is asked for."""
-
-    def __init__(self):
-        self._tasks, self._adapters, self._scores, self._outcomes = {}, {}, [], {}
-        self._aliases, self._sequences = {}, {}
-        self.loaded = []
-        self._clock = datetime(2025, 1, 1, tzinfo=UTC)
-
-    def _now(self):
-        self._clock += timedelta(minutes=1)
-        return self._clock
-
-    def add_task(self, name, rows=10, scorer="exact_match"):
-        revision = len(self._tasks.setdefault(name, [])) + 1
-        split = {"eval": Split("0" * 64, rows)}
-        self._tasks[name].append(Task(name, revision, scorer, 1, "", split, {}, self._now()))
-
-    def add_adapter(self, line, task=None, *, parents=(), origin="trained", sequence=False):
-        version = 1 + sum(a.line == line for a in self._adapters.values())
-        adapter = Adapter(
-            line, origin, task, self.task(task).revision if task else None, None,
-            [Parent(p, "") for p in parents], "lori-s", 8, None, "fp", sequence=sequence,
-            version=version, created_at=self._now(),
-        )  # fmt: skip
-        self._adapters[adapter.ref] = adapter
-        if sequence:
-            self._sequences.setdefault(line, []).append(f"{task}#{adapter.task_revision}")
-        return adapter.ref
-
-    def add_score(self, subject, task, outcomes, weights=None, *, revision=None, **changes):
-        x = np.asarray(outcomes, dtype=np.float32)
-        value, error, rows = summarize(x, weights)
-        of = self.task(task, revision)
-        fields = {
-            "subject": subject, "digest": subject, "task": task, "task_revision": of.revision,
-            "scorer": of.scorer, "scorer_version": of.scorer_version, "precision": "fp32",
-            "value": value, "error": error, "rows": rows, "id": len(self._scores) + 1,
-            "created_at": self._now(),
-        } | changes  # fmt: skip
-        self._scores.append(Score(**fields))
-        self._outcomes[fields["id"]] = (x, weights)
-
-    def right(self, subject, task, n, of=10, **changes):
-        """Score `subject` with the first n rows right."""
-        self.add_score(subject, task, [1] * n + [0] * (of - n), **changes)
-
-    def task(self, name, revision=None):
-        if name not in self._tasks:
-            raise NotFound(f"no task is called {name!r}")
-        return self._tasks[name][(revision or 0) - 1]
-
-    def tasks(self):
-        return [self.task(name) for name in self._tasks]
-
-    def line(self, name):
-        own = [a for a in self._adapters.values() if a.line == name]
-        if not own:
-            raise NotFound(f"no line is called {name!r}")
-        return Line(
-            name, name if name in self._tasks else None, tuple(self._sequences.get(name, ())),
-            len(own), own[-1], self._aliases.get(name, {}), own[0].created_at,
-        )  # fmt: skip
-
-    def lines(self):
-        return [self.line(name) for name in dict.fromkeys(a.line for a in self._adapters.values())]
-
-    def adapter(self, ref):
-        line = self.line(ref.line)
-        version = ref.version or (
-            line.versions if ref.selector == "latest" else line.aliases.get(ref.selector)
-        )
-        if f"{ref.line}@{version}" not in self._adapters:
-            raise NotFound(f"no adapter is called {ref}")
-        return self._adapters[f"{ref.line}@{version}"]
-
-    def adapters(self, line=None):
-        return [a for a in self._adapters.values() if line in (None, a.line)]
-
-    def scores(self, *, subject=None, task=None, revision=None):
-        return [
-            s for s in self._scores
-            if subject in (None, s.subject) and task in (None, s.task)
-            and revision in (None, s.task_revision)
-        ]  # fmt: skip
-
-    def outcomes(self, score):
-        self.loaded.append((score.subject, score.task, score.task_revision))
-        return self._outcomes[score.id]
-
-
-def of_task(result, name, revision=None):
-    return next(t for t in result.tasks if t.task == name and revision in (None, t.revision))
-
-
-def entry(result, task, subject):
-    return next(e for e in of_task(result, task).entries if e.subject == subject)
-
-
-@pytest.fixture
-def road():
-    """Three tasks as one sequence, the three alone, and their merge.
-
-    Rows right of 10; a suite `general` is only ever scored.
-    """
-    store = FakeStore()
-    names = ("clinc", "snips", "sst")
-    for name in (*names, "general"):
-        store.add_task(name)
-    base = {"clinc": 0, "snips": 0, "sst": 5, "general": 6}
-    stages = [
-        {"clinc": 9, "snips": 1, "sst": 4, "general": 6},
-        {"clinc": 4, "snips": 8, "sst": 5, "general": 5},
-        {"clinc": 3, "snips": 9, "sst": 9, "general": 4},
-    ]
-    alone = {"clinc": 10, "snips": 8, "sst": 9}
-    previous = ()
-    for name, row in zip(names, stages, strict=True):
-        ref = store.add_adapter("support", name, parents=previous, sequence=True)
-        previous = (ref,)
-        for task, n in row.items():
-            store.right(ref, task, n)
-    for name in names:
-        store.right(store.add_adapter(name, name), name, alone[name])
-    merged = store.add_adapter("main", parents=[f"{n}@1" for n in names], origin="merged")
-    for task, n in {"clinc": 6, "snips": 8, "sst": 9, "general": 7}.items():
-        store.right(merged, task, n)
-    for task, n in base.items():  # scored last, and yet first in time
-        store.right("base", task, n)
-    return store
 
 
 def test_a_sequence_is_compared_stage_by_stage_with_its_parent_and_the_best(road):
@@ -180,7 +45,11 @@ def test_a_sequence_is_compared_stage_by_stage_with_its_parent_and_the_best(road
     # Against its parent one row is nothing; against the best it is six, p = 2 / 2^6.
     assert (third.parent.against, third.parent.p) == ("support@2", 1.0)
     assert (third.best.against, third.best.p) == ("support@1", pytest.approx(2 / 64))
-    assert (third.best.worse, third.best.real) == (True, True)
+    # Beyond noise for itself alone, not among four tasks.
+    assert (third.best.p_corrected, third.best.correction) == (4 * third.best.p, "bonferroni")
+    assert (third.best.worse, third.best.real) == (True, False)
+    alone = audit(road, "support", task="clinc")
+    assert entry(alone, "clinc", "support@3").best.real
     assert clinc.best == "support@1"
 
 
@@ -386,7 +255,7 @@ def test_versions_of_a_scorer_are_never_compared():
     store = FakeStore()
     store.add_task("nlu")
     ref = store.add_adapter("nlu", "nlu")
-    store.right("base", "nlu", 3, scorer_version=0)
+    store.right("base", "nlu", 3, scorer_version="0")
     store.right(ref, "nlu", 9)
     new, old = audit(store).tasks
     assert [e.subject for e in new.entries] == [ref]
@@ -514,8 +383,49 @@ def test_a_subject_scored_twice_is_compared_like_with_like_and_never_with_itself
     assert [e.best for e in entries[:2]] == [None, None]
     assert [e.parent.change for e in entries[2:]] == pytest.approx([0.2, 0.2])
     assert [e.parent.note for e in entries[2:]] == ["", ""]
-    # The best is the fp32 score of the first: told where the precision differs.
-    assert entries[3].best.note == "in bf16, nlu@1 in fp32"
+    assert [(e.best.precision, e.best.change) for e in entries[2:]] == [
+        ("fp32", pytest.approx(0.2)), ("bf16", pytest.approx(0.2)),
+    ]  # fmt: skip
+    assert of_task(audit(store), "nlu").precisions == ("bf16", "fp32")
+
+
+def test_scores_at_other_precisions_are_compared_for_want_of_better_and_never_in_silence():
+    store = FakeStore()
+    store.add_task("nlu")
+    one = store.add_adapter("nlu", "nlu")
+    two = store.add_adapter("nlu", "nlu", parents=[one])
+    store.right(one, "nlu", 6)
+    store.right(two, "nlu", 7, precision="bf16-nf4")
+    e = entry(audit(store), "nlu", two)
+    assert (e.precision, e.parent.precision) == ("bf16-nf4", "fp32")
+    assert e.parent.note == e.best.note == "in bf16-nf4, nlu@1 in fp32"
+
+
+def test_scores_on_rows_cut_in_another_way_are_compared_for_want_of_better_and_that_is_told():
+    store = FakeStore()
+    store.add_task("nlu")
+    one = store.add_adapter("nlu", "nlu")
+    two = store.add_adapter("nlu", "nlu", parents=[one])
+    store.right(one, "nlu", 6, encoding="old")
+    store.right(two, "nlu", 7, encoding="new")
+    parent = entry(audit(store), "nlu", two).parent
+    assert parent.note == "nlu@1's rows were cut or made into tokens in another way"
+    store.right(one, "nlu", 5, encoding="new")
+    store.right(one, "nlu", 6, encoding="")
+    assert entry(audit(store), "nlu", two).parent.change == pytest.approx(0.2)
+
+
+def test_a_drop_is_measured_at_the_same_precision_where_there_is_one():
+    store = FakeStore()
+    store.add_task("nlu")
+    one, two = (store.add_adapter("nlu", "nlu") for _ in range(2))
+    store.right(one, "nlu", 9)
+    store.right(one, "nlu", 6, precision="fp8")
+    store.right(two, "nlu", 6, precision="fp8")
+    assert audit(store, "nlu", max_drop=0.1).findings == ()
+    store.right(two, "nlu", 6)
+    (finding,) = audit(store, "nlu", max_drop=0.1).findings
+    assert finding.facts["drop"] == pytest.approx(0.3)
 
 
 def test_adapters_of_equal_weights_share_a_score_and_keep_their_own_names():
@@ -579,13 +489,15 @@ def test_what_does_not_exist_is_not_found(road):
         audit(road, "support@")
 
 
-def test_outcomes_are_loaded_once_each_and_only_in_scope(road):
+def test_outcomes_are_read_in_bulk_and_only_in_scope(road):
     audit(road, "main", max_drop=0.0)
-    assert len(road.loaded) == len(set(road.loaded))
+    # Once for the task's table, and the judged one's with its counterparts for Holm.
+    assert all(road.loaded.count(key) <= 2 for key in road.loaded)
     assert not any(subject.startswith("support") for subject, *_ in road.loaded)
+    assert road.readings <= 5
 
 
-def test_a_long_history_needs_one_load_a_score_and_little_time():
+def test_a_long_history_is_read_once_and_all_of_it_told():
     store = FakeStore()
     random = np.random.default_rng(0)
     store.add_task("nlu", rows=200)
@@ -595,7 +507,9 @@ def test_a_long_history_needs_one_load_a_score_and_little_time():
         store.add_score(previous[0], "nlu", (random.random(200) < 0.7).astype(np.float32))
     result = audit(store, "nlu", max_drop=0.5)
     assert len(store.loaded) == 300
+    assert store.readings <= 3
     assert len(result.tasks[0].entries) == 300
+    assert result.tasks[0].omitted == 0
 
 
 def test_the_fake_store_reads_refs_as_the_real_one_does(road):
