@@ -28,6 +28,7 @@ from lori_manager.remerging import DROPPED, HALVED, Outcomes, Remade, Tried
 
 SIGNIFICANCE = 0.05  # of a cause, after Holm's correction over all that are suspected
 MEASURED = "measured"
+VERSION = 1  # of the JSON document: lori_manager/schemas/blame.json, docs/json.md
 STAGE = "stage"
 
 
@@ -91,8 +92,7 @@ class Blame:
 
     def to_json(self) -> dict[str, Any]:
         """Dicts, lists, strings, numbers and null alone; NaN becomes null, times ISO 8601."""
-        found: dict[str, Any] = plain(self)
-        return found
+        return {"format": "lori-blame", "version": VERSION, **plain(self)}
 
 
 def blame(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lori_manager.tasks.rows import Row
 
 MEASURED = "measured"
+VERSION = 1  # of the JSON document: lori_manager/schemas/diff.json, docs/json.md
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ class Diff:
 
     def to_json(self) -> dict[str, Any]:
         """Dicts, lists, strings, numbers and null alone; NaN becomes null, times ISO 8601."""
-        found: dict[str, Any] = plain(self)
-        return found
+        return {"format": "lori-diff", "version": VERSION, **plain(self)}
 
 
 def diff(

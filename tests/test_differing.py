@@ -144,7 +144,7 @@ def test_of_two_merges_members_weights_and_what_changed_in_a_member_are_told(ws)
     ws.add_task("words", scorer="exact_match", probe_rows=4)
     ws.train(["words"], config=ws.settings.config.replace(seed=5))
     ws.merge(["words@1", "main@1"], method="concat", into="all")
-    ws.merge(["words@2", "main@1", "main@2"], method="ties", into="all")
+    ws.merge(["words@2", "main@2", "main@1"], method="ties", into="all")
     found = ws.diff("all@1", "all@2", answers=False)
     told = changed(found)
     assert told["", "method"] == ("concat", "ties")
@@ -240,6 +240,20 @@ def test_without_a_common_revision_the_rows_of_both_are_compared(ws):
     assert "2 rows were scored for main@3 alone and not compared" in found.notes
     heard = only(ws.diff("main@1", "main@3", "words", answers=True))
     assert all(None not in (f.answer_before, f.answer_after) for f in heard.flips)
+
+
+def test_the_newest_revision_that_both_have_is_compared(ws):
+    put(ws, "main@1", [1] * 12)
+    put(ws, "main@2", [0] * 12)
+    write(ws.root / "tasks/words/eval.jsonl", rows_of("words", 5, 700))
+    ws.add_task("words", scorer="exact_match", probe_rows=4)
+    put(ws, "main@2", [1] * 5)
+    found = only(ws.diff("main@1", "main@2", "words", answers=False))
+    assert (found.task, found.lost) == ("words#1", 12)
+    assert found.notes == ("not both were scored on words#2, the latest revision",)
+    put(ws, "main@1", [0] * 5)
+    found = only(ws.diff("main@1", "main@2", "words", answers=False))
+    assert (found.task, found.gained, found.notes) == ("words#2", 5, ())
 
 
 def test_what_only_one_side_was_scored_on_says_what_to_run(ws):

@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -84,6 +87,27 @@ def test_diff_is_a_document_for_programs(flipped):
     assert colour["flips"][0]["prompt"] == "colour 101:"
     assert colour["difference"]["low"] < 0 < colour["difference"]["high"]
     assert {change["kind"] for change in told["changes"]} >= {"adapter", "member", "data"}
+
+
+def fits(name, found):
+    """The document against the schema that is shipped."""
+    schema = json.loads((files("lori_manager") / "schemas" / f"{name}.json").read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(found)
+    return found
+
+
+def test_the_documents_fit_the_schemas_that_are_shipped(flipped):
+    flipped("train", "colour", "shape", "--sequence", "both")
+    flipped("merge", "--tasks", "colour,shape", "--method", "routed", "--into", "all")
+    for before, after in (("colour@1", "main@1"), ("base", "both@2"), ("base", "shape@1")):
+        assert fits("diff", flipped.json("diff", before, after))["changes"]
+    for ref, kind in (("main@1", "merge"), ("both@2", "stages"), ("all@1", "routed")):
+        found = fits("blame", flipped.json("blame", ref, "--task", "colour"))
+        assert (found["kind"], found["version"]) == (kind, 1)
+    text = (Path(__file__).parents[2] / "docs" / "json.md").read_text("utf-8")
+    assert "`lori-diff`" in text
+    assert "`lori-blame`" in text
 
 
 def test_diff_of_two_that_differ_in_nothing(trained):
