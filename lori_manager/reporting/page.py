@@ -352,8 +352,8 @@ rows.</dd>
 a drop they leave possible.</dd>
 <dt>95% intervals</dt>
 <dd>Of a share of right rows: Wilson's. Of other scores: 1.96 standard errors. Of a paired change
-of right rows: Tango's score interval; of others: by bootstrap. Each is for one comparison; they take
-rows as independent.</dd>
+of right rows: Tango's score interval; of others: by bootstrap. Each is for one comparison; they
+take rows as independent.</dd>
 <dt>parent</dt>
 <dd>What a version was continued from; for a merge, the member that was trained on the task;
 else the base.</dd>
