@@ -13,6 +13,7 @@ from lori_manager.config import Config, GateRule
 from lori_manager.context import Context
 from lori_manager.errors import BadData, Conflict, GateRefused, InvalidInput, NotFound
 from lori_manager.evaluation import score_missing
+from lori_manager.plain import plain
 from lori_manager.records import Adapter, Alias, Score, Task
 from lori_manager.refs import BASE, check_name
 
@@ -75,8 +76,6 @@ class Gated:
 
     def to_json(self) -> dict[str, Any]:
         """Dicts, lists, strings, numbers and null alone; NaN becomes null."""
-        from lori_manager.auditing.results import plain
-
         found: dict[str, Any] = plain(self) | {"passed": self.passed}
         return found
 

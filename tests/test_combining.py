@@ -220,7 +220,7 @@ def test_autos_ranks_never_go_beyond_the_one_asked_for(ws, monkeypatch):
 
 
 @pytest.mark.usefixtures("few_candidates")
-def test_auto_takes_the_simplest_that_is_not_worse(ws, monkeypatch):
+def test_auto_takes_the_simplest_that_is_shown_to_keep_enough(ws, monkeypatch):
     """On outcomes made up: `judged` says what each candidate gets right of 10 rows."""
     import numpy as np
 
@@ -237,7 +237,9 @@ def test_auto_takes_the_simplest_that_is_not_worse(ws, monkeypatch):
         return ws.merge(PAIR, method="auto").adapter.method
 
     assert choose({"concat": 2, "layerwise": 9}) == "layerwise"
-    assert choose({"concat": 8, "layerwise": 9}) == "concat"  # 2 rows of 20 may be chance
+    # Two rows of 20 may be chance, but nothing shows that they are.
+    assert choose({"concat": 8, "layerwise": 9}) == "layerwise"
+    assert choose({"concat": 9, "layerwise": 9}) == "concat"
     assert choose({"concat": 9, "layerwise": 2}) == "concat"
     assert choose({"concat": 0, "layerwise": 0}, own=0) == "concat"
     assert choose({"concat": 3.0, "layerwise": 1.1}, higher=False, own=1.0) == "layerwise"

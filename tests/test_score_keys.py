@@ -98,7 +98,8 @@ def test_other_rows_and_another_version_of_the_scorer_are_other_scores(ws, monke
     assert before.id != after.id
     write_rows(ws.root / "tasks" / "colour" / "eval.jsonl", "colour", 9, 300)
     ws.add_task("colour", probe_rows=4)
-    assert ws.score(["base"], ["colour"])[0].task_revision == 2
+    assert (before.task_revision, after.task_revision) == (1, 2)  # another scorer, another task
+    assert ws.score(["base"], ["colour"])[0].task_revision == 3
 
 
 def test_how_fast_it_is_scored_is_no_part_of_what_is_known(ws):

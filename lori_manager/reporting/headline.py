@@ -307,7 +307,7 @@ def _after_a_loss(focus: Version, lost: Sequence[str], live: Sequence[Alias]) ->
                 Statement(
                     "next",
                     f"{alias.ref} means this version: weigh going back to {back}.",
-                    f"lori alias {back} {alias.ref.partition('@')[2]}",
+                    f"lori rollback {alias.ref}",
                 )
             )
     out.append(
@@ -338,9 +338,10 @@ def _after_no_loss(focus: Version, own: Sequence[Alias], live: Sequence[Alias]) 
             f"As far as the test sets can tell, nothing speaks against moving {alias.ref} from "
             f"{alias.version} to {focus.ref}."
         )
-        return [Statement("next", text, f"lori alias {focus.ref} {alias.ref.partition('@')[2]}")]
+        name = alias.ref.partition("@")[2]
+        return [Statement("next", text, f"lori promote {focus.ref} {name}")]
     text = "Give an alias to what is in use, so that the next version is compared with it."
-    return [Statement("next", text, f"lori alias {focus.ref} production")]
+    return [Statement("next", text, f"lori promote {focus.ref}")]
 
 
 def _sorted(

@@ -322,7 +322,7 @@ def _sequences(sequences: Sequence[TaughtSequence]) -> str:
         return ""
     return (
         '<section id="sequences" aria-labelledby="sequences-title"><h2 id="sequences-title">'
-        f"Sequences in figures</h2>{''.join(parts)}</section>"
+        f"Sequences and merges in figures</h2>{''.join(parts)}</section>"
     )
 
 

@@ -134,7 +134,7 @@ def test_completion_offers_names_out_of_the_workspace(workspace_with_adapters):
     offered = complete(workspace_with_adapters, "lori show ma")
     assert offered == ["main", "main@1"]
     assert complete(workspace_with_adapters, "lori score a") == ["add"]
-    assert complete(workspace_with_adapters, "lori add-task x --scorer p") == ["perplexity"]
+    assert complete(workspace_with_adapters, "lori add-task x --scorer per") == ["perplexity"]
 
 
 def test_completion_offers_nothing_where_there_is_no_workspace(tmp_path):

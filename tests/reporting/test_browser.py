@@ -103,7 +103,7 @@ def test_every_part_is_drawn_and_nothing_is_asked_of_the_network(fresh, small):
     assert parts == [
         "What main@2 did to every task", "All versions on all tasks",
         "Each task over its versions", "Before and after a merge", "Rows that changed",
-        "Sizes of all versions", "How to read this",
+        "Sizes of all versions", "Sequences and merges in figures", "How to read this",
     ]  # fmt: skip
     assert len(texts(fresh, "nav a")) == 7  # no masks, so no way to them
     assert fresh.requests == [small.as_uri()]
@@ -243,7 +243,7 @@ def test_stacked_tables_stay_tables_to_a_screen_reader(fresh, small):
     roles = [
         n["role"]["value"] for n in fresh.accessible_tree() if "role" in n and not n["ignored"]
     ]
-    assert roles.count("table") == 4  # summary, matrix, merge, sizes
+    assert roles.count("table") == 5  # summary, matrix, merge, sizes, figures
     assert roles.count("rowheader") >= 2 + 5 + 2 + 4
     assert "columnheader" in roles
     # Not every browser keeps the roles of a table that is laid out as blocks.
@@ -310,6 +310,8 @@ def test_a_large_matrix_is_shown_in_windows_beside_an_overview(fresh, many):
         "Score: versions 11 to 40 of 40, tasks 7 to 30 of 30"
     ]
     assert fresh.run("document.activeElement.tagName") == "BUTTON"
+    ask(fresh, "corner", "canvas")  # brings it into view, and what is near it is drawn
+    fresh.run("new Promise((done) => setTimeout(done, 300))")
     box = ask(fresh, "corner", "canvas")
     for kind in ("mousePressed", "mouseReleased"):
         fresh.call("Input.dispatchMouseEvent", type=kind, x=box["left"] + 3, y=box["top"] + 3,

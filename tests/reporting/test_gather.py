@@ -75,7 +75,7 @@ def test_an_alias_that_moved_here_is_compared_with_what_it_meant_before(merged):
         "main@2 is really worse than what production meant before (main@1)"
     )
     back = [s.command for s in report.headline.statements if s.command]
-    assert "lori alias main@1 production" in back
+    assert "lori rollback main@production" in back
 
 
 def test_no_loss_suggests_to_move_the_alias_and_never_says_that_nothing_changed(tmp_path):
@@ -87,7 +87,7 @@ def test_no_loss_suggests_to_move_the_alias_and_never_says_that_nothing_changed(
     assert report.headline.title == (
         "No real difference between main@2 and production (main@1) is shown on 1 task"
     )
-    assert "lori alias main@2 production" in [s.command for s in report.headline.statements]
+    assert "lori promote main@2 production" in [s.command for s in report.headline.statements]
     assert "drops of up to 0.0" in told(report, "open")[0]
 
 
