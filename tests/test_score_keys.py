@@ -124,7 +124,8 @@ def test_the_second_evaluation_loads_no_model_and_no_torch(ws):
         "from lori_manager.cli.app import main\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code, e.code\n"
-        "print([m for m in ('torch', 'transformers', 'peft', 'alembic') if m in sys.modules])\n"
+        "heavy = ('torch', 'transformers', 'peft', 'alembic', 'numpy')\n"
+        "print([m for m in heavy if m in sys.modules])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "-C", str(ws.root), "score", "base"],

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lori_manager.metrics.shares import share_and_error
+
 
 class Summary(NamedTuple):
     """A score: `value` with its standard `error`, over `rows` measured rows."""
@@ -90,16 +92,6 @@ def mean_and_error(
     if population:
         return mean, math.sqrt(spread)
     return mean, math.sqrt(spread * n / (n - 1)) if n > 1 else math.nan
-
-
-def share_and_error(right: int, rows: int) -> tuple[float, float]:
-    """The share p of right rows and its standard error sqrt(p (1 - p) / n); n is at least 1.
-
-    >>> share_and_error(3, 4)
-    (0.75, 0.21650635094610965)
-    """
-    p = right / rows
-    return p, math.sqrt(p * (1 - p) / rows)
 
 
 def summarize(outcomes: ArrayLike, weights: ArrayLike | None = None) -> Summary:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Row, Table, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Row, Table, bindparam, delete, func, insert, select, update
 
 from lori_manager.errors import Conflict
 from lori_manager.records import JSON, NewScore, Score
 from lori_manager.store import outcomes, tasks, varints
 from lori_manager.store import pages as paging
 from lori_manager.store import tables as t
-from lori_manager.store.pages import Directory, Entry, Page
+from lori_manager.store.pages import Entry, Page
 from lori_manager.store.scores import (
     AT_ONCE,
     EPOCH,
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     New = tuple[NewScore, NDArray[Any], NDArray[Any] | None]
+
+# From 128 on a key takes two bytes in a page, which hardly stand there by chance: so the
+# pages without a subject are told from the others at a glance.
+_NEXT_SUBJECT = select(func.coalesce(func.max(t.subjects.c.id), 127) + 1).scalar_subquery()
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +159,7 @@ class _Writer:
         if digest != new.digest:
             raise ValueError(f"{new.subject} has digest {digest}, got {new.digest}")
         score = Score(**vars(new) | {"subject": ref, "scorer_version": str(new.scorer_version)})
-        key = self._key(t.subjects, digest=digest)
+        key = self._key(t.subjects, also={"id": _NEXT_SUBJECT}, digest=digest)
         return score, key, self._setting(score), values, weights
 
     def _eval_rows(self, new: NewScore) -> int:
@@ -222,10 +226,11 @@ class _Writer:
 
         page, slot = place
         found = paging.read_directories([page.directory])
-        at = EPOCH + timedelta(microseconds=int(found.at[slot]))
-        score = replace(score, created_at=at)
         (told,) = paging.decode_bodies(found, [slot], [page.bodies], [page.reference], page.rows)
-        key = int(found.weights[slot])
+        ((_, stored),) = paging.listed(found, [slot])
+        at = EPOCH + timedelta(microseconds=stored.entry.at)
+        score = replace(score, created_at=at)
+        key = stored.entry.weights
         if isinstance(told, str) or (key and weights_fault(self._connection, key, page.rows)):
             page.mend(slot, entry, values)
             return score
@@ -235,9 +240,9 @@ class _Writer:
                 f"other outcomes of {score.subject} on {score.task}#{score.task_revision} are "
                 f"stored under the origin {score.origin!r}: name another origin"
             )
-        value, error, rows = _figures(found, slot, page.rows)
+        value, error, rows = stored.figures(page.rows)
         facts = self._connection.execute(
-            select(t.score_facts.c.facts).where(t.score_facts.c.id == int(found.facts[slot]))
+            select(t.score_facts.c.facts).where(t.score_facts.c.id == stored.entry.facts)
         ).scalar_one()
         return replace(score, value=value, error=error, rows=rows, facts=facts)
 
@@ -289,12 +294,3 @@ class _Writer:
         if key not in self._settings:
             self._settings[key] = self._key(t.settings, **values)
         return self._settings[key]
-
-
-def _figures(found: Directory, i: int, rows: int) -> tuple[float, float, int]:
-    from lori_manager.metrics.summary import share_and_error
-
-    if found.right[i] >= 0:
-        return (*share_and_error(int(found.right[i]), rows), rows)
-    value, error, measured = found.figures[int((found.right[:i] < 0).sum())].item()
-    return value, error, measured

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lori_manager.metrics.shares import share_and_error
 from lori_manager.store import outcomes, varints
 
 if TYPE_CHECKING:
@@ -69,13 +70,33 @@ def figures_of(
     """`right` and `figures` of an `Entry`: the first where value and error follow from it."""
     import numpy as np
 
-    from lori_manager.metrics.summary import share_and_error
-
     right = int(np.count_nonzero(values == 1))
     binary = right + np.count_nonzero(values == 0) == len(values) == rows
     if binary and rows and (value, error) == share_and_error(right, rows):
         return right, None
     return None, (value, error, rows)
+
+
+class Listed(NamedTuple):
+    """A score in the directory of its page.
+
+    Attributes:
+        slot: its position among the page's scores.
+        form: of its `outcomes`.
+        start, length: of its body among the page's, checksum included.
+    """
+
+    slot: int
+    entry: Entry
+    form: int
+    start: int
+    length: int
+
+    def figures(self, rows: int) -> tuple[float, float, int]:
+        """Value, standard error and measured rows, of a task of so many."""
+        if self.entry.figures is not None:
+            return self.entry.figures
+        return (*share_and_error(self.entry.right or 0, rows), rows)
 
 
 class DamagedPage(ValueError):
@@ -161,6 +182,43 @@ def read_directories(contents: Sequence[object]) -> Directory:
             b"".join(figures), np.dtype([("value", "<f8"), ("error", "<f8"), ("rows", "<u4")])
         ),
     )
+
+
+def listed(found: Directory, chosen: Sequence[int]) -> Iterator[tuple[int, Listed]]:
+    """The scores at these positions, each after the position of its page."""
+    import numpy as np
+
+    columns = [column.tolist() for column in found[:10]]
+    own = found.figures.tolist()
+    places = (np.cumsum(found.right < 0) - 1).tolist()
+    for i in chosen:
+        page, slot, subject, at, form, facts, weights, right, length, start = (
+            column[i] for column in columns
+        )
+        known = (right, None) if right >= 0 else (None, own[places[i]])
+        yield page, Listed(slot, Entry(subject, at, facts, weights, *known), form, start, length)
+
+
+def look_up(directory: bytes, subject: int) -> Listed | None:
+    """A subject's score in a directory that is whole, without numpy, which takes long to load."""
+    content = opened(directory)
+    if content is None:
+        return None
+    _, count, own = _HEAD.unpack_from(content)
+    end = _HEAD.size + own * _FIGURES.size
+    figures = _FIGURES.iter_unpack(content[_HEAD.size : end])
+    numbers = iter(varints.each(content[end:]))
+    at = start = 0
+    for slot in range(count):
+        key, since, form, facts, right, length = (next(numbers) for _ in range(_FIELDS))
+        at += varints.unzigzag(since)
+        known = (right - 1, None) if right else (None, next(figures))
+        if key == subject:
+            weights, form = form >> _FORM_BITS, form & ((1 << _FORM_BITS) - 1)
+            entry = Entry(subject, at, facts, weights, *known)
+            return Listed(slot, entry, form, start, length + _CRC)
+        start += length + _CRC
+    return None
 
 
 @dataclass

@@ -9,7 +9,7 @@ a setting lie in pages; see `pages`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from lori_manager.refs import BASE
 from lori_manager.store import adapters, bases, outcomes, tasks, varints
 from lori_manager.store import pages as paging
 from lori_manager.store import tables as t
-from lori_manager.store.pages import DamagedPage, Directory
+from lori_manager.store.pages import DamagedPage, Directory, Listed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +85,8 @@ def every(
         asked = frozenset(subjects)
         own = ((key, d, [ref for ref in refs if ref in asked]) for key, (d, refs) in names.items())
         names = {key: (d, refs) for key, d, refs in own if refs}
-    stored, found = _directories(connection, settings, all_settings=not where, subject=only)
+    stored = _directory_rows(connection, settings, all_settings=not where, subject=only)
+    found = _read(stored, settings)
     wanted = np.ones(len(found.page), bool)
     if subject is not None or subjects is not None:
         wanted = np.isin(found.subject, list(names))
@@ -93,7 +94,9 @@ def every(
         wanted &= found.at >= micros(since)
     if until is not None:
         wanted &= found.at < micros(until)
-    listed = _scores(connection, settings, stored, found, np.flatnonzero(wanted).tolist(), names)
+    chosen = paging.listed(found, np.flatnonzero(wanted).tolist())
+    of_pages = ((stored[page], one) for page, one in chosen)
+    listed = _records(connection, settings, of_pages, names)
     return sorted(listed, key=lambda score: (score.created_at, score.id))
 
 
@@ -111,8 +114,6 @@ def known(
     none, so that it is measured and added again, which heals it. One whose encoding was
     never noted fits any.
     """
-    import numpy as np
-
     subject = connection.execute(
         select(t.subjects.c.id).where(t.subjects.c.digest == digest)
     ).scalar_one_or_none()
@@ -134,12 +135,17 @@ def known(
     out: list[Score | None] = [None] * len(keys)
     if subject is None or not fitting:
         return out
-    stored, found = _directories(connection, fitting, subject=subject, tolerant=True)
-    hits = np.flatnonzero(found.subject == subject)
-    pages = page_rows(connection, {stored[int(i)].id for i in found.page[hits]})
-    whole = [i for i in hits.tolist() if _intact(connection, found, i, pages, stored)]
-    names = _names(connection)
-    listed = _scores(connection, fitting, stored, found, whole, names, first_name=True)
+    hits = {}
+    for page in _directory_rows(connection, fitting, subject=subject):
+        found = paging.look_up(page.directory, subject)
+        if found is not None:
+            hits[page.id] = found
+    whole = [
+        (page, hits[key])
+        for key, page in page_rows(connection, set(hits)).items()
+        if _intact(connection, page, hits[key])
+    ]
+    listed = _records(connection, fitting, whole, _names(connection), first_name=True)
     for score in sorted(listed, key=lambda score: score.encoding == encoding):
         place = (score.task, score.task_revision, score.scorer, score.scorer_version)
         out[asked[place]] = score
@@ -198,7 +204,7 @@ def reuse(connection: Connection, task: str, revision: int) -> int:
     settings = _settings(
         connection, t.settings.c.task == task, t.settings.c.task_revision == revision
     )
-    _, found = _directories(connection, settings)
+    found = _read(_directory_rows(connection, settings), settings)
     return len(np.unique(found.subject))
 
 
@@ -283,34 +289,30 @@ def page_rows(connection: Connection, keys: set[int]) -> dict[int, Row[*tuple[An
     }
 
 
-def _directories(
+def _directory_rows(
     connection: Connection,
     settings: dict[int, Row[*tuple[Any, ...]]],
     *,
     all_settings: bool = False,
     subject: int | None = None,
-    tolerant: bool = False,
-) -> tuple[Sequence[Row[*tuple[Any, ...]]], Directory]:
-    """The pages of settings without their bodies, by setting and number, and what they list.
+) -> list[Row[*tuple[Any, ...]]]:
+    """The pages of settings without their bodies, by setting and number.
 
     Args:
         all_settings: all there are, so that they need not be named.
-        subject: leave out pages where its key stands nowhere.
-        tolerant: leave out damaged ones.
+        subject: leave out whole pages where its key stands nowhere.
     """
     query = select(*WHERE, t.score_pages.c.directory).order_by(
         t.score_pages.c.setting, t.score_pages.c.number
     )
     if not all_settings:
         query = query.where(t.score_pages.c.setting.in_(list(settings)))
-    stored: list[Row[*tuple[Any, ...]]] = list(connection.execute(query))
-    damaged = {page.id for page in stored if paging.opened(page.directory) is None}
-    if tolerant:
-        stored = [page for page in stored if page.id not in damaged]
-    if subject is not None:
-        trace = varints.encode([subject])
-        stored = [page for page in stored if trace in page.directory or page.id in damaged]
-    return stored, _read(stored, settings)
+    trace = b"" if subject is None else varints.encode([subject])
+    return [
+        row
+        for row in connection.execute(query)
+        if trace in row.directory or paging.opened(row.directory) is None
+    ]
 
 
 def _read(
@@ -327,34 +329,22 @@ def _read(
         ) from e
 
 
-def _scores(
+def _records(
     connection: Connection,
     settings: dict[int, Row[*tuple[Any, ...]]],
-    stored: Sequence[Row[*tuple[Any, ...]]],
-    found: Directory,
-    chosen: Sequence[int],
+    chosen: Iterable[tuple[Row[*tuple[Any, ...]], Listed]],
     names: dict[int, tuple[str, list[str]]],
     *,
     first_name: bool = False,
 ) -> list[Score]:
-    """Records of what directories list at `chosen`, each under all of its names or the first."""
-    import numpy as np
-
-    from lori_manager.metrics.summary import share_and_error
-
+    """Records of what pages list, each under all of its names or the first."""
     facts = {row.id: row.facts for row in connection.execute(select(t.score_facts))}
-    figures = np.cumsum(found.right < 0) - 1
     out = []
-    for i in chosen:
-        page = stored[int(found.page[i])]
+    for page, one in chosen:
         setting = settings[page.setting]
-        if found.right[i] < 0:
-            value, error, rows = found.figures[figures[i]].item()
-        else:
-            rows = setting.rows
-            value, error = share_and_error(int(found.right[i]), rows)
-        digest, called = names.get(int(found.subject[i]), ("", []))
-        if not called or int(found.facts[i]) not in facts:
+        value, error, rows = one.figures(setting.rows)
+        digest, called = names.get(one.entry.subject, ("", []))
+        if not called or one.entry.facts not in facts:
             raise DamagedObject(
                 f"a score on {setting.task}#{setting.task_revision} points nowhere: "
                 "run `lori verify`, then restore registry.db from a copy"
@@ -373,31 +363,23 @@ def _scores(
                     error=error,
                     rows=rows,
                     origin=setting.origin,
-                    facts=facts[int(found.facts[i])],
+                    facts=facts[one.entry.facts],
                     encoding=setting.encoding,
-                    id=page.id << SLOTS | int(found.slot[i]),
-                    created_at=EPOCH + timedelta(microseconds=int(found.at[i])),
+                    id=page.id << SLOTS | one.slot,
+                    created_at=EPOCH + timedelta(microseconds=one.entry.at),
                 )
             )
     return out
 
 
-def _intact(
-    connection: Connection,
-    found: Directory,
-    i: int,
-    pages: dict[int, Row[*tuple[Any, ...]]],
-    stored: Sequence[Row[*tuple[Any, ...]]],
-) -> bool:
+def _intact(connection: Connection, page: Row[*tuple[Any, ...]], one: Listed) -> bool:
     """Whether the checksums of all that a score's outcomes need hold."""
-    page = pages[stored[int(found.page[i])].id]
-    start, length = int(found.start[i]), int(found.length[i])
-    if paging.opened(page.bodies[start : start + length]) is None:
+    if paging.opened(page.bodies[one.start : one.start + one.length]) is None:
         return False
-    flips = int(found.form[i]) & ~outcomes.GAPS == outcomes.FLIPS
+    flips = one.form & ~outcomes.GAPS == outcomes.FLIPS
     if flips and paging.opened(page.reference) is None:
         return False
-    key = int(found.weights[i])
+    key = one.entry.weights
     return not key or paging.opened(weights_content(connection, key)) is not None
 
 

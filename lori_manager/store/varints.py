@@ -52,6 +52,18 @@ def decode(content: bytes) -> NDArray[np.int64]:
     return np.add.reduceat((b & 127).astype(np.int64) << (7 * place), starts)
 
 
+def each(content: bytes) -> list[int]:
+    """As `decode`, without numpy: for few numbers."""
+    out, value, place = [], 0, 0
+    for byte in content:
+        value |= (byte & 127) << place
+        place += 7
+        if byte < 128:
+            out.append(value)
+            value = place = 0
+    return out
+
+
 def first(content: bytes) -> tuple[int, int]:
     """The first number, and how many bytes it takes.
 

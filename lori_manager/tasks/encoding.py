@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from lori_manager.errors import BadData, InvalidInput
 from lori_manager.tasks.rows import RenderChat, Row, bad_row, candidate_completions
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Tokenizer = Any  # a transformers tokenizer, fast or slow
 _CHUNK = 4096  # texts a call: a fast tokenizer's results hold far more than the ids
@@ -55,6 +56,8 @@ def encode_rows(
         BadData: a completion that leaves no room for one token of prompt.
         InvalidInput: a tokenizer without an end-of-text token.
     """
+    import numpy as np
+
     eos = _end_of_text(tokenizer)
     bos = begin_of_text(tokenizer)
     limit = max_length if context is None else min(max_length, context)
@@ -93,6 +96,8 @@ def encode_prompts(
     Args:
         room: tokens a prompt; what is too long loses its beginning. None: no limit.
     """
+    import numpy as np
+
     eos = _end_of_text(tokenizer)
     bos = begin_of_text(tokenizer)
     tokens = _token_ids(tokenizer, prompts)

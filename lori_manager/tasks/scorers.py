@@ -14,9 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lori_manager.errors import BadData
 from lori_manager.extras import check_extra
@@ -27,6 +25,9 @@ from lori_manager.tasks.code import PassAt1
 from lori_manager.tasks.encoding import Encoded, encode_choices
 from lori_manager.tasks.room import room_for
 from lori_manager.tasks.rows import Row, bad_row
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ def _make_journal() -> None:
 def _carry_scores() -> None:
     db = op.get_bind()
     db.exec_driver_sql(
-        "INSERT INTO subjects (digest) SELECT digest FROM scores GROUP BY 1 ORDER BY min(id)"
+        "INSERT INTO subjects (id, digest) SELECT 127 + row_number() OVER (ORDER BY min(id)), "
+        "digest FROM scores GROUP BY digest"
     )
     db.exec_driver_sql(
         f"INSERT INTO settings ({_KEY}, encoding) SELECT task, task_revision, scorer, "
