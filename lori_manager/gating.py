@@ -20,6 +20,7 @@ from lori_manager.refs import BASE, check_name
 if TYPE_CHECKING:
     from lori_manager.metrics.verdict import Compared, Judged
 
+VERSION = 1  # of the JSON document: lori_manager/schemas/gate.json, docs/json.md
 PRODUCTION = "production"
 PROMOTED = "promoted"
 ROLLED_BACK = "rolled back"
@@ -76,8 +77,9 @@ class Gated:
 
     def to_json(self) -> dict[str, Any]:
         """Dicts, lists, strings, numbers and null alone; NaN becomes null."""
-        found: dict[str, Any] = plain(self) | {"passed": self.passed}
-        return found
+        return {
+            "format": "lori-gate", "version": VERSION, **plain(self), "passed": self.passed
+        }  # fmt: skip
 
 
 def gate(

@@ -217,3 +217,21 @@ def test_a_tasks_own_rule_wins_over_that_of_all():
     gate = Gate.from_json({"margin": 1, "tasks": {"a": {"minimum": 0.5}}})
     assert gate.rule("a") == GateRule(1.0, 0.95, 0.5, None)
     assert gate.rule("b") == GateRule(1.0)
+
+
+def test_the_document_fits_the_schema_that_is_shipped(ws):
+    from importlib.resources import files
+
+    import jsonschema
+
+    schema = json.loads((files("lori_manager") / "schemas" / "gate.json").read_text("utf-8"))
+    version(ws, {"colour": 360})
+    version(ws, {"colour": 320})
+    (ws.root / "stay.jsonl").write_text('{"row": 350}')
+    ws = told(ws, '[gate.tasks.colour]\nmust_stay = "stay.jsonl"\nminimum = 0.85')
+    for found in (ws.gate("main@2", "main@1"), ws.gate("main@1")):
+        document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+        jsonschema.validate(document, schema)
+    assert document["tasks"][0]["judged"] is None
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document | {"more": 1}, schema)
