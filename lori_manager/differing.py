@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,6 +156,50 @@ def diff(
         tuple(one.answered() for one in compared),
         tuple(notes),
     )
+
+
+class Asked(Protocol):
+    """Which row's answers are wanted, of which two versions."""
+
+    @property
+    def task(self) -> str:
+        """`nlu#2`."""
+
+    @property
+    def index(self) -> int:
+        """Among its eval rows, from 0."""
+
+    @property
+    def before(self) -> str:
+        """The first version's reference."""
+
+    @property
+    def after(self) -> str:
+        """The second's."""
+
+
+def stored_answers(ws: Context) -> Callable[[Asked], tuple[str, str] | None]:
+    """What tells both versions' answers to a row that flipped, where both are known already."""
+    answered = {f"{name}#{revision}" for name, revision in ws.store.answered()}
+    found: dict[tuple[str, str, str], dict[int, tuple[str | None, str | None]]] = {}
+
+    def told(asked: Asked) -> tuple[str, str] | None:
+        if asked.task not in answered:
+            return None
+        key = asked.before, asked.after, asked.task
+        if key not in found:
+            name = asked.task.partition("#")[0]
+            both = diff(ws, asked.before, asked.after, name, rows=10**9, answers=False)
+            found[key] = {
+                flip.row: (flip.answer_before, flip.answer_after)
+                for task in both.tasks
+                if task.task == asked.task
+                for flip in task.flips
+            }
+        before, after = found[key].get(asked.index, (None, None))
+        return None if before is None or after is None else (before, after)
+
+    return told
 
 
 def _adapter(ws: Context, ref: str) -> Adapter | None:

@@ -195,12 +195,15 @@ class Workspace(Context):
         Args:
             ref, tasks: as for `audit`, with several tasks.
             rows: changed rows to keep of each direction, task and comparison.
-            answers: tells what two versions answered to a row, where that is stored.
+            answers: tells what two versions answered to a row; what `diff` has kept, where None.
         """
+        from lori_manager.differing import stored_answers
         from lori_manager.reporting.gather import gather
         from lori_manager.reporting.source import Source
 
-        return gather(Source(self.store), self.root.name, ref, tasks, rows, answers)
+        return gather(
+            Source(self.store), self.root.name, ref, tasks, rows, answers or stored_answers(self)
+        )
 
     def set_alias(self, ref: str, alias: str) -> Alias:
         """Let `line@alias` mean the adapter `ref`."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from small_workspaces import DEFAULTS, copied
 
 from lori_manager.context import Context
+from lori_manager.differing import stored_answers
 from lori_manager.engine.codec import encode_adapter
 from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.engine.weights import AdapterWeights
@@ -326,6 +328,19 @@ def test_answers_to_flipped_rows_are_what_each_side_writes_and_are_kept(ws, no_m
     no_model()
     assert only(again.diff("main@1", "main@2", "words")) == found
     assert only(again.diff("main@1", "main@2", "words", answers=False)) == found
+
+
+def test_a_report_shows_the_answers_that_are_known(ws, no_model):
+    put(ws, "main@1", [1, 1, 1, 0, 0, 0, 1, 0, 1, 0, 1, 0])
+    put(ws, "main@2", [1, 0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 0])
+    asked = [SimpleNamespace(task="words#1", index=i, before="main@1", after="main@2")
+             for i in (1, 8, 3, 0)]  # fmt: skip
+    assert [stored_answers(ws)(one) for one in asked] == [None] * 4
+    found = only(ws.diff("main@1", "main@2", "words"))
+    no_model()
+    told = [stored_answers(ws)(one) for one in asked]
+    assert told == [*((f.answer_before, f.answer_after) for f in found.flips), None]
+    assert told[0][0] == found.flips[0].expected
 
 
 def test_of_choices_the_answer_is_the_one_that_was_taken(ws, no_model):

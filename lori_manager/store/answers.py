@@ -79,3 +79,9 @@ def _of(
         t.answers.c.precision == precision,
         t.answers.c.encoding == encoding,
     )
+
+
+def answered(connection: Connection) -> set[tuple[str, int]]:
+    """The task revisions of which any answer is known."""
+    query = select(t.answers.c.task, t.answers.c.task_revision).distinct()
+    return {(row.task, row.task_revision) for row in connection.execute(query)}

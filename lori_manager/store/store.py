@@ -472,6 +472,11 @@ class Store:
                 rows=rows,
             )
 
+    def answered(self) -> set[tuple[str, int]]:
+        """The task revisions of which any answer is known."""
+        with self._db.read() as c:
+            return answers.answered(c)
+
     def add_answers(
         self,
         *,
