@@ -289,8 +289,9 @@ def _task_gate(ws: Context, one: _Measured, judged: Judged | None, before: str |
     if after is None:
         refusals.append("it was not scored: run `lori score`")
     elif one.lacks(before):
-        refusals.append(f"{before} was not scored in the same way: run `lori score` on both")
-    elif rule.minimum is not None and not _reaches(value, rule.minimum, higher):
+        refusals.append(f"{before} has no score to compare with, measured in the same way: run "
+                        f"`lori score {before} {after.subject}`")  # fmt: skip
+    if after is not None and rule.minimum is not None and not _reaches(value, rule.minimum, higher):
         word = "minimum" if higher else "maximum"
         refusals.append(f"its score {value:.4g} misses the {word} {rule.minimum:g}")
     if judged is not None and judged.verdict == "regressed":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 from small_workspaces import copied, make_workspace, write_rows
@@ -121,3 +122,16 @@ def test_forecasts_come_back_as_they_were_stored(ws):
     kept = ws.store.forecasts()
     assert tuple(f.expected for f in kept) == told.expected
     assert dataclasses.replace(kept[0].expected) == told.expected[0]
+
+
+def test_what_is_expected_is_the_own_score_times_what_agrees(ws, monkeypatch):
+    from lori_manager import rehearsal
+    from lori_manager.merge_inputs import MergeInputs
+
+    monkeypatch.setattr(type(ws.store), "find_score", lambda *_, **__: SimpleNamespace(value=0.8))
+    member, task = ws.adapter("colour@1"), ws.store.task("colour")
+    inputs = MergeInputs(ws, [member], ws.settings.config, 10)
+    found = rehearsal._expected(inputs, member, task, 0.5, 28)
+    assert (found.own, found.score) == (0.8, 0.4)
+    assert found.error == pytest.approx(0.8 * (0.5 * 0.5 / 32) ** 0.5)
+    assert rehearsal._expected(inputs, member, task, 1.0, 28).error > 0

@@ -131,7 +131,8 @@ def test_scores_of_another_origin_or_precision_are_not_compared(ws):
     found = ws.gate("main@2", "main@1")
     assert found.tasks[0].judged is None
     assert found.refusals == (
-        "colour#2: main@1 was not scored in the same way: run `lori score` on both",
+        "colour#2: main@1 has no score to compare with, measured in the same way: run "
+        "`lori score main@1 main@2`",
     )
 
 

@@ -15,11 +15,13 @@ def test_a_first_promotion_passes_and_is_journalled(trained):
 
 def test_what_is_refused_exits_with_12_and_says_why(trained):
     (trained.folder / "lori.toml").open("a").write("\n[gate]\nminimum = 1.01\n")
-    said = trained.refuses("promote", "colour@1", code=12)
-    assert "misses the minimum 1.01" in said
+    result = trained("promote", "colour@1", code=12)
+    assert "misses the minimum 1.01" in result.stdout
+    assert "may not become production" in result.stderr
     assert trained.json("alias") == []
-    said = trained.refuses("audit", "colour@1", "--gate", "--against", "base", code=12)
-    assert "misses the minimum 1.01" in said
+    result = trained("audit", "colour@1", "--gate", "--against", "base", code=12)
+    assert "misses the minimum 1.01" in result.stdout
+    assert "misses the minimum 1.01" in result.stderr
     trained("promote", "colour@1", "--force", "--reason", "a test")
     (entry,) = trained.json("journal")
     assert entry["forced"] is True
