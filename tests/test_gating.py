@@ -236,3 +236,22 @@ def test_the_document_fits_the_schema_that_is_shipped(ws):
     assert document["tasks"][0]["judged"] is None
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document | {"more": 1}, schema)
+
+
+def test_a_promotion_does_not_pass_over_another_that_came_meanwhile(ws, monkeypatch):
+    from lori_manager import gating
+
+    for _ in range(3):
+        version(ws, {"colour": 360})
+    ws.promote("main@1")
+    judged = gating.gate
+
+    def slow(*args, **options):
+        found = judged(*args, **options)
+        ws.store.set_alias("main", "production", 3)
+        return found
+
+    monkeypatch.setattr(gating, "gate", slow)
+    with pytest.raises(Conflict, match="means main@3 by now"):
+        ws.promote("main@2")
+    assert ws.store.line("main").aliases == {"production": 3}
