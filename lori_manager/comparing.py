@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lori_manager.metrics.bounds import graded_bounds, score_bounds
+from lori_manager.metrics.bounds import Bounds, graded_bounds, score_bounds
 from lori_manager.metrics.paired import MCNEMAR, PairedDifference, paired_difference
 
 SIGNIFICANCE = 0.05  # of one comparison, uncorrected
-CONFIDENCE = 0.95
+ONE_SIDED = 0.975  # confidence of each end of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,34 @@ def _interval(
     higher_is_better: bool,
 ) -> tuple[float, float]:
     """The change's two-sided interval, of two one-sided bounds."""
-    each = (1 + CONFIDENCE) / 2
     if d.rows == 0:
         return math.nan, math.nan
     if d.test == MCNEMAR and d.only_a_right is not None and d.only_b_right is not None:
-        bounds = score_bounds(d.only_a_right, d.only_b_right, d.rows, each)
-        return bounds.lower, bounds.upper
-    measured = ~(np.isnan(before) | np.isnan(after))
+        bounds = score_bounds(d.only_a_right, d.only_b_right, d.rows, ONE_SIDED)
+    else:
+        bounds = graded_change(before, after, weights, higher_is_better)
+    return bounds.lower, bounds.upper
+
+
+def graded_change(
+    before: NDArray[Any],
+    after: NDArray[Any],
+    weights: NDArray[Any] | None,
+    higher_is_better: bool,
+) -> Bounds:
+    """The 95% interval of after - before, of outcomes that are not right or wrong.
+
+    Args:
+        before, after: (rows,), NaN where not measured; at least one row is in both.
+        weights: (rows,) or None; rows of weight 0 do not count.
+        higher_is_better: the lower bound is the careful one, and has to be that of a gain.
+    """
+    both = ~(np.isnan(before) | np.isnan(after))
     if weights is not None:
-        measured &= weights > 0
-        weights = weights[measured]
-    x, y = before[measured], after[measured]
+        both &= weights > 0
+        weights = weights[both]
+    x, y = before[both], after[both]
     if higher_is_better:
-        bounds = graded_bounds(x, y, weights, confidence=each)
-        return bounds.lower, bounds.upper
-    bounds = graded_bounds(y, x, weights, confidence=each)  # of the gain, whose loss is bounded
-    return -bounds.upper, -bounds.lower
+        return graded_bounds(x, y, weights, confidence=ONE_SIDED)
+    gain = graded_bounds(y, x, weights, confidence=ONE_SIDED)
+    return replace(gain, lower=-gain.upper, upper=-gain.lower)

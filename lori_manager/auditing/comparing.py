@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from lori_manager.auditing.groups import Group, Ranking
 from lori_manager.auditing.reading import AuditStore, Outcomes
 from lori_manager.auditing.results import Comparison
-from lori_manager.metrics.bounds import Bounds, graded_bounds, score_bounds
+from lori_manager.comparing import ONE_SIDED, graded_change
+from lori_manager.metrics.bounds import Bounds, score_bounds
 from lori_manager.metrics.paired import MCNEMAR, PairedDifference, mcnemar_exact, paired_difference
 from lori_manager.records import Score, Task
 
@@ -26,7 +27,6 @@ Pair = tuple[Score, Score]  # before, after
 # Few counts are met again and again.
 _mcnemar = lru_cache(maxsize=65536)(mcnemar_exact)
 _score_bounds = lru_cache(maxsize=65536)(score_bounds)
-_ONE_SIDED = 0.975  # confidence of each end of a 95% interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,18 +138,10 @@ class Comparer(Ranking):
         if d.rows == 0:
             return None
         if d.only_a_right is not None and d.only_b_right is not None:
-            return _score_bounds(d.only_a_right, d.only_b_right, d.rows, _ONE_SIDED)
+            return _score_bounds(d.only_a_right, d.only_b_right, d.rows, ONE_SIDED)
         (a, weights_a), (b, weights_b) = self._loaded.of(before), self._loaded.of(after)
         w = weights_a if weights_b is None else weights_b
-        both = ~(np.isnan(a) | np.isnan(b))
-        if w is not None:
-            both &= w > 0
-            w = w[both]
-        if self.higher_is_better:
-            return graded_bounds(a[both], b[both], w, confidence=_ONE_SIDED)
-        # The lower bound is the careful one, and has to be that of a gain.
-        gain = graded_bounds(b[both], a[both], w, confidence=_ONE_SIDED)
-        return replace(gain, lower=-gain.upper, upper=-gain.lower)
+        return graded_change(a, b, w, self.higher_is_better)
 
 
 def differences(loaded: Loaded, pairs: Sequence[Pair]) -> list[PairedDifference | str]:
