@@ -81,6 +81,14 @@ class ImportRefused(LoriError):
 
 
 class GateRefused(LoriError):
-    """The gate does not let a version take an alias."""
+    """The gate does not let a version take an alias.
+
+    Attributes:
+        told: what the gate said, a `gating.Gated`; None where several versions were judged.
+    """
 
     exit_code = 12
+
+    def __init__(self, message: str, told: object = None) -> None:
+        super().__init__(message)
+        self.told = told

@@ -152,7 +152,8 @@ def promote(
     if not told.passed and not force:
         raise GateRefused(
             f"{candidate.ref} may not become {alias}: {'; '.join(told.refusals)}. "
-            "Mend it, or give --force --reason TEXT"
+            "Mend it, or give --force --reason TEXT",
+            told,
         )
     moved = ws.store.set_alias(
         candidate.line,
@@ -245,9 +246,10 @@ class _Measured:
         compared = None
         outcomes = None
         if after is not None:
-            outcomes, weights = ws.store.outcomes(after)
-            if earlier is not None:
-                first, _ = ws.store.outcomes(earlier)
+            wanted = [after] if earlier is None else [after, earlier]
+            (outcomes, weights), *rest = ws.store.outcomes_of(wanted)
+            if rest:
+                first = rest[0][0]
                 compared = Compared(
                     first, outcomes, rule.margin, weights, scorer.higher_is_better, rule.confidence
                 )
@@ -261,9 +263,7 @@ class _Measured:
 def _scores(ws: Context, subject: str, task: Task) -> list[Score]:
     """Oldest first, those by the task's present scorer."""
     found = ws.store.scores(subject=subject, task=task.name, revision=task.revision)
-    return [
-        s for s in found if (s.scorer, s.scorer_version) == (task.scorer, str(task.scorer_version))
-    ]
+    return [s for s in found if (s.scorer, s.scorer_version) == (task.scorer, task.scorer_version)]
 
 
 def _alike(score: Score) -> tuple[str, ...]:

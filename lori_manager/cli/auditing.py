@@ -149,8 +149,8 @@ def _gate(ctx: typer.Context, ref: str | None, against: str | None, json: bool) 
     held = against or PRODUCTION
     with workspace(ctx) as ws:
         if ref is None:
-            lines = [x for x in ws.store.lines() if held in x.aliases and x.latest is not None]
-            refs = [line.latest.ref for line in lines if line.latest is not None]
+            lines = ws.store.lines()
+            refs = [x.latest.ref for x in lines if held in x.aliases and x.latest is not None]
             if not refs:
                 raise NotFound(f"no line has the alias {held!r}: name a REF and --against")
         else:

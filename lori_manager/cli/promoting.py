@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -50,14 +50,12 @@ def promote(
         config = configured(ws.settings.config, changes)
         try:
             moved, told = ws.promote(ref, alias, force=force, reason=reason, config=config)
-        except GateRefused:
-            now = ws.store.line(ws.adapter(ref).line).aliases.get(alias)
-            against = None if now is None else f"{ws.adapter(ref).line}@{now}"
-            told = ws.gate(ref, against)
+        except GateRefused as e:
+            refused = cast("Gated", e.told)
             if json:
-                output.print_json(told.to_json())
+                output.print_json(refused.to_json())
             else:
-                show_gate(told)
+                show_gate(refused)
             raise
     if json:
         output.print_json({"alias": moved, "gate": told.to_json()})
