@@ -343,6 +343,7 @@ class Worker:
         tasks, kind, seed = spec["tasks"], spec["kind"], spec["seed"]
         merged = self.merge(spec)
         whole = merged.updates()
+        layers = low_rank_layers(self.base.model, whole)
         told = {}
         for task in tasks:
             own = self.adapter(kind, task, seed).updates()
@@ -354,9 +355,8 @@ class Worker:
             told[task] = {"error": error}
             said = self.probe(kind, task, seed, PROBE, True)[-32:]
             held = self.task(task)["probe"].rows[-32:]
+            own_layers = low_rank_layers(self.base.model, own)
             for scorer, label in (("exact_match", "agrees"), ("perplexity", "nats")):
-                own_layers = low_rank_layers(self.base.model, own)
-                layers = low_rank_layers(self.base.model, whole)
                 values = []
                 for having in (layers, own_layers):
                     with attached(self.base.model, having):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lori_manager import models
 from lori_manager.combining import AUTO, members_of, method_of, shares_of, usual_method
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import InvalidInput
-from lori_manager.records import Adapter, Expected, Forecasted
+from lori_manager.records import Adapter, Expected, Forecasted, Parent
 from lori_manager.store.tables import canonical
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def forecast(
     expected = rehearsed(inputs, entry, shares, told)
     if expected:
         key = merge_key(members, shares, entry.name, told.settings())
-        precision = models.score_precision(config)
+        precision = ws.score_precision(config)
         ws.store.add_forecasts([Forecasted(key, precision, ws.encoding, e) for e in expected])
     return Forecast(
         tuple(members), tuple(shares), entry.name, found, loudest, tuple(expected), past
@@ -100,7 +100,10 @@ def forecast(
 
 
 def merge_key(
-    members: Sequence[Adapter], weights: Sequence[float], method: str, settings: Mapping[str, Any]
+    members: Sequence[Adapter | Parent],
+    weights: Sequence[float],
+    method: str,
+    settings: Mapping[str, Any],
 ) -> str:
     """What makes two merges the same: digests and weights of the members, method, settings."""
     parts = [[m.digest, w] for m, w in zip(members, weights, strict=True)]
@@ -110,21 +113,21 @@ def merge_key(
 
 def _past(ws: Context) -> Past:
     """Every stored expectation beside what the merge scored that was made after it."""
-    latest = {(f.merge, f.expected.task): f for f in ws.store.forecasts()}
+    told_of: dict[str, dict[str, Forecasted]] = defaultdict(dict)
+    for forecasted in ws.store.forecasts():
+        told_of[forecasted.merge][forecasted.expected.task] = forecasted  # the latest stays
     merges = set()
     pairs: list[tuple[float, float]] = []
-    for adapter in ws.store.adapters() if latest else ():
+    for adapter in ws.store.adapters() if told_of else ():
         settings = adapter.config.get("settings")
         if adapter.origin != "merged" or settings is None:
             continue
-        members = [ws.adapter(parent.ref) for parent in adapter.parents]
         shares = [float(parent.weight or 0.0) for parent in adapter.parents]
-        key = merge_key(members, shares, adapter.method, settings)
-        mine = {task: f for (merge, task), f in latest.items() if merge == key}
-        if not mine or key in merges:
+        key = merge_key(adapter.parents, shares, adapter.method, settings)
+        if key not in told_of or key in merges:
             continue
         for score in ws.store.scores(subject=adapter.ref):
-            told = mine.get(score.task)
+            told = told_of[key].get(score.task)
             if told is None or not told.comparable(score) or math.isnan(told.expected.score):
                 continue
             own = told.expected.own

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lori_manager import models
 from lori_manager.evaluation import counted_progress
 from lori_manager.merge_inputs import MergeInputs
 from lori_manager.records import Adapter, Expected, Task
@@ -49,7 +48,11 @@ def rehearsed(
         )
         return []
     judged = slice(fitted, min(rows, fitted + JUDGED))
-    merged = replace(inputs, probe_rows=fitted, _answered={}).merged(entry, shares, options)
+    # What was answered for the interference is what the merge is fitted to, if it is as many.
+    fitting = inputs
+    if fitted != inputs.probe_rows:
+        fitting = replace(inputs, probe_rows=fitted, _answered={})
+    merged = low_rank_layers(base.model, fitting.merged(entry, shares, options).updates())
     exact = scorers.get("exact_match")
     found = []
     for number, task in teachers:
@@ -68,7 +71,7 @@ def rehearsed(
             row if own else replace(row, ids=row.ids[:-1])
             for row, own in zip(said, ended, strict=True)
         ]
-        with attached(base.model, low_rank_layers(base.model, merged.updates())):
+        with attached(base.model, merged):
             agreed, _ = score_rows(
                 base, given[judged], said, exact, config.score_batch, told, config.packing
             )
@@ -96,7 +99,7 @@ def _expected(
         task=task,
         scorer=task.scorer,
         scorer_version=str(scorer.version),
-        precision=models.score_precision(inputs.config),
+        precision=inputs.ws.score_precision(inputs.config),
         encoding=inputs.ws.encoding,
     )
     score = own.value if own is not None and scorer.binary else math.nan
