@@ -318,6 +318,7 @@ def _train_stage(
     folder: Path,
 ) -> tuple[Adapter, Mask | None, dict[str, float] | None]:
     """Mask, train and store one adapter."""
+    from lori_manager import checkpoints
     from lori_manager.adapters import lori
     from lori_manager.engine.codec import encode_adapter
     from lori_manager.engine.weights import AdapterWeights
@@ -327,7 +328,7 @@ def _train_stage(
     base = ws.base_model(config)
     start = start_of(ws, task, config, line, parent, options.avoid, folder / f"{stage}-A")
     block, beside = start.block, start.beside
-    checkpoint = folder / f"{stage}-calibration.safetensors"
+    checkpoint = folder / f"{stage}-calibration"
     mask = _mask_for(ws, task, block, config, options, checkpoint, beside)
     tensors = None if mask is None else ws.mask_tensors(mask)
     _, encoded = ws.rows(task, "train", config.max_length)
@@ -347,7 +348,7 @@ def _train_stage(
             steps=steps_for(len(encoded), config),
             peak=config.dense_learning_rate if mask is None else config.learning_rate,
             phase=f"training {task.name}",
-            checkpoint=folder / f"{stage}-training.safetensors",
+            checkpoint=folder / f"{stage}-training",
             on_progress=ws.on_progress,
             soft=soft,
         )
@@ -388,7 +389,7 @@ def _train_stage(
         encode_adapter(weights, {"base": ws.store.base().fingerprint} | start.meta),
     )
     for name in ("calibration", "training"):
-        (folder / f"{stage}-{name}.safetensors").unlink(missing_ok=True)
+        checkpoints.discard(folder / f"{stage}-{name}")
     (folder / f"{stage}-A").unlink(missing_ok=True)
     ws.on_message(
         f"{adapter.ref}: {len(result.losses)} steps in {result.seconds:.1f} s, loss "
@@ -420,7 +421,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
         finished = True
     except LoriError:
         # A run that was refused before it began leaves nothing to go on with.
-        begun = any(folder.glob("*.safetensors")) or ws.store.run_adapters(run.id)
+        begun = any(folder.glob("*/step-*")) or ws.store.run_adapters(run.id)
         if not begun:
             ws.store.finish_run(run.id)
             finished = True

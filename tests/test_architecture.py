@@ -30,7 +30,7 @@ ROWS = (
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
-    ("gradients", "generation", "harness"),
+    ("gradients", "generation", "harness", "checkpoints"),
     ("graphs",),
     ("forward",),
     ("adapters", "models", "packing", "acceleration"),

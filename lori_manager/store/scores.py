@@ -19,7 +19,7 @@ from sqlalchemy import ColumnElement, Connection, Row, select
 from lori_manager.errors import DamagedObject, NotFound
 from lori_manager.records import Finding, Score, Task
 from lori_manager.refs import BASE
-from lori_manager.store import adapters, bases, outcomes, tasks, varints
+from lori_manager.store import adapters, bases, outcomes, removals, tasks, varints
 from lori_manager.store import pages as paging
 from lori_manager.store import tables as t
 from lori_manager.store.pages import DamagedPage, Directory, Listed
@@ -230,11 +230,11 @@ def faults(connection: Connection, keys: Sequence[int]) -> Iterator[Finding]:
         chosen = range(len(found.page))
         told = paging.decode_bodies(found, chosen, [page.bodies], [page.reference], setting.rows)
         for i, values in enumerate(told):
-            _, called = names.get(int(found.subject[i]), ("", []))
+            digest, called = names.get(int(found.subject[i]), ("", []))
             fault = values if isinstance(values, str) else None
             if fault is None and found.weights[i]:
                 fault = weights_fault(connection, int(found.weights[i]), setting.rows)
-            if not called:
+            if not digest:
                 message = f"a score on {ref} is of weights that are not known"
                 yield Finding("damaged", ref, message)
             if fault is not None:
@@ -264,16 +264,18 @@ def _settings(
 
 
 def _names(connection: Connection) -> dict[int, tuple[str, list[str]]]:
-    """Subject's key -> digest of the weights, and their names by creation."""
+    """Subject's key -> digest of the weights, and their names by creation, hidden ones left out."""
     query = (
         select(t.subjects.c.id, t.subjects.c.digest, t.adapters.c.line, t.adapters.c.version)
         .outerjoin(t.adapters, t.adapters.c.digest == t.subjects.c.digest)
         .order_by(t.adapters.c.id)
     )
     names: dict[int, tuple[str, list[str]]] = {}
+    gone = removals.hidden_now(connection)
     for key, digest, line, version in connection.execute(query):
         own = names.setdefault(key, (digest, []))[1]
-        own.append(BASE if line is None else f"{line}@{version}")
+        if (line, version) not in gone:
+            own.append(BASE if line is None else f"{line}@{version}")
     return names
 
 
@@ -344,7 +346,7 @@ def _records(
         setting = settings[page.setting]
         value, error, rows = one.figures(setting.rows)
         digest, called = names.get(one.entry.subject, ("", []))
-        if not called or one.entry.facts not in facts:
+        if not digest or one.entry.facts not in facts:
             raise DamagedObject(
                 f"a score on {setting.task}#{setting.task_revision} points nowhere: "
                 "run `lori verify`, then restore registry.db from a copy"

@@ -6,24 +6,26 @@ kill -9 and a power cut, and an interruption leaves at most a file that no row n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from lori_manager.errors import NotFound
+from lori_manager.errors import InvalidInput, NotFound
 from lori_manager.records import (
     Adapter,
     Alias,
     Base,
     Finding,
     Forecasted,
+    Freed,
     JournalEntry,
     Line,
     Mask,
     NewAdapter,
     NewScore,
+    Removal,
     Run,
     Score,
     Split,
@@ -36,21 +38,35 @@ from lori_manager.store import (
     aliases,
     answers,
     bases,
+    collecting,
     database,
     forecasts,
     integrity,
     journal,
     lines,
     masks,
+    removals,
     runs,
     scores,
     tasks,
     trials,
 )
-from lori_manager.store.files import ObjectStore, private_folder, storing
+from lori_manager.store.files import (
+    MissingObject,
+    ObjectStore,
+    lasting_folder,
+    private_folder,
+    storing,
+    sync_folder,
+)
+from lori_manager.store.objects import Objects
 
 if TYPE_CHECKING:
     import numpy as np
+    from sqlalchemy import Connection
+
+_Record = TypeVar("_Record")
+_ATTEMPTS = 5  # gc frees a file in between hardly ever, and never twice
 
 
 class Store:
@@ -61,9 +77,9 @@ class Store:
     IncompatibleStore (the schema was changed meanwhile). Unknown names are NotFound.
     """
 
-    def __init__(self, root: Path, db: database.Database) -> None:
+    def __init__(self, root: Path, db: database.Database, objects: Objects) -> None:
         self.root = root
-        self.objects = ObjectStore(root / "objects")
+        self.objects = objects
         self.runs = root / "runs"  # checkpoints of open runs, a folder each
         self._db = db
 
@@ -75,8 +91,9 @@ class Store:
             Conflict: there is one already.
         """
         with storing(root):
-            root.parent.mkdir(parents=True, exist_ok=True)
+            lasting_folder(root.parent)
             private_folder(root)
+            sync_folder(root.parent)  # whoever made `root` may not have come to this
         database.create(root)
         return cls.open(root)
 
@@ -91,11 +108,12 @@ class Store:
         path = root / database.REGISTRY
         if not path.is_file():
             raise NotFound(f"there is no {path}: run `lori init`")
-        store = cls(root, database.Database.sqlite(path))
+        objects = ObjectStore(root / "objects")
+        store = cls(root, database.Database.sqlite(path), objects)
         with store._db.read():
             pass
         with storing(root):
-            private_folder(store.objects.root)
+            private_folder(objects.root)
             private_folder(store.runs)
         return store
 
@@ -157,9 +175,9 @@ class Store:
             Conflict: the name is that of a line.
             InvalidInput: the name is not usable.
         """
-        for split in splits.values():
-            self.objects.size(split.digest)  # a row never precedes its file
         with self._db.write() as c:
+            for split in splits.values():
+                self.objects.size(split.digest)  # a row never precedes its file
             return tasks.add(
                 c,
                 name,
@@ -255,9 +273,9 @@ class Store:
         config: Mapping[str, Any],
     ) -> Mask:
         """Store the task's next mask; `projection` is the digest of the A it belongs to."""
-        digest = self.objects.put(blob)
-        with self._db.write() as c:
-            return masks.add(
+        return self._stored(
+            blob,
+            lambda c, digest: masks.add(
                 c,
                 task=task,
                 digest=digest,
@@ -267,7 +285,17 @@ class Store:
                 kept=kept,
                 total=total,
                 config=config,
-            )
+            ),
+        )
+
+    def _stored(self, blob: bytes, commit: Callable[[Connection, str], _Record]) -> _Record:
+        """Put the file, then commit its row; once more where gc came in between."""
+        for _ in range(_ATTEMPTS):
+            digest = self.objects.put(blob)
+            with self._db.write() as c:
+                if self.objects.exists(digest):
+                    return commit(c, digest)
+        raise MissingObject(f"object {digest} vanishes whenever it is stored: check the disk")
 
     def mask(self, task_name: str, version: int) -> Mask:
         """The mask `task%version`."""
@@ -294,19 +322,62 @@ class Store:
             WrongBase: made for another base.
             NotFound: no such task revision, mask, parent or run.
         """
-        digest = self.objects.put(blob)
+        return self._stored(
+            blob, lambda c, digest: adapters.add(c, new, digest=digest, size=len(blob))
+        )
+
+    def adapter(self, ref: AdapterRef, *, removed: bool = False) -> Adapter:
+        """The adapter that a version, `latest` or an alias means.
+
+        Args:
+            removed: take a removed version, too; `latest` never means one.
+        """
+        with self._db.read() as c:
+            return adapters.one(c, ref, hidden=removed)
+
+    def adapters(
+        self, line: str | None = None, *, removed: bool = False, last: int | None = None
+    ) -> list[Adapter]:
+        """Adapters of one line or of all, by creation.
+
+        Args:
+            removed: removed versions, too.
+            last: only so many of the newest.
+        """
+        with self._db.read() as c:
+            return adapters.every(c, line, hidden=removed, last=last)
+
+    def remove(self, refs: Sequence[AdapterRef], *, reason: str = "") -> list[Adapter]:
+        """Hide versions, all of them or none; their rows stay, and `gc` frees their files.
+
+        Raises:
+            Conflict: an alias, an unfinished training, or a version that was made from one and
+                is not among them needs it.
+        """
         with self._db.write() as c:
-            return adapters.add(c, new, digest=digest, size=len(blob))
+            chosen = [adapters.one(c, ref) for ref in refs]
+            removals.hide(c, [(a.line, a.version) for a in chosen], reason)
+            return [adapters.of_version(c, a.line, a.version, hidden=True) for a in chosen]
 
-    def adapter(self, ref: AdapterRef) -> Adapter:
-        """The adapter that a version, `latest` or an alias means."""
-        with self._db.read() as c:
-            return adapters.one(c, ref)
+    def restore(self, refs: Sequence[AdapterRef], *, reason: str = "") -> list[Adapter]:
+        """Bring removed versions back, all of them or none.
 
-    def adapters(self, line: str | None = None) -> list[Adapter]:
-        """Adapters of one line or of all, by creation."""
+        Raises:
+            NotFound: one is not removed.
+            MissingObject: `gc` has freed its file.
+            DamagedObject: the file is not what was written.
+        """
+        with self._db.write() as c:
+            chosen = [adapters.one(c, ref, hidden=True) for ref in refs]
+            for adapter in chosen:
+                removals.restore(c, adapter.line, adapter.version, reason)
+                self.objects.check(adapter.digest)
+            return [adapters.of_version(c, a.line, a.version) for a in chosen]
+
+    def removals(self, line: str | None = None) -> list[Removal]:
+        """Every removal and return there ever was, oldest first."""
         with self._db.read() as c:
-            return adapters.every(c, line)
+            return removals.every(c, line)
 
     def children(self, ref: AdapterRef) -> list[Adapter]:
         """The adapters that were continued or merged from that one, by creation."""
@@ -593,7 +664,20 @@ class Store:
         with self._db.read() as c:
             return journal.entries(c, line=line, alias=alias, since=since)
 
-    # integrity
+    # care
+
+    def collect(
+        self, *, grace: timedelta = collecting.GRACE, dry_run: bool = False
+    ) -> Iterator[Freed]:
+        """Free what no row needs: files, ended runs' folders, what killed writers left.
+
+        Args:
+            grace: since a file was written, a version removed, or a folder last changed.
+            dry_run: tell only.
+        """
+        if grace < timedelta(0):
+            raise InvalidInput(f"the time of grace must be 0 or more, got {grace}")
+        return collecting.collect(self._db, self.objects, self.root, grace=grace, dry_run=dry_run)
 
     def verify(self) -> Iterator[Finding]:
         """Everything that is wrong with rows, files and the database; changes nothing."""
