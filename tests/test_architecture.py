@@ -18,7 +18,7 @@ ROWS = (
     ("workspace",),
     ("blaming", "differing", "forecasting", "gating"),
     ("remerging",),
-    ("teaching", "combining", "transfer", "intake", "integrity"),
+    ("teaching", "combining", "transfer", "intake", "integrity", "doctor"),
     ("trials", "rehearsal"),
     ("merge_inputs",),
     ("answering",),
@@ -54,9 +54,9 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
-    "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
-    "context", "auditing", "blaming", "differing", "remerging", "answering", "changes", "comparing",
-    "plain", "reporting", "models", "store", "config",
+    "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding", "replaying",
+    "merge_inputs", "context", "auditing", "blaming", "differing", "remerging", "answering",
+    "changes", "comparing", "plain", "reporting", "models", "store", "config",
     "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip
 

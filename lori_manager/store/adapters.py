@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -173,6 +174,12 @@ def of_run(connection: Connection, run: str, stage: int | None = None) -> list[A
     if stage is not None:
         return [adapter for adapter in found if adapter.stage == stage]
     return sorted(found, key=lambda adapter: adapter.stage or 0)
+
+
+def times(connection: Connection) -> list[datetime]:
+    """When each adapter was made, in their order."""
+    query = select(t.adapters.c.created_at).order_by(t.adapters.c.id)
+    return list(connection.execute(query).scalars())
 
 
 def children(connection: Connection, ref: AdapterRef) -> list[Adapter]:

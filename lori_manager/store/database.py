@@ -111,6 +111,12 @@ class Database:
         except OverflowError as e:
             raise InvalidInput("a number is too large for the database: use a smaller one") from e
 
+    def noted_revision(self) -> str | None:
+        """`revision`, whatever it is."""
+        with self._translated(), self._engine.connect() as connection, connection.begin():
+            self.backend.begin(connection, write=False)
+            return self.revision(connection)
+
     def revision(self, connection: Connection) -> str | None:
         """The schema revision that Alembic noted; None where it never worked."""
         try:

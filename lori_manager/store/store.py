@@ -666,6 +666,11 @@ class Store:
 
     # care
 
+    def times(self) -> list[datetime]:
+        """When each version was made by the clock of then, in the order of their making."""
+        with self._db.read() as c:
+            return adapters.times(c)
+
     def collect(
         self, *, grace: timedelta = collecting.GRACE, dry_run: bool = False
     ) -> Iterator[Freed]:
