@@ -22,7 +22,7 @@ from lori_manager.errors import (
 )
 from lori_manager.store.backend import Backend
 from lori_manager.store.files import storing, sync_folder
-from lori_manager.store.sqlite import BUSY_SECONDS, SQLite
+from lori_manager.store.sqlite import BUSY_SECONDS, SQLite, discard
 
 HEAD = "0005"  # the schema that this lori reads and writes
 REGISTRY = "registry.db"
@@ -170,14 +170,13 @@ def create(root: Path) -> None:
     with _exclusive(root), storing(path):
         if path.exists():
             raise Conflict(f"{path} is already there: use it, or choose another folder")
-        for left in (unfinished, root / f"{UNFINISHED}-journal"):  # by a killed `create`
-            left.unlink(missing_ok=True)
+        discard(unfinished)  # of a killed `create`
         database = Database.sqlite(unfinished, create=True)
         try:
             with database.migrating() as connection:
                 _run_alembic(connection)
         except BaseException:
-            unfinished.unlink(missing_ok=True)
+            discard(unfinished)
             raise
         finally:
             database.close()

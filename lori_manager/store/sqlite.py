@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 
 from lori_manager.errors import (
     Conflict,
@@ -92,11 +92,15 @@ class SQLite:
 
     def translate(self, error: DBAPIError) -> LoriError:
         """By SQLite's primary result code."""
+        return self._told(error.orig)
+
+    def _told(self, error: BaseException | None) -> LoriError:
+        """The driver's own error in words."""
         shown = self.shown
-        code = getattr(error.orig, "sqlite_errorcode", None)
+        code = getattr(error, "sqlite_errorcode", None)
         primary = None if code is None else code & 0xFF
-        reason = str(error.orig)
-        if isinstance(error, IntegrityError):
+        reason = str(error)
+        if isinstance(error, sqlite3.IntegrityError):
             return Conflict(
                 f"{shown} refused the change ({reason}): another process may have made it "
                 "already; run the command again"
@@ -176,16 +180,26 @@ class SQLite:
     def back_up(self, target: Path) -> Path:
         """Copy the database; while a migration holds the write lock none slips in."""
         unfinished = target.with_name(f".{target.name}.new")
-        unfinished.unlink(missing_ok=True)
-        with (
-            contextlib.closing(sqlite3.connect(self.path)) as source,
-            contextlib.closing(sqlite3.connect(unfinished)) as copy,
-        ):
-            copy.execute("PRAGMA synchronous = FULL")
-            source.backup(copy)
+        discard(unfinished)
+        try:
+            with (
+                contextlib.closing(sqlite3.connect(self.path)) as source,
+                contextlib.closing(sqlite3.connect(unfinished)) as copy,
+            ):
+                copy.execute("PRAGMA synchronous = FULL")
+                source.backup(copy)
+        except sqlite3.Error as e:
+            discard(unfinished)
+            raise self._told(e) from e
         unfinished.replace(target)
         sync_folder(target.parent)
         return target
+
+
+def discard(path: Path) -> None:
+    """Remove a database that was never finished, and its journal, which would spoil the next."""
+    for left in (path, path.with_name(f"{path.name}-journal")):
+        left.unlink(missing_ok=True)
 
 
 def driver(connection: Connection) -> sqlite3.Connection:
