@@ -6,6 +6,7 @@ Each act may be run again after an interruption, as a command is. What it has go
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -71,6 +72,18 @@ def score(store: Store, ref: str, digest: str) -> None:
         NewScore(ref, digest, task.name, task.revision, task.scorer, "1", "fp32", 1.0, 0.0, ROWS),
         values,
     )
+
+
+@act
+def create(place: Path, ack: Ack) -> None:
+    """A first start, in a folder that was not there."""
+    root = place / "team" / "project" / ".lori"
+    with contextlib.suppress(Conflict):
+        Store.create(root).close()
+    with Store.open(root) as store:
+        store.set_base(Base(FINGERPRINT, "tiny", None, str(place), "llama", datetime.now(UTC)))
+        store.add_adapter(adapter("first"), b"first")
+    ack("created")
 
 
 @act
@@ -216,5 +229,9 @@ def check(place: Path, acks: list[str]) -> None:
         backup = sqlite3.connect(place / "old" / f"registry.{OLD}.db")
         assert backup.execute("SELECT version_num FROM alembic_version").fetchone() == (OLD,)
         backup.close()
+    if "created" in acks:
+        with Store.open(place / "team" / "project" / ".lori") as store:
+            assert store.adapter_bytes(store.adapters()[0]) == b"first"
+            assert not [f for f in store.verify() if f.kind != "orphan"]
     if "exported" in acks or (place / "exported").exists():
         check_export(place / "exported")

@@ -47,7 +47,7 @@ def child(order: dict, said: int) -> None:
         acting.ACTS[order["act"]](Path(order["place"]), ack)
     except (LoriError, OSError) as e:
         status, error = 2, f"{type(e).__name__}: {e}"
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - told as a bug
         status, error = 3, traceback.format_exc()
     os.write(said, json.dumps({"error": error, "changes": shim.shim_count()}).encode())
     os._exit(status)

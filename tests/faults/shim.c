@@ -68,6 +68,10 @@ void shim_mark(const char *text) { record('A', text, NULL, 0, NULL, 0); }
 
 long shim_count(void) { return count; }
 
+static int within(const char *path) {
+    return !strncmp(path, root, root_length) && (path[root_length] == '/' || !path[root_length]);
+}
+
 /* The absolute path if it lies under root, else NULL. */
 static const char *ours(int folder, const char *path, char *into) {
     if (!root_length || !path) return NULL;
@@ -86,7 +90,7 @@ static const char *ours(int folder, const char *path, char *into) {
         size_t n = strlen(into);
         snprintf(into + n, PATH_MAX - n, "/%s", path);
     }
-    return strncmp(into, root, root_length) ? NULL : into;
+    return within(into) ? into : NULL;
 }
 
 static const char *ours_fd(int fd, char *into) {
@@ -96,7 +100,7 @@ static const char *ours_fd(int fd, char *into) {
     ssize_t n = readlink(link, into, PATH_MAX - 1);
     if (n < 0) return NULL;
     into[n] = 0;
-    return strncmp(into, root, root_length) ? NULL : into;
+    return within(into) ? into : NULL;
 }
 
 /* Whether the change that is about to happen fails; errno is set. */
