@@ -14,14 +14,18 @@ from lori_manager.errors import DamagedObject, InvalidInput
 HARMLESS = ("orphan",)
 
 
-def verify(ctx: typer.Context, json: Json = False) -> None:
+def verify(
+    ctx: typer.Context,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every adapter, too.")] = False,
+    json: Json = False,
+) -> None:
     """Check all that is stored.
 
     Every row has its file, every file its digest, every mask fits its A.
     """
     with workspace(ctx) as ws:
-        found = list(ws.verify())
-        adapters = len(ws.store.adapters())
+        found = list(ws.verify(deep=deep))
+        adapters = sum(line.versions for line in ws.store.lines())
     if json:
         output.print_json(found)
     elif found:

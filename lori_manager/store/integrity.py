@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
@@ -17,6 +19,7 @@ from lori_manager.store.database import Database
 from lori_manager.store.files import MissingObject
 from lori_manager.store.objects import Objects
 
+_THREADS = min(8, os.cpu_count() or 1)
 _AT_ONCE = 50  # pages of scores a transaction, so that writers are not kept waiting
 
 
@@ -79,15 +82,24 @@ def _of_blobs(database: Database) -> Iterator[Finding]:
         yield from faults
 
 
+def _fault(objects: Objects, digest: str) -> LoriError | None:
+    """What is wrong with an object."""
+    try:
+        objects.check(digest)
+    except LoriError as e:
+        return e
+    return None
+
+
 def _of_objects(database: Database, objects: Objects) -> Iterator[Finding]:
     with database.read() as connection:
         by_digest = needed(connection)
-    for digest, subjects in by_digest.items():
-        try:
-            objects.check(digest)
-        except LoriError as e:
-            kind = "missing" if isinstance(e, MissingObject) else "damaged"
-            yield from (Finding(kind, subject, f"{subject}: {e}") for subject in subjects)
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashing and reading let go of Python's lock
+        checks = pool.map(lambda digest: _fault(objects, digest), by_digest)
+        for subjects, fault in zip(by_digest.values(), checks, strict=True):
+            if fault is not None:
+                kind = "missing" if isinstance(fault, MissingObject) else "damaged"
+                yield from (Finding(kind, name, f"{name}: {fault}") for name in subjects)
     found = list(objects.digests())
     with database.read() as connection:  # again: rows may have come for the newest files
         by_digest = needed(connection)

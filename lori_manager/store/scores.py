@@ -75,12 +75,14 @@ def every(
         return []
     import numpy as np
 
-    names = _names(connection)
     only = None
-    if of_subject is not None:
+    if of_subject is None:
+        names = _names(connection)
+    else:
         digest, ref = of_subject
-        names = {key: (d, [ref]) for key, (d, _) in names.items() if d == digest}
-        only = next(iter(names), 0)
+        own_key = select(t.subjects.c.id).where(t.subjects.c.digest == digest)
+        only = connection.execute(own_key).scalar_one_or_none() or 0
+        names = {only: (digest, [ref])} if only else {}
     if subjects is not None:
         asked = frozenset(subjects)
         own = ((key, d, [ref for ref in refs if ref in asked]) for key, (d, refs) in names.items())
@@ -145,7 +147,8 @@ def known(
         for key, page in page_rows(connection, set(hits)).items()
         if _intact(connection, page, hits[key])
     ]
-    listed = _records(connection, fitting, whole, _names(connection), first_name=True)
+    names = _names(connection, digest)
+    listed = _records(connection, fitting, whole, names, first_name=True)
     for score in sorted(listed, key=lambda score: score.encoding == encoding):
         place = (score.task, score.task_revision, score.scorer, score.scorer_version)
         out[asked[place]] = score
@@ -263,17 +266,23 @@ def _settings(
     return {row.id: row for row in connection.execute(query)}
 
 
-def _names(connection: Connection) -> dict[int, tuple[str, list[str]]]:
-    """Subject's key -> digest of the weights, and their names by creation, hidden ones left out."""
+def _names(connection: Connection, digest: str | None = None) -> dict[int, tuple[str, list[str]]]:
+    """Subject's key -> digest of the weights, and their names by creation, hidden ones left out.
+
+    Args:
+        digest: of these weights alone.
+    """
     query = (
         select(t.subjects.c.id, t.subjects.c.digest, t.adapters.c.line, t.adapters.c.version)
         .outerjoin(t.adapters, t.adapters.c.digest == t.subjects.c.digest)
         .order_by(t.adapters.c.id)
     )
+    if digest is not None:
+        query = query.where(t.subjects.c.digest == digest)
     names: dict[int, tuple[str, list[str]]] = {}
     gone = removals.hidden_now(connection)
-    for key, digest, line, version in connection.execute(query):
-        own = names.setdefault(key, (digest, []))[1]
+    for key, of, line, version in connection.execute(query):
+        own = names.setdefault(key, (of, []))[1]
         if (line, version) not in gone:
             own.append(BASE if line is None else f"{line}@{version}")
     return names
@@ -424,8 +433,7 @@ def subject_of(connection: Connection, subject: str) -> tuple[str, str]:
     """The digest of the weights, and the name in full."""
     if subject == BASE:
         return bases.one(connection).fingerprint, BASE
-    adapter = adapters.one(connection, adapters.reference(subject))
-    return adapter.digest, adapter.ref
+    return adapters.digest_of(connection, adapters.reference(subject))
 
 
 def micros(at: datetime) -> int:

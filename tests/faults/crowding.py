@@ -70,7 +70,7 @@ def merge(root: Path, stop: Path, seed: int) -> None:
             except (
                 NotFound,
                 MissingObject,
-            ):  # a member was removed, and freed, since it was listed
+            ):  # a member is gone since
                 continue
 
 
