@@ -38,7 +38,13 @@ def in_joint_frame(
     return LowRankUpdate(merged, (form.U @ left[:, :k]).float())
 
 
-@merge_methods.register("knots", source="arXiv:2410.19735", identity=False, ordered=False)
+@merge_methods.register(
+    "knots",
+    source="arXiv:2410.19735",
+    identity=False,
+    ordered=False,
+    options=("max_rank", "density"),
+)
 def merge_knots(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],
