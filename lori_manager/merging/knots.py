@@ -67,7 +67,7 @@ def merge_knots(
     whole = float(sum(abs(w) for w in weights))
 
     def trimmed(one: Tensor) -> Tensor:
-        matrix = Matrix((one.shape[0], one.shape[1]), lambda: iter([one]), 0)
+        matrix = Matrix((one.shape[0], one.shape[1]), lambda: iter([one]), lambda: 0)
         return next(keep_largest(matrix, options.density)())
 
     def ties(parts: list[Tensor], shares: list[float]) -> Tensor:
