@@ -49,12 +49,12 @@ def low_rank_training(
     scaling = config.alpha / (math.sqrt(rank) if root else rank)
     with injected(base, peft_config, names, config.seed) as layers:
         for name, update in begun.items():
-            _put(layers[name], update, scaling)
+            put_update(layers[name], update, scaling)
 
         def weights(dtype: torch.dtype) -> AdapterWeights:
             A = {n: layer.lora_A[NAME].weight for n, layer in layers.items()}
             B = {n: layer.lora_B[NAME].weight for n, layer in layers.items()}
-            return AdapterWeights((Block(_kept(B, dtype), scaling, tensors=_kept(A, dtype)),))
+            return AdapterWeights((Block(kept(B, dtype), scaling, tensors=kept(A, dtype)),))
 
         parameters = {
             f"{name}.{part}": getattr(layer, f"lora_{part}")[NAME].weight
@@ -75,12 +75,13 @@ def _begun(start: Stored | None) -> Mapping[str, LowRankUpdate]:
     return start.updates()
 
 
-def _put(layer: Any, update: LowRankUpdate, scaling: float) -> None:
+def put_update(layer: Any, update: LowRankUpdate, scaling: float) -> None:
     """The update as the layer's factors; what its rank leaves over of the layer's stays."""
     with torch.no_grad():
         layer.lora_A[NAME].weight[: update.rank].copy_(update.A)
         layer.lora_B[NAME].weight[:, : update.rank].copy_(update.B * (update.scaling / scaling))
 
 
-def _kept(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def kept(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The values in that dtype, on the CPU."""
     return {name: v.detach().to("cpu", dtype).contiguous() for name, v in values.items()}
