@@ -130,6 +130,23 @@ def test_pissa_begins_at_the_best_approximation_of_that_rank(svd):
     assert torch.equal(A, principal(W, 8, 3.0, svd, 8, seed=1)[0])
 
 
+def test_a_resumed_pissa_goes_on_from_the_factors_that_it_began_with(tmp_path):
+    """Whatever another machine's decomposition would give."""
+    base = saved(tmp_path)
+    options = {"svd": "fast", "niter": 0}  # coarse, so that seeds differ
+    first, other = (
+        resolved(Config(**USUAL | {"kind": "pissa", "kind_options": options, "seed": seed}))
+        for seed in (1, 2)
+    )
+    with module_of("pissa").training(base, first, steps=2) as training:
+        held = {name: t.clone() for name, t in training.state().items()}
+    with module_of("pissa").training(base, other, steps=2) as training:
+        name = sorted(held)[0]
+        assert not torch.allclose(training.state()[name], held[name], atol=1e-2)
+        training.load_state(held)
+        assert all(torch.equal(t, held[n]) for n, t in training.state().items())
+
+
 BAD_OPTIONS = [
     ("pissa", {"svd": "best"}, "`svd` must be one of auto, full, fast"),
     ("pissa", {"niter": -1}, "`niter` must be 0 or more"),

@@ -16,17 +16,16 @@ from lori_manager.kinds import KINDS, LORI, resolved
 from lori_manager.teaching import TrainOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-if importlib.util.find_spec("bitsandbytes") is None:
+LACKING = importlib.util.find_spec("bitsandbytes") is None
+if LACKING:
     warnings.warn("no bitsandbytes: NOTHING of kinds on 4-bit bases is tested", stacklevel=1)
+PACKED = pytest.mark.skipif(LACKING, reason="bitsandbytes is not installed")
 
 
 def able(names):
-    """The kinds that can run here."""
-    lacking = importlib.util.find_spec("bitsandbytes") is None
-    skip = pytest.mark.skip(reason="bitsandbytes is not installed")
+    """The kinds, those on a packed base where it can be packed."""
     return [
-        pytest.param(name, marks=[skip] if lacking and KINDS[name].base_bits == 4 else [])
-        for name in names
+        pytest.param(name, marks=[PACKED] if KINDS[name].base_bits == 4 else []) for name in names
     ]
 
 
@@ -79,10 +78,11 @@ def test_a_kind_trains_is_stored_scored_and_changes_what_the_model_says(ws, kind
     assert list(ws.verify()) == []
 
 
+@pytest.mark.parametrize("bits", [16, pytest.param(4, marks=PACKED)])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_stored_says_what_was_trained(ws, kind):
+def test_what_is_stored_says_what_was_trained(ws, kind, bits):
     """The loaded adapter against the modules that trained, in float32."""
-    config = resolved(config_of(ws, kind))
+    config = resolved(config_of(ws, kind, base_bits=bits))
     base = ws.base_model(config)
     _, rows = ws.rows(ws.store.task("colour"), "train")
     from lori_manager.training import fit
