@@ -1,4 +1,4 @@
-"""QLoRA: LoRA over a base packed to 4-bit NormalFloat (arXiv:2305.14314), by PEFT."""
+"""QLoRA: LoRA over a base packed to 4-bit NormalFloat (arXiv:2305.14314), trained as `lora` is."""
 
 from __future__ import annotations
 
