@@ -121,13 +121,14 @@ def _member_names(ws: Context, adapter: Adapter) -> list[str]:
 def import_adapters(
     ws: Context, directories: Sequence[str | Path], *, assume_base: bool = False
 ) -> list[Imported]:
-    """Bring in PEFT LoRAs, each as version 1 of a line named after its folder.
+    """Bring in PEFT LoRAs, DoRAs and IA3s, each as version 1 of a line named after its folder.
 
     What cannot be imported faithfully is refused with its reason; the rest is
     imported.
     """
     from lori_manager.adapters.peft_import import read_peft
-    from lori_manager.engine.codec import encode_adapter
+    from lori_manager.engine.codec import encode
+    from lori_manager.engine.weights import KindWeights
 
     skeleton = models.load_skeleton(ws.base_folder)
     base = ws.store.base()
@@ -146,6 +147,11 @@ def import_adapters(
                 fingerprint=base.fingerprint,
                 assume_base=assume_base,
             )
+            weights = found.weights
+            if found.magnitudes is not None and not isinstance(weights, KindWeights):
+                from lori_manager.adapters.dora import from_magnitudes
+
+                weights = from_magnitudes(weights, found.magnitudes, ws.base_folder)
             adapter = ws.store.add_adapter(
                 NewAdapter(
                     line=line,
@@ -154,7 +160,7 @@ def import_adapters(
                     task_revision=None,
                     mask=None,
                     parents=(),
-                    method="peft-lora",
+                    method=weights.kind if isinstance(weights, KindWeights) else "peft-lora",
                     rank=found.rank,
                     projection=None,
                     base=base.fingerprint,
@@ -162,7 +168,7 @@ def import_adapters(
                     versions=library_versions(),
                     facts={"source": directory.name},
                 ),
-                encode_adapter(found.weights, {"base": base.fingerprint}),
+                encode(weights, {"base": base.fingerprint}),
             )
             out.append(Imported(directory, adapter, notes=tuple(found.notes)))
         except LoriError as e:
