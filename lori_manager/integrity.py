@@ -28,7 +28,7 @@ def verify(ws: Context, *, deep: bool = False) -> Iterator[Finding]:
         for adapter in ws.store.adapters():
             if adapter.ref not in damaged:
                 try:
-                    ws.weights(adapter)
+                    ws.stored(adapter)
                 except LoriError as e:
                     damaged.add(adapter.ref)
                     yield Finding("damaged", adapter.ref, str(e))
@@ -81,14 +81,17 @@ class _Projections:
     @staticmethod
     def _digests(ws: Context, damaged: set[str]) -> Iterator[str]:
         from lori_manager.engine.projection import projection_digest
+        from lori_manager.engine.weights import KindWeights
 
         merged = []
         for adapter in ws.store.adapters():
             if adapter.ref in damaged:
                 continue
             try:
-                weights = ws.weights(adapter)
-            except DamagedObject:  # told elsewhere
+                weights = ws.stored(adapter)
+            except LoriError:  # told elsewhere
+                continue
+            if isinstance(weights, KindWeights):
                 continue
             yield from (block.projection_digest for block in weights.blocks)
             if len(weights.blocks) > 1 and weights.router is None:

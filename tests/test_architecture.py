@@ -28,17 +28,20 @@ ROWS = (
     ("reporting",),
     ("auditing",),
     ("repair", "routed"),
-    ("layerwise", "iteris", "soups"),
+    ("layerwise", "iteris", "soups", "grams"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
+    ("stages",),
     ("gradients", "generation", "harness", "checkpoints"),
     ("graphs",),
     ("forward",),
-    ("adapters", "models", "packing", "acceleration"),
+    ("adapters",),
+    ("models", "packing", "acceleration"),
     ("tasks",),
     ("store",),
     ("comparing",),
     ("merging", "metrics"),
     ("engine",),
+    ("kinds",),
     ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
@@ -55,8 +58,8 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
     "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding", "replaying",
-    "merge_inputs", "context", "auditing", "blaming", "differing", "remerging", "answering",
-    "changes", "comparing", "plain", "reporting", "models", "store", "config",
+    "merge_inputs", "context", "kinds", "auditing", "blaming", "differing", "remerging",
+    "answering", "changes", "comparing", "plain", "reporting", "models", "store", "config",
     "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip
 
