@@ -17,7 +17,7 @@ LORI = "lori"
 # Settings that some kinds have no use for; all others count for every kind.
 LOW_RANK = frozenset({"rank", "alpha", "targets"})
 _LORI_ALONE = frozenset(
-    {"sparsity", "scope", "projection", "nullspace_energy", "nullspace_scale",
+    {"sparsity", "scope", "init", "projection", "nullspace_energy", "nullspace_scale",
      "calibration_steps", "calibration_rows", "dense_learning_rate"}
 )  # fmt: skip
 PARTIAL = LOW_RANK | _LORI_ALONE
@@ -59,6 +59,14 @@ KINDS = {
         Kind(LORI, "LoRI", "arXiv:2504.07448", 1e-2, PARTIAL),
         Kind("lora", "LoRA", "arXiv:2106.09685", 5e-4),
         Kind("rslora", "rsLoRA", "arXiv:2312.03732", 5e-4),
+        Kind(
+            "svfit",
+            "SVFit",
+            "arXiv:2409.05926",
+            3e-2,
+            frozenset({"targets"}),
+            {"values": 256, "svd": "auto"},
+        ),
     )
 }
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Protocol, cast
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Training:
         state, load_state: what a checkpoint must hold beside parameters and moments.
         packs: whether rows may stand side by side in one sequence.
         graphs: whether a CUDA graph may hold its forward and backward.
+        notes: what the user should hear before it begins, a sentence each.
+        facts: plain values, kept with the adapter.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -49,6 +51,8 @@ class Training:
     load_state: Callable[[Mapping[str, Tensor]], None] | None = None
     packs: bool = True
     graphs: bool = True
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class KindModule(Protocol):
