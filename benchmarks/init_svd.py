@@ -153,12 +153,13 @@ def main() -> None:
         deadline = time.monotonic() + args.budget_seconds
         tasks = args.tasks.split(",")
         every = list(itertools.product(tasks, KINDS, INITS))
-        run_all([spec(*one, SEARCH, rate, args.rank) for one in every for rate in RATES[one[1]]], args,
-                deadline)  # fmt: skip
+        searches = [spec(*one, SEARCH, rate, args.rank) for one in every for rate in RATES[one[1]]]
+        run_all(searches, args, deadline)
         found = read(args.log)
         chosen = {one: best(found, one[0], kind_name(*one[1:])) for one in every}
-        run_all([spec(*one, seed, chosen[one], args.rank) for seed in range(args.seeds) for one in every
-                 if chosen[one] is not None], args, deadline)  # fmt: skip
+        runs = [spec(*one, seed, rate, args.rank) for seed in range(args.seeds)
+                for one, rate in chosen.items() if rate is not None]  # fmt: skip
+        run_all(runs, args, deadline)
     table(read(args.log))
 
 

@@ -24,8 +24,8 @@ TRAINING = tuple(f.name for f in dataclasses.fields(Config) if f.name not in _NO
 CALIBRATION = (
     "calibration_steps", "calibration_rows", "sparsity", "scope", "rank", "alpha", "targets",
     "init", "projection", "nullspace_energy", "nullspace_scale", "seed", "batch",
-    "dense_learning_rate", "schedule", "warmup", "weight_decay", "clip", "precision", "base_bits", "micro_batch",
-    "packing", "graphs", "kernels", "checkpointing",
+    "dense_learning_rate", "schedule", "warmup", "weight_decay", "clip", "precision", "base_bits",
+    "micro_batch", "packing", "graphs", "kernels", "checkpointing",
 )  # fmt: skip
 SCORING = ("precision", "base_bits", "score_batch", "packing", "kernels", "run_code")
 
