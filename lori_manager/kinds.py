@@ -60,15 +60,21 @@ KINDS = {
         Kind("lora", "LoRA", "arXiv:2106.09685", 5e-4),
         Kind("rslora", "rsLoRA", "arXiv:2312.03732", 5e-4),
         Kind(
-            "svfit",
-            "SVFit",
-            "arXiv:2409.05926",
-            3e-2,
-            frozenset({"targets"}),
+            "svfit", "SVFit", "arXiv:2409.05926", 3e-2, frozenset({"targets"}),
             {"values": 256, "svd": "auto"},
         ),
+        Kind(
+            "bottleneck", "bottleneck adapters", "arXiv:1902.00751", 1e-3, frozenset(),
+            {"placement": "houlsby", "reduction": 16, "activation": "relu"},
+            low_rank=False, export="folder of lori's own", served="lori",
+        ),
+        Kind(
+            "prefix", "prefix tuning", "arXiv:2101.00190", 1e-2, frozenset(),
+            {"num_virtual_tokens": 20, "projection": False, "hidden": 0},
+            low_rank=False, export="PEFT prefix tuning", served="PEFT",
+        ),
     )
-}
+}  # fmt: skip
 
 
 def kind_of(name: str) -> Kind:

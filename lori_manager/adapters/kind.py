@@ -10,6 +10,7 @@ and, only of kinds that are no low-rank update,
     applied(base, weights)                         a context manager: the stored adapter acts in
                                                    the model
     write(weights, directory, told)                the form that `lori export` writes
+    check(model, weights)                          refuses what does not fit, of `own_form`
     write_full(weights, folder, directory, *, fingerprint, told)
                                                    base and adapter as one model, where that
                                                    can be
@@ -22,7 +23,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
 from typing import Any, Protocol, cast
 
 import torch
@@ -92,6 +92,13 @@ class KindModule(Protocol):
             weights: as stored.
             directory: made if missing; whole or without what a loader reads first.
             told: `folder`, the base's, and the keyword arguments of `peft_export.write_peft`.
+        """
+
+    def check(self, model: nn.Module, weights: KindWeights) -> None:
+        """Refuse an adapter that does not fit a model, which may be on the meta device.
+
+        Raises:
+            WrongBase: it was made for another.
         """
 
 

@@ -99,10 +99,10 @@ def read_peft(
         DamagedObject: a file is cut short, malformed or holds values that are not finite.
     """
     try:
-        config = _read_config(directory)
+        config = read_config(directory)
         settings = lora_settings(config)
-        tensors, metadata = _read_header(directory / WEIGHTS_FILE)
-        notes = _check_base(config, metadata, base_names, fingerprint, assume_base)
+        tensors, metadata = read_header(directory / WEIGHTS_FILE)
+        notes = check_base(config, metadata, base_names, fingerprint, assume_base)
         factors = _match(tensors, shapes, settings, config)
         left = [n for n in shapes if n not in factors and is_target(config, n)]
         weights = _load(directory / WEIGHTS_FILE, factors, settings)
@@ -120,7 +120,12 @@ def read_peft(
     return ImportedAdapter(weights, weights.rank, settings.alpha, config, notes)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """`adapter_config.json` of a PEFT directory whose weights are safetensors.
+
+    Raises:
+        ImportRefused: no such directory, or its weights are a pickle. DamagedObject.
+    """
     path = directory / CONFIG_FILE
     try:
         if not path.is_file():
@@ -144,7 +149,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Tensor name -> dtype and shape, and the metadata, before any value is read."""
     try:
         # Checks lengths and offsets; what it does not check is the names.
@@ -169,7 +174,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_base(
+def check_base(
     config: Mapping[str, Any],
     metadata: Mapping[str, str],
     base_names: Collection[str],
