@@ -64,6 +64,11 @@ KINDS = {
             {"values": 256, "svd": "auto"},
         ),
         Kind(
+            "full", "full fine-tuning", "arXiv:1801.06146", 5e-5, frozenset(),
+            {"modules": "all"},
+            low_rank=False, export="folder of lori's own, whole model", served="vLLM (whole), lori",
+        ),
+        Kind(
             "bottleneck", "bottleneck adapters", "arXiv:1902.00751", 1e-3, frozenset(),
             {"placement": "houlsby", "reduction": 16, "activation": "relu"},
             low_rank=False, export="folder of lori's own", served="lori",
