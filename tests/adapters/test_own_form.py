@@ -11,6 +11,7 @@ from small_workspaces import copied, make_workspace
 
 from lori_manager.adapters.applying import applied
 from lori_manager.adapters.own_form import JSON_FILE, TENSORS_FILE
+from lori_manager.errors import InvalidInput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("bottleneck", "full", "prefix")
@@ -151,3 +152,29 @@ def test_a_prefix_of_another_model_or_base_is_refused(taught, tmp_path):
     assert "not finite" in refused(ws, folder)
     save_file(tensors, path, metadata={"lori_base_fingerprint": "0" * 64})
     assert "fingerprint" in refused(ws, folder)
+
+
+def test_a_whole_model_is_for_what_changes_the_bases_weights(taught, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ws, _ = taught
+    for kind in ("bottleneck", "prefix"):
+        with pytest.raises(InvalidInput, match=f"of kind `{kind}`, which changes no weight"):
+            ws.export(f"a-{kind}@1", tmp_path / kind, full=True)
+        assert not (tmp_path / kind).exists()
+    ws.export("a-full@1", tmp_path / "full", full=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full").eval()
+    base = ws.base_model(ws.settings.config)
+    ids = torch.arange(6)[None] + 40
+    with applied(base, ws.stored(ws.adapter("a-full@1"))), torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_several_stages_go_on_from_one_another(taught, tmp_path):
+    ws = copied(taught[0], tmp_path / "ws")
+    for kind in KINDS:
+        config = ws.settings.config.replace(kind=kind)
+        first, second = ws.train(["shape", "size"], config, sequence=f"seq-{kind}")
+        assert second.adapter.parents[0].ref == first.adapter.ref
+        assert second.adapter.digest != first.adapter.digest
+        assert len(second.scores) == 2
