@@ -18,6 +18,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 BASE_BITS = (16, 4)
 PROJECTIONS = ("task", "shared", "orthogonal", "nullspace")
 NULLSPACE_SCALES = ("rows", "inputs")
+INITS = ("random", "svd")
 SCHEDULES = ("constant", "linear", "cosine")
 SWITCHES = ("auto", "off")
 PACKING = ("auto", "on", "off")
@@ -41,6 +42,7 @@ class Config:
     sparsity: float = 0.9
     scope: str = "model"
     targets: tuple[str, ...] = ("all-linear",)
+    init: str = "random"
     projection: str = "task"
     nullspace_energy: float = 0.99
     nullspace_scale: str = "rows"
@@ -86,6 +88,7 @@ class Config:
         need(0 <= self.sparsity < 1, "sparsity", "in [0, 1)")
         need(self.scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}")
         need(bool(self.targets) and all(self.targets), "targets", "a list of module names")
+        need(self.init in INITS, "init", f"one of {', '.join(INITS)}")
         need(self.projection in PROJECTIONS, "projection", f"one of {', '.join(PROJECTIONS)}")
         need(0 <= self.nullspace_energy < 1, "nullspace_energy", "a share in [0, 1)")
         scales = ", ".join(NULLSPACE_SCALES)
@@ -347,6 +350,8 @@ COMMENTS = {
     "sparsity": "share of B frozen at zero; 0.9 is LoRI-S of the paper",
     "scope": "where the mask's threshold is set: " + ", ".join(SCOPES),
     "targets": '"all-linear" (every linear layer but the head) or names like ["q_proj", "v_proj"]',
+    "init": "A is random, see `projection`; svd: each module's leading right singular vectors, "
+    "which are kept in the file",
     "projection": "A is random, one a task (task) or one for all (shared); orthogonal: to the A of "
     "every other task; nullspace: off the inputs of the tasks taught before",
     "nullspace_energy": "of an earlier task's inputs, the share in the directions that A avoids",

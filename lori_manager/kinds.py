@@ -17,7 +17,7 @@ LORI = "lori"
 # Settings that some kinds have no use for; all others count for every kind.
 LOW_RANK = frozenset({"rank", "alpha", "targets"})
 _LORI_ALONE = frozenset(
-    {"sparsity", "scope", "projection", "nullspace_energy", "nullspace_scale",
+    {"sparsity", "scope", "init", "projection", "nullspace_energy", "nullspace_scale",
      "calibration_steps", "calibration_rows", "dense_learning_rate"}
 )  # fmt: skip
 PARTIAL = LOW_RANK | _LORI_ALONE
@@ -79,6 +79,25 @@ KINDS = {
         Kind(
             "ia3", "(IA)3", "arXiv:2205.05638", 5e-3, frozenset(),
             {"outputs": "", "inputs": ""}, low_rank=False, export="PEFT IA3", served="PEFT",
+        ),
+        Kind(
+            "svfit", "SVFit", "arXiv:2409.05926", 3e-2, frozenset({"targets"}),
+            {"values": 256, "svd": "auto"},
+        ),
+        Kind(
+            "full", "full fine-tuning", "arXiv:1801.06146", 5e-5, frozenset(),
+            {"modules": "all"},
+            low_rank=False, export="folder of lori's own, whole model", served="vLLM (whole), lori",
+        ),
+        Kind(
+            "bottleneck", "bottleneck adapters", "arXiv:1902.00751", 1e-3, frozenset(),
+            {"placement": "houlsby", "reduction": 16, "activation": "relu"},
+            low_rank=False, export="folder of lori's own", served="lori",
+        ),
+        Kind(
+            "prefix", "prefix tuning", "arXiv:2101.00190", 1e-2, frozenset(),
+            {"num_virtual_tokens": 20, "projection": False, "hidden": 0},
+            low_rank=False, export="PEFT prefix tuning", served="PEFT",
         ),
     )
 }  # fmt: skip

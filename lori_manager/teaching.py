@@ -469,6 +469,8 @@ def _learn_kind(
     steps = steps_for(len(rows), config)
     start = None if parent is None else ws.stored(parent)
     with module_of(config.kind).training(base, config, steps=steps, start=start) as training:
+        for note in training.notes:
+            ws.on_message(note)
         result = fit(
             base,
             training.parameters,
@@ -483,7 +485,7 @@ def _learn_kind(
             training=training,
         )
         weights = training.weights(DTYPES[config.store_dtype])
-    return _Learned(weights, config.kind, result)
+    return _Learned(weights, config.kind, result, facts=dict(training.facts))
 
 
 def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> None:

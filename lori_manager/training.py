@@ -140,6 +140,7 @@ def fit(
     state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
+    took = 0.0
 
     def state_now(step: int) -> _State:
         return _State(phase, step, steps, losses, tokens, before + time.monotonic() - start)
@@ -182,8 +183,10 @@ def fit(
                 training.after_step(step + 1)
             tokens += sum(len(r.ids) for part in parts for r in part)
             waiting.append(Late(loss))
+            # Of what takes long to save, no more than a tenth of the time goes into it.
+            pause = max(config.checkpoint_seconds, 9 * took if config.checkpoint_seconds else 0)
             due = checkpoint is not None and step + 1 < steps and (
-                time.monotonic() - saved >= config.checkpoint_seconds
+                time.monotonic() - saved >= pause
             )  # fmt: skip
             # On a GPU a step's loss is read when the next step has been launched.
             keep = 0 if due or step + 1 == steps or loss.device.type == "cpu" else 1
@@ -191,8 +194,10 @@ def fit(
             while len(waiting) > keep:
                 read(waiting.popleft())
             if checkpoint is not None and due:
+                began = time.monotonic()
                 _save_state(checkpoint, state_now(step + 1), training, optimizer)
                 saved = time.monotonic()
+                took = saved - began
             for done in range(known, len(losses)):
                 tell(done + 1)
     if not all(bool(torch.isfinite(p).all()) for p in trained):
