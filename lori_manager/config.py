@@ -166,8 +166,8 @@ def types_to_place(targets: Sequence[str]) -> int | None:
     count = words[0].partition(":")[2] if ":" in words[0] else str(PLOP_TYPES)
     if len(targets) > 1 or not count.isdecimal() or int(count) < 1:
         raise InvalidInput(
-            f'`targets` chosen by scores must be "{PLOP}" or "{PLOP}:N" alone, N being how many '
-            f"types of layers, got {', '.join(targets)}"
+            f'`targets` must be names of layers, or "{PLOP}" or "{PLOP}:N" (N types of layers) '
+            f"alone, got {', '.join(targets)}"
         )
     return int(count)
 

@@ -53,10 +53,10 @@ def feature_norms(
     """
     if not rows:
         raise ValueError("`rows` is empty: expected at least one")
+    forward, done = Forward(base), 0  # tries the model out: before anything is watched
     seen = _Seen()
     modules = {name: base.model.get_submodule(name) for name in base.linear_shapes}
     hooks: list[Any] = [m.register_forward_hook(seen.hook(n, m)) for n, m in modules.items()]
-    forward, done = Forward(base), 0
     try:
         with torch.no_grad(), forward.ready():
             for numbers in length_batches([len(r.ids) for r in rows], batch):
@@ -98,7 +98,7 @@ def weight_norm(layer: nn.Module, dtype: torch.dtype) -> float:
         dtype: of the inputs that it takes.
     """
     if _plain(layer):
-        return float(torch.linalg.vector_norm(linear_weight(layer), dtype=torch.float32))
+        return float(torch.linalg.vector_norm(linear_weight(layer).detach(), dtype=torch.float32))
     device, size = next(layer.parameters()).device, (linear_shape(layer) or (0, 0))[1]
     total = 0.0
     with torch.no_grad():
@@ -141,7 +141,8 @@ class _Seen:
 
     def begin(self, real: Tensor | None) -> None:
         """A batch comes, with these real tokens; see `Forward.real`."""
-        self._real, self._last = real, None
+        padded = real is not None and not bool(real.all())
+        self._real, self._last = real if padded else None, None
 
     def hook(self, name: str, layer: nn.Module) -> Callable[..., None]:
         """To be called after the layer's forward."""
@@ -157,10 +158,10 @@ class _Seen:
             flat, lengths = self._input(x)
             y = real_tokens(output, self._real)
             answers = _lengths(_without_bias(layer, flat, y))
-            ratios = torch.where(lengths > 0, answers / lengths, 0.0)
+            ratios = torch.where(lengths == 0, 0.0, answers / lengths)
             self.dtypes[name] = x.dtype
             self._sums.setdefault(name, []).append(ratios.sum())
-            self._counts.setdefault(name, []).append((lengths > 0).sum())
+            self._counts.setdefault(name, []).append((lengths != 0).sum())
 
         return see
 

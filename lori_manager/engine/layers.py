@@ -39,7 +39,7 @@ def linear_weight(layer: nn.Module) -> Tensor:
     shape = linear_shape(layer)
     if not isinstance(weight, Tensor) or shape is None:
         raise ValueError(f"{type(layer).__name__} has no plain weight matrix")
-    return weight if tuple(weight.shape) == shape else weight.t()
+    return weight if isinstance(layer, nn.Linear) else weight.t()
 
 
 def product_dtype(layer: nn.Module) -> torch.dtype:

@@ -13,6 +13,7 @@ from lori_manager.engine.layers import (
     LowRankLinear,
     attached,
     linear_shape,
+    linear_weight,
     low_rank_layers,
 )
 from lori_manager.engine.update import LowRankUpdate
@@ -44,6 +45,12 @@ def test_shapes_of_linear_layers_are_out_by_in_and_of_others_none():
     assert linear_shape(frozen()) == linear_shape(frozen("conv")) == (OUT, IN)
     assert linear_shape(nn.LayerNorm(3)) is None
     assert linear_shape(nn.Embedding(3, 4)) is None
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Linear(4, 3), Conv1D(4, 4), Conv1D(3, 4)])
+def test_a_weight_is_out_by_in_also_where_it_is_square(layer):
+    x = torch.randn(5, 4)
+    assert torch.allclose(x @ linear_weight(layer).t() + layer.bias, layer(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv"])
