@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lori_manager import models
 from lori_manager.config import Config, types_to_place
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import InvalidInput
 from lori_manager.evaluation import counted_progress
+from lori_manager.kinds import LORI, kind_of
 from lori_manager.placement import Placement, module_types
 from lori_manager.projecting import APART
 from lori_manager.records import Adapter, Task
@@ -100,10 +102,11 @@ def placed(ws: Context, task: Task, config: Config, parent: Adapter | None = Non
     top = types_to_place(config.targets)
     if top is None:
         return Placed(config)
-    if parent is not None and config.projection not in APART:
-        modules = list(ws.weights(parent).updates())
+    if "targets" not in kind_of(config.kind).settings:
+        return Placed(config.replace(targets=Config().targets))
+    if parent is not None and not (config.kind == LORI and config.projection in APART):
         ws.on_message(f"{parent.ref} is continued in its own layers: nothing is placed")
-        return Placed(config.replace(targets=_names(ws, config, modules)))
+        return Placed(config.replace(targets=_layers_of(ws, parent)))
     found = place(ws, task.name, config)
     targets = found.targets(top)
     ws.on_message(f"layers for {task.ref}: {found.reason(top)}")
@@ -130,12 +133,18 @@ def apply_placement(ws: Context, targets: tuple[str, ...]) -> Path:
     return path
 
 
-def _names(ws: Context, config: Config, modules: list[str]) -> tuple[str, ...]:
-    """Types that are these modules and no others, or else the modules."""
-    every = module_types(ws.base_model(config).linear_shapes)
-    names = [name for name, own in every.items() if set(own) <= set(modules)]
-    covered = {module for name in names for module in every[name]}
-    return tuple(names) if covered == set(modules) else tuple(modules)
+def _layers_of(ws: Context, parent: Adapter) -> tuple[str, ...]:
+    """The types of layers that an adapter is in, or all its modules where it is in some only."""
+    from lori_manager.engine.weights import AdapterWeights
+
+    weights = ws.stored(parent)
+    if not isinstance(weights, AdapterWeights):
+        return tuple(parent.config["targets"])
+    modules = set(weights.updates())
+    shapes = models.load_skeleton(ws.base_folder).linear_shapes
+    types = {name: own for name, own in module_types(shapes).items() if set(own) <= modules}
+    covered = {module for own in types.values() for module in own}
+    return tuple(types if covered == modules else sorted(modules))
 
 
 def _draw(ws: Context, task: Task, seed: int, count: int) -> list[Encoded]:

@@ -17,8 +17,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
 from lori_manager.engine.head import SoftTargets
+from lori_manager.engine.weights import Stored
 from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.gradients import Gradients, Late, checkpointed, micro_batches
@@ -102,6 +104,7 @@ def fit(
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
     soft: SoftTargets | None = None,
+    training: Training | None = None,
 ) -> TrainResult:
     """Train parameters of the model on the rows' completions.
 
@@ -118,6 +121,7 @@ def fit(
             without interruption. The caller removes it once the result is safe.
         on_progress: called after every step.
         soft: what the rows' `taught` refer to, where a teacher says what is right.
+        training: whose parameters these are, where its kind wants more than AdamW's steps.
     Raises:
         InvalidInput: the loss or a value stopped being finite.
     """
@@ -132,7 +136,8 @@ def fit(
         fused=True if base.device.type == "cuda" else None,
     )
     order = training_order([len(r.ids) for r in rows], config.batch, steps, config.seed)
-    state = _load_state(checkpoint, phase, parameters, optimizer, steps)
+    training = training or Training(parameters, no_weights)
+    state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
 
@@ -158,10 +163,12 @@ def fit(
         micro_batches([rows[i] for i in order[step]], config.micro_batch)
         for step in range(state.step, steps)
     ]
-    forward = Forward(base, packing=config.packing, soft=soft)
+    packing = config.packing if training.packs else "off"
+    forward = Forward(base, packing=packing, soft=soft)
     waiting: deque[Late] = deque()
     with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
-        gradients = Gradients(forward, trained, batches, config.graphs)
+        graphs = config.graphs if training.graphs else "off"
+        gradients = Gradients(forward, trained, batches, graphs, training.penalty)
         for step, parts in enumerate(batches, start=state.step):
             rate = learning_rate(step, steps, peak, config.schedule, config.warmup)
             for group in optimizer.param_groups:
@@ -171,6 +178,8 @@ def fit(
                 nn.utils.clip_grad_norm_(trained, config.clip)
             optimizer.step()
             torch.autograd.graph.increment_version(trained)  # fused steps do not tell
+            if training.after_step is not None:
+                training.after_step(step + 1)
             tokens += sum(len(r.ids) for part in parts for r in part)
             waiting.append(Late(loss))
             due = checkpoint is not None and step + 1 < steps and (
@@ -182,7 +191,7 @@ def fit(
             while len(waiting) > keep:
                 read(waiting.popleft())
             if checkpoint is not None and due:
-                _save_state(checkpoint, state_now(step + 1), parameters, optimizer)
+                _save_state(checkpoint, state_now(step + 1), training, optimizer)
                 saved = time.monotonic()
             for done in range(known, len(losses)):
                 tell(done + 1)
@@ -200,6 +209,14 @@ def fit(
     )
 
 
+def no_weights(_: torch.dtype) -> Stored:
+    """For parameters whose caller makes an adapter of them itself."""
+    raise ValueError("these parameters are no kind's own")
+
+
+_OWN = "|"  # before the names of what a kind keeps beside its parameters
+
+
 @dataclass(frozen=True)
 class _State:
     phase: str
@@ -213,12 +230,13 @@ class _State:
 def _save_state(
     path: Path,
     state: _State,
-    parameters: Mapping[str, nn.Parameter],
+    training: Training,
     optimizer: torch.optim.AdamW,
 ) -> None:
     """Values and both moments in one file with its digest behind, put in place whole."""
-    tensors = {}
-    for name, parameter in parameters.items():
+    own = {} if training.state is None else training.state()
+    tensors = {f"{_OWN}|{name}": tensor for name, tensor in own.items()}
+    for name, parameter in training.parameters.items():
         moments = optimizer.state[parameter]
         tensors[f"{name}|value"] = parameter.detach()
         tensors[f"{name}|mean"] = moments["exp_avg"]
@@ -231,7 +249,7 @@ def _save_state(
 def _load_state(
     path: Path | None,
     phase: str,
-    parameters: Mapping[str, nn.Parameter],
+    training: Training,
     optimizer: torch.optim.AdamW,
     steps: int,
 ) -> _State:
@@ -251,7 +269,7 @@ def _load_state(
             raise ValueError(f"it is of {state.phase!r} with {state.steps} steps")
         loaded = [
             (parameter, *(tensors[f"{name}|{part}"] for part in ("value", "mean", "square")))
-            for name, parameter in parameters.items()
+            for name, parameter in training.parameters.items()
         ]
         for parameter, *parts in loaded:
             if any(p.shape != parameter.shape for p in parts):
@@ -269,5 +287,8 @@ def _load_state(
             "exp_avg": mean.to(like.device),
             "exp_avg_sq": square.to(like.device),
         }
+    if training.load_state is not None:
+        own = {k.removeprefix(f"{_OWN}|"): v for k, v in tensors.items() if k.startswith(_OWN)}
+        training.load_state(own)
     logger.info("going on with %s at step %d of %d", phase, state.step + 1, steps)
     return state

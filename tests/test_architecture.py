@@ -33,12 +33,14 @@ ROWS = (
     ("gradients", "generation", "harness", "feature_norms"),
     ("graphs",),
     ("forward",),
-    ("adapters", "models", "packing", "acceleration"),
+    ("adapters",),
+    ("models", "packing", "acceleration"),
     ("tasks",),
     ("store",),
     ("comparing", "placement", "settings_file"),
     ("merging", "metrics"),
     ("engine",),
+    ("kinds",),
     ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
@@ -55,8 +57,8 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
     "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
-    "context", "auditing", "blaming", "differing", "remerging", "answering", "changes", "comparing",
-    "plain", "reporting", "models", "store", "config",
+    "context", "kinds", "auditing", "blaming", "differing", "remerging", "answering", "changes",
+    "comparing", "plain", "reporting", "models", "store", "config",
     "placement", "placing", "settings_file",
     "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip

@@ -10,7 +10,8 @@ from small_workspaces import DEFAULTS, copied, make_workspace
 
 from lori_manager import feature_norms as norms
 from lori_manager.errors import InvalidInput
-from lori_manager.placing import PROMPTS
+from lori_manager.kinds import KINDS, Kind
+from lori_manager.placing import PROMPTS, placed
 from lori_manager.teaching import TrainOptions
 from lori_manager.workspace import Workspace
 
@@ -225,6 +226,23 @@ def test_a_block_beside_a_parent_goes_where_its_own_task_does(ws):
     (one,) = ws.train(["shape"], config, TrainOptions(start="colour@1", line="on"))
     assert types_of(ws, one.adapter) == {"q_proj", *ws.place("shape").targets(2)}
     assert one.adapter.facts["placement"]["task"] == "shape#1"
+
+
+def test_lora_is_placed_as_lori_is(ws, monkeypatch):
+    (one,) = ws.train(["colour"], plop(ws, kind="lora"))
+    assert types_of(ws, one.adapter) == set(ws.place("colour").targets(2))
+    forbid_scoring(monkeypatch)
+    # Its blocks are continued, whatever the projection that counts for LoRI alone.
+    config = plop(ws, kind="lora", projection="orthogonal")
+    (more,) = ws.train(["shape"], config, TrainOptions(start="colour@1", line="on"))
+    assert types_of(ws, more.adapter) == types_of(ws, one.adapter)
+
+
+def test_kinds_that_take_no_targets_are_not_placed(ws, monkeypatch):
+    forbid_scoring(monkeypatch)
+    monkeypatch.setitem(KINDS, "whole", Kind("whole", "Whole", "", 1e-3, frozenset()))
+    found = placed(ws, ws.store.task("colour"), plop(ws, kind="whole"))
+    assert found.config == settings(ws, kind="whole")
 
 
 def test_a_mask_is_calibrated_for_the_layers_that_training_takes(ws):
