@@ -15,6 +15,7 @@ from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, resolved
+from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
@@ -80,6 +81,7 @@ def calibrate(
     if config.kind != LORI:
         raise InvalidInput(f"a mask is for kind `{LORI}`, and the settings say `{config.kind}`")
     task = ws.trainable(name)
+    config = placed(ws, task, config).config
     block = start_of(ws, task, config, line or name).block
     return _calibrated_mask(ws, task, block, config, None, None)
 
@@ -286,13 +288,15 @@ def train(
     }
     with _running(ws, plan) as (run, folder):
         done = {a.stage: a for a in ws.store.run_adapters(run)}
+        placement = Placed(config)
         if sequence is not None:
+            placement = placed(ws, tasks[0], config)  # one A, so its first task decides
             if not done:  # a name is claimed for good, so only settings that can be used claim it
                 shapes = models.load_skeleton(ws.base_folder).linear_shapes
                 if config.kind == LORI:
-                    fresh_block(shapes, config, sequence)
+                    fresh_block(shapes, placement.config, sequence)
                 else:
-                    models.resolve_targets(shapes, config.targets)
+                    models.resolve_targets(shapes, placement.config.targets)
             _claim_sequence(ws, sequence, tasks, done)
             score_missing(ws, BASE, tasks, config)
         results: list[Trained] = []
@@ -306,8 +310,10 @@ def train(
                     if sequence is not None and results
                     else (ws.adapter(options.start) if options.start else None)
                 )
+                if sequence is None:
+                    placement = placed(ws, task, config, parent)
                 adapter, mask, capacity = _train_stage(
-                    ws, task, config, options, parent, sequence, run, stage, folder
+                    ws, task, placement, options, parent, sequence, run, stage, folder
                 )
             else:
                 ws.on_message(f"{adapter.ref} is there already, going on")
@@ -321,7 +327,7 @@ def train(
 def _train_stage(
     ws: Context,
     task: Task,
-    config: Config,
+    placement: Placed,
     options: TrainOptions,
     parent: Adapter | None,
     sequence: str | None,
@@ -332,6 +338,7 @@ def _train_stage(
     """Train and store one adapter."""
     from lori_manager.engine.codec import encode
 
+    config = placement.config
     line = sequence or options.line or task.name
     checkpoint = folder / f"{stage}-training.safetensors"
     _, encoded = ws.rows(task, "train", config.max_length)
@@ -372,7 +379,8 @@ def _train_stage(
                 "first_loss": result.losses[0],
                 "last_loss": result.losses[-1],
             }
-            | learned.facts,
+            | learned.facts
+            | placement.facts,
         ),
         encode(learned.weights, {"base": base} | learned.meta),
     )

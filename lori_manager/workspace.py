@@ -21,6 +21,7 @@ from lori_manager import (
     intake,
     integrity,
     models,
+    placing,
     teaching,
     transfer,
 )
@@ -111,6 +112,8 @@ class Workspace(Context):
         return self.store.move_base(path=str(folder), source=str(folder))
 
     add_task = intake.add_task
+    place = placing.place
+    apply_placement = placing.apply_placement
     calibrate = teaching.calibrate
     train = teaching.train
     score = evaluation.score
