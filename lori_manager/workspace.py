@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lori_manager.differing import Diff
     from lori_manager.reporting.changed_rows import Answers
     from lori_manager.reporting.contents import Report
+    from lori_manager.reporting.kind_comparisons import KindsCompared
 
 FOLDER = ".lori"
 
@@ -181,6 +182,12 @@ class Workspace(Context):
         from lori_manager.blaming import blame
 
         return blame(self, ref, task, halve=halve, general=general, config=config)
+
+    def compare_kinds(self, task: str, kinds: Sequence[str], **options: Any) -> KindsCompared:
+        """Several kinds of adapters on one task; see `kind_comparison.compare_kinds`."""
+        from lori_manager.kind_comparison import compare_kinds
+
+        return compare_kinds(self, task, kinds, **options)
 
     def report(
         self,
