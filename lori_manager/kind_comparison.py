@@ -103,7 +103,7 @@ def compare_kinds(
         return budget is None or time.monotonic() - began < budget
 
     try:
-        work = _Work(ws, task, config, comparison, parts, in_time)
+        work = Work(ws, task, config, comparison, parts, in_time)
         if all(work.search(entry) for entry in kinds):
             for seed in range(config.seed, config.seed + seeds):
                 for entry in kinds:
@@ -167,7 +167,7 @@ def plan_of(ws: Context, task: Task, config: Config, search: RateSearch) -> dict
     }
 
 
-class _Work:
+class Work:
     """The steps of one comparison: each is done once and noted."""
 
     def __init__(
@@ -177,8 +177,15 @@ class _Work:
         config: Config,
         comparison: KindComparison,
         parts: Halves,
-        in_time: Callable[[], bool],
+        in_time: Callable[[], bool] = lambda: True,
     ) -> None:
+        """
+        Args:
+            ws, task, config: as resolved by `compare_kinds`.
+            comparison: whose plan says what to do.
+            parts: of the training rows, for the search.
+            in_time: whether something new may be begun.
+        """
         self._ws, self._task, self._config = ws, task, config
         self._comparison, self._parts, self._in_time = comparison, parts, in_time
 
