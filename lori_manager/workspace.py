@@ -33,6 +33,7 @@ from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
     from lori_manager.auditing import Audit, AuditRun
+    from lori_manager.benching import Bench
     from lori_manager.blaming import Blame
     from lori_manager.config import Config
     from lori_manager.differing import Diff
@@ -188,6 +189,12 @@ class Workspace(Context):
         from lori_manager.kind_comparison import compare_kinds
 
         return compare_kinds(self, task, kinds, **options)
+
+    def bench(self, refs: Sequence[str], **options: Any) -> Bench:
+        """What adapters cost at use; see `benching.bench`."""
+        from lori_manager.benching import bench
+
+        return bench(self, refs, **options)
 
     def report(
         self,

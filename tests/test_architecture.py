@@ -16,7 +16,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
-    ("blaming", "differing", "forecasting", "gating", "kind_comparison"),
+    ("blaming", "differing", "forecasting", "gating", "kind_comparison", "benching"),
     ("remerging",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
     ("trials", "rehearsal", "probing"),
@@ -57,11 +57,10 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
-    "kind_comparison", "probing", "rates", "intake", "integrity", "evaluation", "projecting",
-    "avoiding", "replaying", "merge_inputs",
-    "context", "kinds", "auditing", "blaming", "differing", "remerging", "answering", "changes",
-    "comparing", "plain", "reporting", "models", "store", "config",
-    "records", "refs", "registry", "sandbox", "extras", "errors",
+    "kind_comparison", "benching", "probing", "rates", "intake", "integrity", "evaluation",
+    "projecting", "avoiding", "replaying", "merge_inputs", "context", "kinds", "auditing",
+    "blaming", "differing", "remerging", "answering", "changes", "comparing", "plain", "reporting",
+    "models", "store", "config", "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import typer
 
 from lori_manager.cli import (
     auditing,
+    benching,
     comparing,
     history,
     kind_comparison,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "score": scores.group,
     "merge": merging.merge,
     "compare": kind_comparison.compare,
+    "bench": benching.bench,
     "audit": auditing.audit,
     "diff": comparing.diff,
     "blame": comparing.blame,
