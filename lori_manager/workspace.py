@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lori_manager.reporting.changed_rows import Answers
     from lori_manager.reporting.contents import Report
     from lori_manager.reporting.kind_comparisons import KindsCompared
+    from lori_manager.suggesting import Suggestion
 
 FOLDER = ".lori"
 
@@ -189,6 +190,12 @@ class Workspace(Context):
         from lori_manager.kind_comparison import compare_kinds
 
         return compare_kinds(self, task, kinds, **options)
+
+    def suggest(self, task: str, **options: Any) -> Suggestion:
+        """Settings for a task out of short trainings; see `suggesting.suggest`."""
+        from lori_manager.suggesting import suggest
+
+        return suggest(self, task, **options)
 
     def bench(self, refs: Sequence[str], **options: Any) -> Bench:
         """What adapters cost at use; see `benching.bench`."""

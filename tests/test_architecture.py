@@ -16,7 +16,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
-    ("blaming", "differing", "forecasting", "gating", "kind_comparison", "benching"),
+    ("blaming", "differing", "forecasting", "gating", "kind_comparison", "benching", "suggesting"),
     ("remerging",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
     ("trials", "rehearsal", "probing"),
@@ -61,6 +61,7 @@ LIGHT_PARTS = {
     "projecting", "avoiding", "replaying", "merge_inputs", "context", "kinds", "auditing",
     "blaming", "differing", "remerging", "answering", "changes", "comparing", "plain", "reporting",
     "models", "store", "config", "records", "refs", "registry", "sandbox", "extras", "errors",
+    "suggesting",
 }  # fmt: skip
 
 
