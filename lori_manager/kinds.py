@@ -39,6 +39,7 @@ class Kind:
         export: in which form `lori export` writes it.
         served: who can serve that without lori.
         base_bits: of the base that it trains on, None where that is free.
+        continues: whether a training may begin at an adapter.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Kind:
     export: str = "PEFT LoRA"
     served: str = "vLLM, PEFT"
     base_bits: int | None = None
+    continues: bool = True
 
 
 KINDS = {
@@ -59,8 +61,27 @@ KINDS = {
         Kind(LORI, "LoRI", "arXiv:2504.07448", 1e-2, PARTIAL),
         Kind("lora", "LoRA", "arXiv:2106.09685", 5e-4),
         Kind("rslora", "rsLoRA", "arXiv:2312.03732", 5e-4),
+        Kind(
+            "pissa", "PiSSA", "arXiv:2404.02948", 2e-4,
+            options={"svd": "auto", "niter": 8}, continues=False,
+        ),
+        Kind(
+            "adalora", "AdaLoRA", "arXiv:2303.10512", 2e-3,
+            options={"init_rank": 0, "tinit": 0.15, "tfinal": 0.35, "deltaT": 0, "beta1": 0.85,
+                     "beta2": 0.85, "orthogonal": 0.5},
+            continues=False,
+        ),
+        Kind("qlora", "QLoRA", "arXiv:2305.14314", 5e-4, base_bits=4),
+        Kind(
+            "dora", "DoRA", "arXiv:2402.09353", 5e-4,
+            low_rank=False, export="PEFT DoRA", served="PEFT",
+        ),
+        Kind(
+            "ia3", "(IA)3", "arXiv:2205.05638", 5e-3, frozenset(),
+            {"outputs": "", "inputs": ""}, low_rank=False, export="PEFT IA3", served="PEFT",
+        ),
     )
-}
+}  # fmt: skip
 
 
 def kind_of(name: str) -> Kind:

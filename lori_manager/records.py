@@ -109,7 +109,7 @@ class NewAdapter:
     task_revision: int | None
     mask: str | None  # "safety%2"
     parents: Sequence[Parent]
-    method: str  # "lori-s", "lori-d", "concat", "linear", "peft-lora"
+    method: str  # "lori-s", "lori-d", "concat", "linear", "peft-lora", a kind
     rank: int  # the largest rank of any module
     projection: str | None  # digest of A where there is one A, else None
     base: str  # fingerprint

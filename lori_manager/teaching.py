@@ -14,7 +14,7 @@ from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
-from lori_manager.kinds import LORI, resolved
+from lori_manager.kinds import KINDS, LORI, resolved
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
@@ -217,7 +217,7 @@ def train(
 
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
-    _check_kind(config, options)
+    _check_kind(config, options, sequence)
     if not names:
         raise InvalidInput("name at least one task to train")
     if len(set(names)) != len(names):
@@ -470,8 +470,8 @@ def _learn_kind(
     return _Learned(weights, config.kind, result)
 
 
-def _check_kind(config: Config, options: TrainOptions) -> None:
-    """Refuse what is for LoRI alone where another kind is trained."""
+def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> None:
+    """Refuse what is for LoRI alone, and a start for kinds that begin at the base."""
     if config.kind == LORI:
         return
     given = {
@@ -484,6 +484,11 @@ def _check_kind(config: Config, options: TrainOptions) -> None:
     for flag, value in given.items():
         if value:
             raise InvalidInput(f"{flag} is for kind `{LORI}`: leave it out with `{config.kind}`")
+    if not KINDS[config.kind].continues and (options.start or sequence):
+        raise InvalidInput(
+            f"a training of kind `{config.kind}` begins at the base: leave --from and --sequence "
+            "out"
+        )
 
 
 @contextmanager

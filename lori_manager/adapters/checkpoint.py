@@ -15,7 +15,7 @@ import torch
 
 from lori_manager import models
 from lori_manager.engine.layers import linear_shape
-from lori_manager.engine.update import LowRankUpdate
+from lori_manager.engine.update import Change, Rescaled
 from lori_manager.errors import InvalidInput, NotFound, WrongBase
 from lori_manager.models import StoredTensor
 
@@ -32,13 +32,13 @@ class Part:
     Attributes:
         name: in the new file.
         source: where its bytes come from.
-        update: what is added to it, None for a copy.
+        update: what becomes of it, None for a copy.
         transposed: it is stored (in_features, out_features), as GPT-2's Conv1D is.
     """
 
     name: str
     source: StoredTensor
-    update: LowRankUpdate | None = None
+    update: Change | None = None
     transposed: bool = False
 
 
@@ -71,7 +71,7 @@ class Plan:
     copies: dict[str, Path]
 
 
-def plan_full(base: Path, updates: Mapping[str, LowRankUpdate]) -> Plan:
+def plan_full(base: Path, updates: Mapping[str, Change]) -> Plan:
     """Find every update's tensor in the base's files, of which only the headers are read.
 
     A tensor keeps its name, dtype, shape and place. An output head that is tied to the
@@ -111,6 +111,11 @@ def plan_full(base: Path, updates: Mapping[str, LowRankUpdate]) -> Plan:
             _check_stored(name, part.source, tuple(weights[name].shape))
             transposed = name in skeleton.transposed
             changed[part.name] = replace(part, update=update, transposed=transposed)
+        if isinstance(update, Rescaled) and update.bias:
+            keys = stored.get(f"{name}.bias", [])
+            for part in (part for shard in whole for part in shard.parts if part.name in keys):
+                _check_stored(name, part.source, update.shape[:1])
+                changed[part.name] = replace(part, update=update)
     made = tuple(
         replace(shard, parts=tuple(changed.get(part.name, part) for part in shard.parts))
         for shard in whole
@@ -150,7 +155,7 @@ def _read(base: Path) -> tuple[list[Shard], dict[str, Any] | None]:
     return shards, index
 
 
-def _weight(model: Any, name: str, update: LowRankUpdate) -> Any:
+def _weight(model: Any, name: str, update: Change) -> Any:
     """The weight of the linear module that the update is for, without values."""
     try:
         module = model.get_submodule(name)

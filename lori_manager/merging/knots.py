@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lori_manager.engine.core import core_form
+from lori_manager.engine.decompose import svd
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.merging.entries import Matrix, elected_mean, keep_largest
@@ -31,14 +32,20 @@ def in_joint_frame(
         weights: one per update, for `rule`.
     """
     form = core_form(updates, torch.float64)
-    left, values, right = torch.linalg.svd(torch.cat(list(form.cores), 1), full_matrices=False)
+    left, values, right = svd(torch.cat(list(form.cores), 1))
     k = max(counted(values), 1)
     scaled = (values[:k, None] * right[:k]).chunk(len(updates), 1)
     merged = rule([(one @ form.V).float() for one in scaled], list(weights))
     return LowRankUpdate(merged, (form.U @ left[:, :k]).float())
 
 
-@merge_methods.register("knots", source="arXiv:2410.19735", identity=False, ordered=False)
+@merge_methods.register(
+    "knots",
+    source="arXiv:2410.19735",
+    identity=False,
+    ordered=False,
+    options=("max_rank", "density"),
+)
 def merge_knots(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],
@@ -61,7 +68,7 @@ def merge_knots(
     whole = float(sum(abs(w) for w in weights))
 
     def trimmed(one: Tensor) -> Tensor:
-        matrix = Matrix((one.shape[0], one.shape[1]), lambda: iter([one]), 0)
+        matrix = Matrix((one.shape[0], one.shape[1]), lambda: iter([one]), lambda: 0)
         return next(keep_largest(matrix, options.density)())
 
     def ties(parts: list[Tensor], shares: list[float]) -> Tensor:

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lori_manager.engine.layers import (
+    LoraLinear,
     LoriLinear,
     LowRankLinear,
     attached,
     linear_shape,
+    linear_weight,
     low_rank_layers,
 )
 from lori_manager.engine.update import LowRankUpdate
@@ -35,6 +37,44 @@ def frozen(kind="linear", dtype=torch.float64):
 
 def bits(tensor):
     return tensor.detach().contiguous().view(torch.int32).flatten().tolist()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_weight_of_a_square_layer_is_turned_the_right_way(kind):
+    torch.manual_seed(0)
+    layer = Conv1D(IN, IN) if kind == "conv" else nn.Linear(IN, IN)
+    x = drawn(4, IN, dtype=torch.float32)
+    assert torch.allclose(F.linear(x, linear_weight(layer), layer.bias), layer(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "bare", "conv"])
+def test_both_factors_train_with_the_gradients_of_the_plain_formula(kind):
+    base = frozen(kind)
+    x = drawn(2, 4, IN, seed=3).requires_grad_()
+    A, B = (nn.Parameter(drawn(*s, seed=5)) for s in ((RANK, IN), (OUT, RANK)))
+    layer = LoraLinear(base, A, B, 0.7)
+    plain = base(x) + 0.7 * (x @ A.t()) @ B.t()
+    assert torch.allclose(layer(x), plain, atol=1e-12)
+    seen = drawn(2, 4, OUT, seed=4)
+    found, expected = (torch.autograd.grad((y * seen).sum(), (x, A, B)) for y in (layer(x), plain))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_float32_factors_train_over_a_bf16_layer_in_float32():
+    base = frozen("bare").to(torch.bfloat16)
+    x = drawn(4, IN, dtype=torch.bfloat16).requires_grad_()
+    A, B = (nn.Parameter(drawn(*s, dtype=torch.float32)) for s in ((RANK, IN), (OUT, RANK)))
+    y = LoraLinear(base, A, B, 2.0)(x)
+    y.float().square().sum().backward()
+    wide = [t.detach().float().requires_grad_() for t in (x, A, B)]
+    exact = F.linear(wide[0], base.weight.float()) + 2.0 * wide[0] @ wide[1].t() @ wide[2].t()
+    exact.square().sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    for found, other in zip((x, A, B), wide, strict=True):
+        assert found.grad.dtype == found.dtype
+        error = torch.linalg.norm(found.grad.float() - other.grad)
+        assert error < 0.02 * torch.linalg.norm(other.grad)
 
 
 MASK = drawn(OUT, RANK, seed=9) > 0.3
