@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lori_manager.training import TrainResult
 
 
-_NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
+NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class TrainOptions:
     replay: int = 0
     replay_general: int = 240
     general_text: str | None = None
+    compared: str | None = None  # digest of the comparison of kinds that this belongs to
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -96,37 +97,20 @@ def _calibrated_mask(
     beside: AdapterWeights | None = None,
 ) -> Mask:
     """The mask of a task on a block's A, made and stored."""
-    import torch
-
-    from lori_manager.adapters import lori
+    from lori_manager.calibrating import grown_mask
     from lori_manager.engine import mask as masks
     from lori_manager.engine.codec import encode_mask
-    from lori_manager.engine.weights import Block
     from lori_manager.tasks.batches import permutation
-    from lori_manager.training import fit
 
     split = "calibration" if "calibration" in task.splits else "train"
     _, encoded = ws.rows(task, split, config.max_length)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
-    zero = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in block.B.items()}
-    empty = Block(zero, block.scaling, block.projection, block.tensors)
-    base = ws.base_model(config)
-    layers = lori.trainable_layers(base.model, empty, None, beside)
-    with lori.in_training(base, layers, beside) as parameters:
-        result = fit(
-            base,
-            parameters,
-            encoded,
-            config,
-            steps=config.calibration_steps,
-            peak=config.dense_learning_rate,
-            phase=f"calibrating {task.name}",
-            checkpoint=checkpoint,
-            on_progress=ws.on_progress,
-        )
-    mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope, exclude)
+    mask, result = grown_mask(
+        ws.base_model(config), block, encoded, config, exclude=exclude, beside=beside,
+        phase=f"calibrating {task.name}", checkpoint=checkpoint, on_progress=ws.on_progress,
+    )  # fmt: skip
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
         reason = (
@@ -278,7 +262,7 @@ def train(
     if sequence is not None:
         ws.check_line(sequence, sequence=True)
     # What does not change the result may differ when an interrupted command is given again.
-    settings = {k: v for k, v in config.to_json().items() if k not in _NOT_DECIDING}
+    settings = {k: v for k, v in config.to_json().items() if k not in NOT_DECIDING}
     plan = {
         "sequence": sequence,
         "tasks": [t.ref for t in tasks],
@@ -527,7 +511,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
     run = ws.store.open_run(plan)
     folder = ws.store.root / "runs" / run.id
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _held(folder / "lock", "the same training")
+    lock = held_lock(folder / "lock", "the same training")
     line = None
     finished = False
     try:
@@ -535,7 +519,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             name = plan["sequence"]
             locks = ws.store.root / "locks"
             locks.mkdir(mode=0o700, exist_ok=True)
-            line = _held(locks / f"{name}.lock", f"sequence {name!r}")
+            line = held_lock(locks / f"{name}.lock", f"sequence {name!r}")
         yield run.id, folder
         finished = True
     except LoriError:
@@ -553,7 +537,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             line.release()
 
 
-def _held(path: Path, what: str) -> FileLock:
+def held_lock(path: Path, what: str) -> FileLock:
     """A lock held by this process; Conflict where another has it."""
     from filelock import FileLock, Timeout
 

@@ -21,7 +21,7 @@ from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
 from lori_manager.engine.head import SoftTargets
 from lori_manager.engine.weights import Stored
-from lori_manager.errors import InvalidInput
+from lori_manager.errors import Diverged, InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.gradients import Gradients, Late, checkpointed, micro_batches
 from lori_manager.models import BaseModel
@@ -123,7 +123,7 @@ def fit(
         soft: what the rows' `taught` refer to, where a teacher says what is right.
         training: whose parameters these are, where its kind wants more than AdamW's steps.
     Raises:
-        InvalidInput: the loss or a value stopped being finite.
+        Diverged: the loss or a value stopped being finite.
     """
     trained = list(parameters.values())
     if not rows or not any(p.numel() for p in trained):
@@ -148,7 +148,7 @@ def fit(
     def read(late: Late) -> None:
         losses.append(late.value())
         if not math.isfinite(losses[-1]):
-            raise InvalidInput(
+            raise Diverged(
                 f"the loss is {losses[-1]} at step {len(losses)} of {phase}: lower the "
                 f"learning rate (now {peak:g}) or check the rows"
             )
@@ -201,7 +201,7 @@ def fit(
             for done in range(known, len(losses)):
                 tell(done + 1)
     if not all(bool(torch.isfinite(p).all()) for p in trained):
-        raise InvalidInput(
+        raise Diverged(
             f"values are not finite after step {steps} of {phase}: lower the learning rate "
             f"(now {peak:g}) or check the rows"
         )

@@ -16,10 +16,10 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
-    ("blaming", "differing", "forecasting", "gating"),
+    ("blaming", "differing", "forecasting", "gating", "kind_comparison", "benching", "suggesting"),
     ("remerging",),
     ("teaching", "combining", "transfer", "intake", "integrity"),
-    ("trials", "rehearsal"),
+    ("trials", "rehearsal", "probing"),
     ("merge_inputs",),
     ("answering",),
     ("evaluation", "projecting", "placing", "replaying"),
@@ -28,21 +28,21 @@ ROWS = (
     ("reporting",),
     ("auditing",),
     ("repair", "routed"),
-    ("layerwise", "iteris", "soups", "grams"),
+    ("layerwise", "iteris", "soups", "grams", "calibrating"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
     ("stages",),
     ("gradients", "generation", "harness", "feature_norms"),
     ("graphs",),
     ("forward",),
     ("adapters",),
-    ("models", "packing", "acceleration"),
+    ("models", "packing", "acceleration", "metering"),
     ("tasks",),
     ("store",),
     ("comparing", "placement", "settings_file"),
     ("merging", "metrics"),
     ("engine",),
     ("kinds",),
-    ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain"),
+    ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain", "rates"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -57,10 +57,10 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
-    "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
-    "context", "kinds", "auditing", "blaming", "differing", "remerging", "answering", "changes",
-    "comparing", "plain", "reporting", "models", "store", "config",
-    "placement", "placing", "settings_file",
+    "kind_comparison", "benching", "suggesting", "probing", "rates", "placement", "placing",
+    "settings_file", "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying",
+    "merge_inputs", "context", "kinds", "auditing", "blaming", "differing", "remerging",
+    "answering", "changes", "comparing", "plain", "reporting", "models", "store", "config",
     "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip
 
