@@ -67,6 +67,13 @@ def fill(store: Store) -> None:
         store.add_trial(recipe="r" * 64, digest="d" * 64, outcomes=np.arange(9) / 9, **where)
     if hasattr(store, "add_forecasts"):
         _forecast(store, first.ref)
+    if hasattr(store, "open_kind_comparison"):
+        from lori_manager.records import KindStep
+
+        comparison = store.open_kind_comparison(task, {"kinds": ["lori", "dora"]})
+        store.add_kind_step(
+            comparison.digest, KindStep("lori", "train", "0", first.ref, {"rate": 0.0005})
+        )
     if hasattr(store, "remove"):
         from lori_manager.refs import AdapterRef
 
