@@ -76,7 +76,7 @@ def journal(
     A rollback journal by default. With wal, readers never wait for a writer: on a local disk
     alone, and with SQLite 3.51.3 or newer, since older ones may damage a database in that mode.
     """
-    from lori_manager.store.database import REGISTRY
+    from lori_manager.store.databases import REGISTRY
     from lori_manager.store.sqlite import SQLite
 
     if mode is not None and mode not in JOURNALS:

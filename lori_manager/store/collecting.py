@@ -20,7 +20,7 @@ from sqlalchemy import Connection, select
 from lori_manager.records import Freed
 from lori_manager.store import integrity, runs
 from lori_manager.store import tables as t
-from lori_manager.store.database import UNFINISHED, Database
+from lori_manager.store.database import Database
 from lori_manager.store.files import TEMPORARY, storing
 from lori_manager.store.objects import Objects
 from lori_manager.store.tables import now
@@ -102,7 +102,7 @@ def _runs(database: Database, folder: Path, grace: timedelta, dry_run: bool) -> 
 
 def _temporaries(root: Path, grace: timedelta, dry_run: bool) -> Iterator[Freed]:
     """What killed writers left."""
-    patterns = (f"{TEMPORARY}*", f"objects/*/{TEMPORARY}*", f"{UNFINISHED}*", ".registry.*.db.new*")
+    patterns = (f"{TEMPORARY}*", f"objects/*/{TEMPORARY}*", ".registry.*.new*")
     for pattern in patterns:
         for path in sorted(root.glob(pattern)):
             with storing(path):

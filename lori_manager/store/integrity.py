@@ -62,14 +62,14 @@ def verify(database: Database, objects: Objects) -> Iterator[Finding]:
         try:
             yield from part
         except DamagedObject as e:  # rows too broken to read; the other parts still can be
-            yield Finding("damaged", "registry.db", str(e))
+            yield Finding("damaged", database.backend.subject, str(e))
 
 
 def _of_database(database: Database) -> Iterator[Finding]:
     with database.read() as connection:
         faults = list(database.backend.faults(connection))
     for fault in faults:
-        yield Finding("damaged", "registry.db", fault)
+        yield Finding("damaged", database.backend.subject, fault)
 
 
 def _of_blobs(database: Database) -> Iterator[Finding]:

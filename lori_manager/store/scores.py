@@ -34,7 +34,7 @@ MEASURED = "measured"  # the origin of what lori scored itself
 SLOTS = 16  # bits of a score's id that number it within its page
 AT_ONCE = 1000  # keys a query
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MENDING = "score again, or restore registry.db from a copy"
+_MENDING = "score again, or restore the database from a copy"
 WHERE = (t.score_pages.c.id, t.score_pages.c.setting, t.score_pages.c.number)
 SETTING = (
     "task",
@@ -358,7 +358,7 @@ def _records(
         if not digest or one.entry.facts not in facts:
             raise DamagedObject(
                 f"a score on {setting.task}#{setting.task_revision} points nowhere: "
-                "run `lori verify`, then restore registry.db from a copy"
+                "run `lori verify`, then restore the database from a copy"
             )
         for name in called[:1] if first_name else called:
             out.append(

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from lori_manager.errors import InvalidInput, NotFound
+from lori_manager.errors import InvalidInput
 from lori_manager.records import (
     Adapter,
     Alias,
@@ -42,7 +42,9 @@ from lori_manager.store import (
     bases,
     collecting,
     database,
+    databases,
     forecasts,
+    homes,
     integrity,
     journal,
     kind_comparisons,
@@ -63,6 +65,7 @@ from lori_manager.store.files import (
     sync_folder,
 )
 from lori_manager.store.objects import Objects
+from lori_manager.store.postgres import Postgres
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,34 +90,44 @@ class Store:
         self._db = db
 
     @classmethod
-    def create(cls, root: Path) -> Store:
+    def create(cls, root: Path, server: Postgres | None = None) -> Store:
         """Make a store in the folder `root` (usually `.lori`), which only its owner may enter.
 
+        Args:
+            server: an empty database for the rows; a file in `root` where None.
         Raises:
-            Conflict: there is one already.
+            Conflict: there is one already, or the database is another's.
         """
         with storing(root):
             lasting_folder(root.parent)
             private_folder(root)
             sync_folder(root.parent)  # whoever made `root` may not have come to this
-        database.create(root)
-        return cls.open(root)
+        if server is None:
+            database.create(root)
+            return cls.open(root)
+        database.create_served(root, server)
+        return cls.open(root, server.password)
 
     @classmethod
-    def open(cls, root: Path) -> Store:
+    def open(cls, root: Path, password: str | None = None) -> Store:
         """Open the store in `root`.
 
+        Args:
+            password: for a server's database; None leaves it to PGPASSWORD and ~/.pgpass.
         Raises:
-            NotFound: no registry.db there.
+            NotFound: none there.
             IncompatibleStore: it is older or newer than this lori, or not lori's.
         """
-        path = root / database.REGISTRY
-        if not path.is_file():
-            raise NotFound(f"there is no {path}: run `lori init`")
+        backend = databases.backend(root, password)
         objects = ObjectStore(root / "objects")
-        store = cls(root, database.Database.sqlite(path), objects)
-        with store._db.read():
-            pass
+        store = cls(root, database.Database(backend), objects)
+        try:
+            with store._db.read() as c:
+                if isinstance(backend, Postgres):
+                    homes.check(c, databases.served(root).folder)
+        except BaseException:
+            store.close()
+            raise
         with storing(root):
             private_folder(objects.root)
             private_folder(store.runs)

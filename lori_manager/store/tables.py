@@ -34,7 +34,7 @@ from sqlalchemy import (
 
 from lori_manager.errors import DamagedObject
 
-_DAMAGED = "run `lori verify`, then restore registry.db from a copy"
+_DAMAGED = "run `lori verify`, then restore the database from a copy"
 
 
 def canonical(value: object) -> str:
@@ -131,6 +131,15 @@ base = Table(
     Column("model_type", Text, nullable=False),
     Column("created_at", UtcTime, nullable=False),
     UniqueConstraint("fingerprint"),
+    CheckConstraint("id = 1", name="one_row"),
+)
+
+home = Table(  # of a server's database: the folder that it goes with
+    "home",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("folder", Text, nullable=False),
+    Column("place", Text, nullable=False),
     CheckConstraint("id = 1", name="one_row"),
 )
 
@@ -289,7 +298,8 @@ score_facts = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("facts", Json, nullable=False),
-    UniqueConstraint("facts"),
+    Column("digest", Text, nullable=False),
+    UniqueConstraint("digest"),
 )
 
 row_weights = Table(  # token counts and the like, which many scores share
