@@ -30,6 +30,9 @@ from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
 from lori_manager.records import Adapter, Alias, Base
 from lori_manager.refs import AdapterRef, check_name
+from lori_manager.store import databases
+from lori_manager.store.database import reach
+from lori_manager.store.postgres import Postgres
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
@@ -50,25 +53,39 @@ class Workspace(Context):
     """A folder with `.lori/` in it: one base, its tasks, adapters and scores."""
 
     @classmethod
-    def create(cls, root: str | Path, base: str, revision: str | None = None) -> Workspace:
+    def create(
+        cls,
+        root: str | Path,
+        base: str,
+        revision: str | None = None,
+        *,
+        database: str | None = None,
+    ) -> Workspace:
         """Make a workspace in `root` for a base model.
 
         Args:
             root: a folder, made where it is missing.
             base: a model folder or a hub id.
             revision: of the hub id.
+            database: `postgresql://USER@HOST/DATABASE`, empty, for the rows; a file in `root` where
+                None. A password in it is used now and not kept.
         Raises:
             NotFound: no such base. Conflict: there is a workspace already.
+            StorageFailed: no such server or database, or it does not let us in.
         """
         root = Path(root).absolute()
-        begun = (root / FOLDER / "registry.db").exists()
-        if begun and _has_base(root / FOLDER):
+        server = None if database is None else Postgres.at(database)
+        begun = _begun(root / FOLDER, server)
+        if begun is not None and _has_base(begun):
+            begun.close()
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
+        if begun is None and server is not None:
+            reach(server)
         path, commit = models.locate(base, revision)
         mark = models.fingerprint(path)
         config = models.read_config(path)
         root.mkdir(parents=True, exist_ok=True)
-        store = (Store.open if begun else Store.create)(root / FOLDER)
+        store = begun or Store.create(root / FOLDER, server)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
         store.set_base(Base(mark, source, commit, str(path), config.get("model_type", ""), now))
@@ -252,11 +269,27 @@ class Workspace(Context):
         return self.store.set_alias(adapter.line, check_name(alias, "alias"), adapter.version)
 
 
-def _has_base(folder: Path) -> bool:
+def _begun(folder: Path, server: Postgres | None) -> Store | None:
+    """The store in the folder, if one was made.
+
+    Raises:
+        Conflict: on another database than was asked for.
+    """
+    if not databases.begun(folder):
+        return None
+    store = Store.open(folder, None if server is None else server.password)
+    if server is not None and store.database != server.shown:
+        store.close()
+        raise Conflict(
+            f"{folder} was begun on {store.database}: name that, remove {folder}, or choose another"
+        )
+    return store
+
+
+def _has_base(store: Store) -> bool:
     """Whether a store is a workspace's; one without a base is of an `init` that was cut short."""
-    with Store.open(folder) as store:
-        try:
-            store.base()
-        except NotFound:
-            return False
+    try:
+        store.base()
+    except NotFound:
+        return False
     return True

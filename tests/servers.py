@@ -116,7 +116,11 @@ class Server:
 
 @contextlib.contextmanager
 def serving(where: str | None = None) -> Iterator[Server]:
-    """A server in memory where there is such a folder (fsync costs nothing there), or in `where`."""
+    """A server in memory where there is such a folder, for fsync costs nothing there.
+
+    Args:
+        where: a folder to lie in instead.
+    """
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="lori-pg-", dir=where or memory))
     try:

@@ -25,6 +25,14 @@ def init(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="postgresql://USER@HOST/DATABASE",
+            help="Keep the rows in that empty database; the password comes from PGPASSWORD or "
+            "~/.pgpass.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a workspace for one base model.
@@ -33,14 +41,20 @@ def init(
     the defaults, commented.
     """
     from lori_manager.context import SETTINGS
+    from lori_manager.store.postgres import Postgres
     from lori_manager.workspace import Workspace
 
-    with Workspace.create(directory or ctx.obj.folder, base, revision) as ws:
+    folder = directory or ctx.obj.folder
+    with Workspace.create(folder, base, revision, database=store) as ws:
         made = ws.store.base()
         if json:
             output.print_json({"root": ws.root, "base": made})
             return
         typer.echo(f"workspace in {ws.root}, defaults in {ws.root / SETTINGS}")
+        if store is not None:
+            typer.echo(f"rows in {ws.store.database}")
+            if Postgres.at(store).password is not None:
+                typer.echo("the password is not kept: set PGPASSWORD or ~/.pgpass", err=True)
         describe(made)
 
 

@@ -198,6 +198,15 @@ def create(root: Path) -> None:
         sync_folder(root)
 
 
+def reach(backend: Backend) -> None:
+    """Whether the database answers, for a clear error before long work."""
+    database = Database(backend)
+    try:
+        database.noted_revision()
+    finally:
+        database.close()
+
+
 def create_served(root: Path, backend: Postgres) -> None:
     """Make the schema in a server's empty database, whose files `root` will hold.
 

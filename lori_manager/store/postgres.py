@@ -9,28 +9,19 @@ after its lock.
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from lori_manager.errors import (
-    Conflict,
-    DamagedObject,
-    IncompatibleStore,
-    InvalidInput,
-    LoriError,
-    StorageFailed,
-)
+from lori_manager.errors import IncompatibleStore, InvalidInput, LoriError
 from lori_manager.extras import load_extra
-from lori_manager.store.files import sync_folder
+from lori_manager.store import postgres_dump, postgres_failures
 
 if TYPE_CHECKING:
     from psycopg import Connection as Driver
@@ -171,7 +162,7 @@ class Postgres:
 
     def has_schema(self, connection: Connection) -> bool:
         """Whether Alembic has worked here."""
-        query = f"SELECT to_regclass('{_REVISION}') IS NOT NULL"  # noqa: S608 - a constant
+        query = f"SELECT to_regclass('{_REVISION}') IS NOT NULL"
         return bool(connection.exec_driver_sql(query).scalar_one())
 
     def check(self, connection: Connection) -> None:
@@ -191,7 +182,7 @@ class Postgres:
 
     def no_schema(self, error: DBAPIError) -> bool:
         """What the server says of a table that is not there."""
-        return _code(error) == "42P01"
+        return postgres_failures.code_of(error) == "42P01"
 
     def astray(self, connection: Connection) -> Iterator[str]:
         """None: foreign keys hold at every moment."""
@@ -213,150 +204,84 @@ class Postgres:
             yield f"the index {name} is not whole"
 
     def translate(self, error: DBAPIError) -> LoriError:
-        """By SQLSTATE; while connecting there is none, and libpq's words must do."""
-        code, reason = _code(error), _reason(error)
-        if code is None:
-            return self._unconnected(error, reason)
-        shown = self.shown
-        if code in _TOLD:
-            kind, told = _TOLD[code]
-            return kind(told.format(shown=shown, reason=reason, seconds=f"{BUSY_SECONDS:g}"))
-        family = code[:2]
-        if family == "23" or code == "P0001":  # P0001: a trigger's own refusal
-            return Conflict(
-                f"{shown} refused the change ({reason}): another process may have made it "
-                "already; run the command again"
-            )
-        if family in ("08", "57"):
-            return StorageFailed(f"{shown} ended the connection ({reason}): {_RETRY}")
-        if family == "53":
-            return StorageFailed(f"{shown} has run out of something ({reason}): free some, retry")
-        if family == "XX":
-            return DamagedObject(f"{shown} is damaged ({reason}): restore it from a copy")
-        if family == "42":
-            return IncompatibleStore(
-                f"{shown} lacks what this lori expects ({reason}): it was altered by another "
-                "program; restore it from a copy"
-            )
-        if family == "28":
-            return StorageFailed(f"{shown} refused the login ({reason}): {_LOGIN}")
-        return StorageFailed(f"{shown} failed: {reason}")
-
-    def _unconnected(self, error: DBAPIError, reason: str) -> LoriError:
-        shown = self.shown
-        if isinstance(error.orig, ValueError) or "NUL" in reason:
-            return InvalidInput(f"PostgreSQL cannot keep this text ({reason}): use other text")
-        if re.search(r"password|authentication|pg_hba|role .* does not exist", reason):
-            return StorageFailed(f"{shown} refused the login ({reason}): {_LOGIN}")
-        if re.search(r"database .* does not exist", reason):
-            return StorageFailed(
-                f"{shown} is not there ({reason}): make it with `createdb`, or correct the URL"
-            )
-        if "too many clients" in reason or "connection slots" in reason:
-            return StorageFailed(f"{shown} has no connection left ({reason}): wait, retry")
-        if error.connection_invalidated or "server closed the connection" in reason:
-            return StorageFailed(f"{shown} ended the connection ({reason}): {_RETRY}")
-        return StorageFailed(
-            f"{shown} cannot be reached ({reason}): check the URL, the network and whether the "
-            "server runs"
-        )
+        """By SQLSTATE."""
+        return postgres_failures.translate(error, self.shown, BUSY_SECONDS)
 
     def back_up(self, folder: Path, revision: str) -> tuple[Path | None, str]:
-        """Dump the schema's tables; while a migration holds the write lock none changes.
+        """Dump the schema's tables; while a migration holds the write lock none changes."""
+        facts = self.facts()
+        return postgres_dump.dump(
+            folder / f"registry.{revision}.dump", self.shown, facts.schema, facts.version,
+            self.password,
+        )  # fmt: skip
 
-        Returns:
-            The dump, or None and why there is none: no pg_dump, or one older than the server.
+    def facts(self) -> ServerFacts:
+        """What the server is and how it is set.
+
         Raises:
-            StorageFailed: pg_dump failed.
+            StorageFailed: it cannot be asked.
         """
-        program = shutil.which("pg_dump")
-        if program is None:
-            return None, "no pg_dump is installed here"
-        server, schema = self._server()
-        own = _run([program, "--version"], os.environ).stdout
-        found = re.search(r"(\d+)(\.\d+)?", own)
-        if found is None or int(found[1]) < server:
-            return None, f"pg_dump here is {own.strip() or 'unknown'}, the server is {server}"
-        target = folder / f"registry.{revision}.dump"
-        unfinished = target.with_name(f".{target.name}.new")
-        unfinished.unlink(missing_ok=True)
-        unfinished.touch(0o600)
-        environment = dict(os.environ)
-        if self.password is not None:
-            environment["PGPASSWORD"] = self.password
-        command = [program, "--format=custom", "--no-owner", "--no-password",
-                   f"--schema={_pattern(schema)}", f"--file={unfinished}", f"--dbname={self.shown}"]  # fmt: skip
-        done = _run(command, environment)
-        if done.returncode:
-            unfinished.unlink(missing_ok=True)
-            reason = _line(done.stderr) or f"it ended with {done.returncode}"
-            raise StorageFailed(f"pg_dump of {self.shown} failed ({reason}): nothing was changed")
-        with unfinished.open("rb") as f:
-            os.fsync(f.fileno())
-        unfinished.replace(target)
-        sync_folder(folder)
-        return target, ""
-
-    def _server(self) -> tuple[int, str]:
-        """The server's major version, and the schema."""
         engine = self.engine()
         try:
             with engine.connect() as connection:
-                schema = connection.exec_driver_sql("SELECT current_schema()").scalar_one()
-                return driver(connection).info.server_version // 10_000, str(schema)
+                info = driver(connection).info
+                row = connection.exec_driver_sql(_FACTS).one()
+                remote = bool(info.host) and not info.host.startswith("/")
+                return ServerFacts(
+                    version=info.server_version // 10_000,
+                    number=row.number,
+                    schema=str(row.schema),
+                    lasting=row.fsync == row.full_page_writes == "on",
+                    synchronous_commit=row.synchronous_commit,
+                    checksums=row.data_checksums == "on",
+                    standby=row.standby,
+                    bare=remote and not row.ssl,
+                    now=row.now,
+                )
+        except DBAPIError as e:
+            raise self.translate(e) from e
         finally:
             engine.dispose()
 
 
+@dataclass(frozen=True)
+class ServerFacts:
+    """What `Postgres.facts` finds.
+
+    Attributes:
+        version, number: the major one; in full, as the server says it.
+        schema: the tables'.
+        lasting: fsync and full_page_writes are on.
+        synchronous_commit: as set for this user and database.
+        checksums: of pages.
+        standby: it takes no writes.
+        bare: what is sent passes a network unencrypted.
+        now: its clock.
+    """
+
+    version: int
+    number: str
+    schema: str
+    lasting: bool
+    synchronous_commit: str
+    checksums: bool
+    standby: bool
+    bare: bool
+    now: datetime
+
+
+_FACTS = """
+SELECT current_schema() AS schema, current_setting('server_version') AS number,
+    current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes,
+    current_setting('synchronous_commit') AS synchronous_commit,
+    current_setting('data_checksums') AS data_checksums, pg_is_in_recovery() AS standby,
+    COALESCE((SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()), false) AS ssl,
+    clock_timestamp() AS now
+"""
 _SHAPE = (
     "expected postgresql://USER@HOST:PORT/DATABASE (`@`, `:`, `/` and `%` of a password as %40, "
     "%3A, %2F, %25; better, leave it to PGPASSWORD or ~/.pgpass)"
 )
-_RETRY = "what was told as done is there; look what is, and retry"
-_LOGIN = "set PGPASSWORD, or add a line to ~/.pgpass; the URL's password is never kept"
-_TOLD: dict[str, tuple[type[LoriError], str]] = {
-    "55P03": (
-        StorageFailed,
-        "{shown} stayed locked by another process for {seconds} s: wait for it, retry",
-    ),
-    "40001": (
-        StorageFailed,
-        "{shown} was changed by another program at the same time ({reason}): run it again",
-    ),
-    "40P01": (
-        StorageFailed,
-        "{shown} was locked by another program in another order ({reason}): run it again",
-    ),
-    "53100": (
-        StorageFailed,
-        "no space left for {shown}: free some (what was stored before is untouched), retry",
-    ),
-    "53300": (StorageFailed, "{shown} has no connection left ({reason}): wait, retry"),
-    "25006": (
-        StorageFailed,
-        "{shown} cannot be written ({reason}): use the server that takes writes",
-    ),
-    "25P03": (
-        StorageFailed,
-        "{shown} ended a transaction that stood still ({reason}): nothing of it was kept, retry",
-    ),
-    "42501": (
-        StorageFailed,
-        "{shown} refused this user ({reason}): its owner must grant the right",
-    ),
-    "42P07": (
-        Conflict,
-        "{shown} has tables that are not this store's ({reason}): use an empty database, or a "
-        "schema of its own",
-    ),
-    "22003": (InvalidInput, "a number is too large for the database: use a smaller one"),
-    "22021": (InvalidInput, "PostgreSQL cannot keep this text ({reason}): use other text"),
-    "22P05": (InvalidInput, "PostgreSQL cannot keep this text ({reason}): use other text"),
-    "3D000": (
-        StorageFailed,
-        "{shown} is not there ({reason}): make it with `createdb`, or correct the URL",
-    ),
-}
 # Whatever the server's default is, a commit that was told survives a crash of the server.
 _LASTING = (
     "SELECT set_config('synchronous_commit', 'on', true) "
@@ -380,33 +305,6 @@ def _patience(seconds: float) -> str:
 
 def _ms(seconds: float) -> int:
     return round(1000 * seconds)
-
-
-def _code(error: DBAPIError) -> str | None:
-    return getattr(error.orig, "sqlstate", None)
-
-
-def _reason(error: DBAPIError) -> str:
-    """The server's sentence alone: what it says below may quote rows."""
-    told = getattr(getattr(error.orig, "diag", None), "message_primary", None)
-    return _line(told or str(error.orig))
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:300]
-
-
-def _pattern(schema: str) -> str:
-    """A schema's name as pg_dump wants it: quoted, for else it is a pattern."""
-    return '"' + schema.replace('"', '""') + '"'
-
-
-def _run(
-    command: list[str], environment: os._Environ[str] | dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603 - pg_dump, without a shell
-        command, env=environment, capture_output=True, text=True, check=False, errors="replace"
-    )
 
 
 def _forget_connections() -> None:

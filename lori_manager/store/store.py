@@ -133,6 +133,11 @@ class Store:
             private_folder(store.runs)
         return store
 
+    @property
+    def database(self) -> str:
+        """Where the rows are: a path, or a URL without a password."""
+        return self._db.shown
+
     def close(self) -> None:
         """Release what is held; nothing is lost without it."""
         self._db.close()

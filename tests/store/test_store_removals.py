@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -137,11 +136,9 @@ def test_removals_are_told_and_cannot_be_changed(three: Store) -> None:
         ("main@3", True, "a mistake"),
         ("main@3", False, "it was none"),
     ]
-    connection = sqlite3.connect(three.root / "registry.db")
     for change in ("UPDATE removals SET reason = ''", "DELETE FROM removals"):
-        with pytest.raises(sqlite3.IntegrityError, match="removals only grow"):
-            connection.execute(change)
-    connection.close()
+        with pytest.raises(Exception, match="removals only grow"):
+            build.sql(three, change, rules=True)
     with pytest.raises(NotFound, match="is not removed"):
         three.restore(refs("main@3"))
 
