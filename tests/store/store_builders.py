@@ -25,6 +25,10 @@ NEXT = f"{int(HEAD) + 1:04d}"  # the schema of a later lori
 FINGERPRINT = "f" * 64
 
 
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
 def base(fingerprint: str = FINGERPRINT, **changes: Any) -> Base:
     values: dict[str, Any] = {
         "fingerprint": fingerprint,
