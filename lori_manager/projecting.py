@@ -97,7 +97,9 @@ def start_of(
     """
     from lori_manager.adapters import lori
 
-    shapes = ws.base_model(config).linear_shapes
+    if config.projection == "nullspace":
+        ws.check_language("`projection` nullspace")
+    shapes = ws.model(config).linear_shapes
     weights = None if parent is None else ws.weights(parent)
     if config.projection not in APART:
         if weights is None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lori_manager.engine.weights import AdapterWeights, Block
+    from lori_manager.training import StepsOf
 
 
 _NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
@@ -98,13 +99,13 @@ def _calibrated_mask(
     from lori_manager.training import fit
 
     split = "calibration" if "calibration" in task.splits else "train"
-    _, encoded = ws.rows(task, split, config.max_length)
+    phase = f"calibrating {task.name}"
+    base, encoded, steps_of = _material(ws, task, split, config, phase)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
     zero = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in block.B.items()}
     empty = Block(zero, block.scaling, block.projection, block.tensors)
-    base = ws.base_model(config)
     layers = lori.trainable_layers(base.model, empty, None, beside)
     with lori.in_training(base, layers, beside) as parameters:
         result = fit(
@@ -114,9 +115,10 @@ def _calibrated_mask(
             config,
             steps=config.calibration_steps,
             peak=config.dense_learning_rate,
-            phase=f"calibrating {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
+            steps_of=steps_of,
         )
     mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope, exclude)
     kept, total = masks.count(mask), masks.size(mask)
@@ -149,6 +151,18 @@ def _calibrated_mask(
         f"dense steps in {result.seconds:.1f} s"
     )
     return stored
+
+
+def _material(
+    ws: Context, task: Task, split: str, config: Config, phase: str
+) -> tuple[Any, list[Any], StepsOf | None]:
+    """The model to train, the rows of a split as it takes them, and how it is trained on them."""
+    base = ws.model(config)
+    if ws.makes_images:
+        from lori_manager.diffusion.noise_loss import noise_steps
+
+        return base, ws.pictures(task, split), noise_steps(base, config, phase)
+    return base, ws.rows(task, split, config.max_length)[1], None
 
 
 def _mask_for(
@@ -262,6 +276,7 @@ def train(
         ws.check_single(start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if options.replay:
+        ws.check_language("`--replay`")
         parent = ws.adapter(options.start) if options.start else None
         check_replay(ws, tasks, parent, sequence=sequence is not None)
     if sequence is not None:
@@ -324,13 +339,13 @@ def _train_stage(
     from lori_manager.training import fit, steps_for
 
     line = sequence or options.line or task.name
-    base = ws.base_model(config)
+    phase = f"training {task.name}"
+    base, encoded, steps_of = _material(ws, task, "train", config, phase)
     start = start_of(ws, task, config, line, parent, options.avoid, folder / f"{stage}-A")
     block, beside = start.block, start.beside
     checkpoint = folder / f"{stage}-calibration.safetensors"
     mask = _mask_for(ws, task, block, config, options, checkpoint, beside)
     tensors = None if mask is None else ws.mask_tensors(mask)
-    _, encoded = ws.rows(task, "train", config.max_length)
     soft = None
     if options.replay:
         text = None if options.general_text is None else Path(options.general_text)
@@ -346,10 +361,11 @@ def _train_stage(
             config,
             steps=steps_for(len(encoded), config),
             peak=config.dense_learning_rate if mask is None else config.learning_rate,
-            phase=f"training {task.name}",
+            phase=phase,
             checkpoint=folder / f"{stage}-training.safetensors",
             on_progress=ws.on_progress,
             soft=soft,
+            steps_of=steps_of,
         )
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     weights = AdapterWeights((*(beside.blocks if beside else ()), trained))

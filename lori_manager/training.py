@@ -8,14 +8,16 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from lori_manager.config import Config
 from lori_manager.engine.head import SoftTargets
@@ -55,8 +57,9 @@ class TrainResult:
     """What a run leaves behind.
 
     Attributes:
-        losses: mean cross-entropy in nats per completion token, one a step.
-        tokens: real tokens that went through the model, padding left out.
+        losses: mean cross-entropy in nats per completion token, one a step; of images, mean
+            squared error.
+        tokens: real tokens that went through the model, padding left out; of images, images.
         seconds: time in the loop, over all sessions of a resumed run.
         parameters: how many values trained.
     """
@@ -65,6 +68,17 @@ class TrainResult:
     tokens: int
     seconds: float
     parameters: int
+
+
+class Steps(Protocol):
+    """What gives the gradients of a training's steps, one after the other."""
+
+    def of(self, parts: Any) -> Tensor:
+        """The mean loss of the next step's rows, its gradient left in the parameters."""
+
+
+# (parameters, the rows of every step left in parts, number of the first of them) -> Steps.
+StepsOf = Callable[[Sequence[nn.Parameter], Sequence[Any], int], AbstractContextManager[Steps]]
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
@@ -90,10 +104,24 @@ def steps_for(rows: int, config: Config) -> int:
     return max(1, math.ceil(config.epochs * math.ceil(rows / config.batch)))
 
 
+def completion_steps(base: BaseModel, config: Config, soft: SoftTargets | None = None) -> StepsOf:
+    """Steps on the completions of encoded rows; for `soft` see `fit`."""
+
+    @contextmanager
+    def steps(
+        trained: Sequence[nn.Parameter], batches: Sequence[Sequence[list[Encoded]]], first: int
+    ) -> Iterator[Steps]:
+        forward = Forward(base, packing=config.packing, soft=soft)
+        with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
+            yield Gradients(forward, trained, batches, config.graphs)
+
+    return steps
+
+
 def fit(
     base: BaseModel,
     parameters: Mapping[str, nn.Parameter],
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     config: Config,
     *,
     steps: int,
@@ -102,13 +130,14 @@ def fit(
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
     soft: SoftTargets | None = None,
+    steps_of: StepsOf | None = None,
 ) -> TrainResult:
-    """Train parameters of the model on the rows' completions.
+    """Train parameters of the model on the rows' completions, or on what `steps_of` makes of rows.
 
     Args:
         base: the model with its trainable layers in place.
         parameters: name -> parameter; they change in place, nothing else does.
-        rows: encoded training rows.
+        rows: encoded training rows; with `steps_of` anything that has a `length`.
         config: batch, schedule, weight decay, clipping and seed count here.
         steps: optimizer steps.
         peak: learning rate after the warm-up.
@@ -118,6 +147,7 @@ def fit(
             without interruption. The caller removes it once the result is safe.
         on_progress: called after every step.
         soft: what the rows' `taught` refer to, where a teacher says what is right.
+        steps_of: gives the gradients; None is `completion_steps`.
     Raises:
         InvalidInput: the loss or a value stopped being finite.
     """
@@ -131,7 +161,7 @@ def fit(
         weight_decay=config.weight_decay,
         fused=True if base.device.type == "cuda" else None,
     )
-    order = training_order([len(r.ids) for r in rows], config.batch, steps, config.seed)
+    order = training_order([r.length for r in rows], config.batch, steps, config.seed)
     state = _load_state(checkpoint, phase, parameters, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
@@ -158,10 +188,9 @@ def fit(
         micro_batches([rows[i] for i in order[step]], config.micro_batch)
         for step in range(state.step, steps)
     ]
-    forward = Forward(base, packing=config.packing, soft=soft)
     waiting: deque[Late] = deque()
-    with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
-        gradients = Gradients(forward, trained, batches, config.graphs)
+    steps_of = steps_of or completion_steps(base, config, soft)
+    with steps_of(trained, batches, state.step) as gradients:
         for step, parts in enumerate(batches, start=state.step):
             rate = learning_rate(step, steps, peak, config.schedule, config.warmup)
             for group in optimizer.param_groups:
@@ -171,7 +200,7 @@ def fit(
                 nn.utils.clip_grad_norm_(trained, config.clip)
             optimizer.step()
             torch.autograd.graph.increment_version(trained)  # fused steps do not tell
-            tokens += sum(len(r.ids) for part in parts for r in part)
+            tokens += sum(r.length for part in parts for r in part)
             waiting.append(Late(loss))
             due = checkpoint is not None and step + 1 < steps and (
                 time.monotonic() - saved >= config.checkpoint_seconds

@@ -33,6 +33,8 @@ class Imported:
 def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) -> Path:
     """Write an adapter as a PEFT directory, or the base with it merged in.
 
+    For a UNet, the PEFT directory is one that diffusers' loaders read.
+
     A routed adapter is a PEFT directory a member, with the router beside them. A whole model is
     written as a stream; interrupted and called again, it goes on.
 
@@ -48,6 +50,7 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
     base = ws.store.base()
     target = Path(directory)
     if full:
+        ws.check_language("`--format full`")
         ws.check_single(adapter)
         updates = ws.weights(adapter).updates()
         progress = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
@@ -63,7 +66,11 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
         "transposed": model.transposed,
         "label": adapter.ref,
     }
-    if weights.router is not None:
+    if ws.makes_images:
+        from lori_manager.adapters.diffusers_export import write_diffusers
+
+        write_diffusers(weights.updates(), target, **told)
+    elif weights.router is not None:
         names = _member_names(ws, adapter)
         members = {name: weights.member(i).updates() for i, name in enumerate(names)}
         write_routed(members, weights.router, target, **told)
@@ -107,6 +114,8 @@ def import_adapters(
     """
     from lori_manager.adapters.peft_import import read_peft
     from lori_manager.engine.codec import encode_adapter
+
+    ws.check_language("importing PEFT adapters")
 
     skeleton = models.load_skeleton(ws.base_folder)
     base = ws.store.base()
