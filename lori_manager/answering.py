@@ -101,19 +101,17 @@ def _acting(
     config: Config,
 ) -> Iterator[list[int]]:
     """The rows in portions, each while what answers it is in the model."""
-    from lori_manager.engine.layers import attached, low_rank_layers
+    from lori_manager.adapters.applying import applied
     from lori_manager.routed import RoutedModel
 
-    weights = None if adapter is None else ws.weights(adapter)
-    if weights is not None and weights.router is not None:
-        routed = RoutedModel(base, weights)
+    if adapter is not None and "routing" in adapter.facts:
+        routed = RoutedModel(base, ws.weights(adapter))
         routes = routed.routes([encoded[i] for i in rows], config.score_batch, config.packing)
         for number in sorted(set(routes.tolist())):
             with routed.member(number):
                 yield [row for row, own in zip(rows, routes, strict=True) if own == number]
         return
-    layers = {} if weights is None else low_rank_layers(base.model, weights.updates())
-    with attached(base.model, layers):
+    with applied(base, None if adapter is None else ws.stored(adapter)):
         for start in range(0, len(rows), config.score_batch):
             yield list(rows[start : start + config.score_batch])
 

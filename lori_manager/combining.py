@@ -239,6 +239,7 @@ def members_of(ws: Context, refs: Sequence[str], names: Sequence[str]) -> list[A
         raise InvalidInput("an adapter is named twice; name each once and give it a weight")
     for member in members:
         ws.check_single(member)
+        ws.check_low_rank(member)
     return members
 
 

@@ -29,10 +29,13 @@ STORE_DTYPES = ("bf16", "fp32")
 class Config:
     """Everything that decides what a training run computes.
 
-    Learning rates are per optimizer step of AdamW on B's values. `steps` counts
-    optimizer steps; 0 means `epochs` passes over the training rows.
+    Learning rates are per optimizer step of AdamW; a `learning_rate` of 0 is the usual one of
+    the kind, see `kinds.resolved`. `steps` counts optimizer steps; 0 means `epochs` passes
+    over the training rows.
     """
 
+    kind: str = "lori"
+    kind_options: dict[str, Any] = field(default_factory=dict)
     rank: int = 32
     alpha: float = 64.0
     sparsity: float = 0.9
@@ -48,7 +51,7 @@ class Config:
     epochs: float = 2.0
     calibration_steps: int = 20
     calibration_rows: int = 1024
-    learning_rate: float = 1e-2
+    learning_rate: float = 0.0
     dense_learning_rate: float = 2e-3
     schedule: str = "linear"
     warmup: float = 0.1
@@ -76,7 +79,8 @@ class Config:
             given = getattr(self, f.name)
             if isinstance(f.default, float) and type(given) is int:
                 object.__setattr__(self, f.name, float(given))
-            _check_type(f.name, getattr(self, f.name), f.default)
+            default = {} if f.name == "kind_options" else f.default
+            _check_type(f.name, getattr(self, f.name), default)
         need(self.rank >= 1, "rank", "at least 1")
         need(self.alpha > 0, "alpha", "above 0")
         need(0 <= self.sparsity < 1, "sparsity", "in [0, 1)")
@@ -96,8 +100,8 @@ class Config:
         need(self.checkpointing in CHECKPOINTING, "checkpointing", "on or off")
         need(self.steps >= 0, "steps", "0 (then `epochs` counts) or more")
         need(self.epochs > 0, "epochs", "above 0")
-        for key in ("learning_rate", "dense_learning_rate"):
-            need(getattr(self, key) > 0, key, "above 0")
+        need(self.learning_rate >= 0, "learning_rate", "above 0, or 0 for the kind's usual one")
+        need(self.dense_learning_rate > 0, "dense_learning_rate", "above 0")
         need(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
         need(0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)")
         need(self.weight_decay >= 0, "weight_decay", "0 or more")
@@ -154,7 +158,7 @@ def _check_type(key: str, value: object, default: object) -> None:
     if type(value) is not expected:
         names = {
             int: "a whole number", float: "a number", str: "text", tuple: "a list",
-            bool: "true or false",
+            bool: "true or false", dict: "a table",
         }  # fmt: skip
         raise InvalidInput(f"`{key}` must be {names[expected]}, got {value!r}")
 
@@ -357,7 +361,9 @@ COMMENTS = {
     "steps": "optimizer steps; 0 means `epochs` passes over the rows",
     "calibration_steps": "dense steps on the calibration rows before the mask is cut",
     "calibration_rows": "how many training rows calibrate where no calibration file is given",
-    "learning_rate": "of masked B; dense_learning_rate is for calibration and --dense",
+    "kind": "what is trained: see `lori kinds`",
+    "kind_options": "options of that kind alone",
+    "learning_rate": "0: the kind's usual one; dense_learning_rate is LoRI's without a mask",
     "schedule": "after the warm-up: " + ", ".join(SCHEDULES),
     "warmup": "share of the steps",
     "clip": "largest norm of the gradient, 0 is off",
@@ -383,6 +389,8 @@ def default_toml(own: Mapping[str, Any] | None = None) -> str:
             shown = str(value).lower()
         elif isinstance(value, list):
             shown = "[" + ", ".join(f'"{v}"' for v in value) + "]"
+        elif isinstance(value, dict):
+            shown = "{" + ", ".join(f"{k} = {v!r}" for k, v in value.items()) + "}"
         else:
             shown = repr(value)
         comment = f"  # {COMMENTS[key]}" if key in COMMENTS else ""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lori_manager import models, pipelines
 from lori_manager.config import PRECISIONS, Config, Settings, load_settings
-from lori_manager.errors import Conflict, InvalidInput, NotFound, WrongBase
+from lori_manager.errors import Conflict, DamagedObject, InvalidInput, NotFound, WrongBase
+from lori_manager.kinds import KINDS
 from lori_manager.records import Adapter, Mask, Task
 from lori_manager.refs import AdapterRef, check_name, parse_adapter_ref
 from lori_manager.store.files import write_atomic
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lori_manager.diffusion.pipeline import DiffusionBase
-    from lori_manager.engine.weights import AdapterWeights
+    from lori_manager.engine.weights import AdapterWeights, Stored
     from lori_manager.tasks.encoding import Encoded
     from lori_manager.tasks.images import Picture
     from lori_manager.tasks.rows import Row
@@ -244,10 +245,40 @@ class Context:
 
         Raises:
             DamagedObject, WrongBase.
+            InvalidInput: it is of a kind that has none.
         """
-        from lori_manager.engine.codec import decode_adapter
+        from lori_manager.engine.weights import AdapterWeights
 
-        weights, meta = decode_adapter(self.store.adapter_bytes(adapter))
+        self.check_low_rank(adapter)
+        weights = self.stored(adapter)
+        if not isinstance(weights, AdapterWeights):
+            raise DamagedObject(f"{adapter.ref} is recorded as {adapter.method}, and its file "
+                                f"holds {weights.kind}")  # fmt: skip
+        return weights
+
+    def check_low_rank(self, adapter: Adapter) -> None:
+        """Refuse an adapter that is no B A update where one is wanted.
+
+        Raises:
+            InvalidInput: says its kind and which kinds are.
+        """
+        kind = KINDS.get(adapter.method)
+        if kind is not None and not kind.low_rank:
+            able = ", ".join(k.name for k in KINDS.values() if k.low_rank)
+            raise InvalidInput(
+                f"{adapter.ref} is of kind `{kind.name}`, which is no low-rank update: it cannot "
+                f"be merged, routed or gone on from as one; kinds that can: {able}"
+            )
+
+    def stored(self, adapter: Adapter) -> Stored:
+        """What is stored of an adapter of any kind, checked against digest and base.
+
+        Raises:
+            DamagedObject, WrongBase.
+        """
+        from lori_manager.engine.codec import decode
+
+        weights, meta = decode(self.store.adapter_bytes(adapter))
         expected = self.store.base().fingerprint
         if meta.get("base", expected) != expected:
             raise WrongBase(f"{adapter.ref} was made for base {str(meta['base'])[:12]}")

@@ -17,7 +17,7 @@ from lori_manager.refs import BASE
 if TYPE_CHECKING:
     import numpy as np
 
-    from lori_manager.engine.weights import AdapterWeights
+    from lori_manager.engine.weights import Stored
 
 
 def score(
@@ -124,17 +124,17 @@ def _run(
     ws: Context, adapter: Adapter | None, tasks: Sequence[Task], config: Config
 ) -> Iterator[tuple[Task, np.ndarray, np.ndarray | None]]:
     """Outcomes of one subject on tasks, from the model."""
-    weights = ws.weights(adapter) if adapter is not None else None
-    if adapter is not None and weights is not None and weights.router is not None:
-        yield from _run_routed(ws, adapter, weights, tasks, config)
+    if adapter is not None and "routing" in adapter.facts:
+        yield from _run_routed(ws, adapter, tasks, config)
     else:
-        yield from run_weights(ws, adapter.ref if adapter else BASE, weights, tasks, config)
+        stored = ws.stored(adapter) if adapter is not None else None
+        yield from run_weights(ws, adapter.ref if adapter else BASE, stored, tasks, config)
 
 
 def run_weights(
     ws: Context,
     subject: str,
-    weights: AdapterWeights | None,
+    weights: Stored | None,
     tasks: Sequence[Task],
     config: Config,
 ) -> Iterator[tuple[Task, np.ndarray, np.ndarray | None]]:
@@ -144,13 +144,10 @@ def run_weights(
         subject: what to call it where progress is told.
         weights: not routed; None is the base alone.
     """
-    from lori_manager.engine.layers import attached, low_rank_layers
+    from lori_manager.adapters.applying import applied
 
     base = ws.model(config)
-    layers = {}
-    if weights is not None:
-        layers = low_rank_layers(base.model, weights.updates())
-    with attached(base.model, layers):
+    with applied(base, weights):
         for task in tasks:
             progress = counted_progress(ws, f"scoring {subject} on {task.name}")
             yield task, *_outcomes(ws, base, task, config, progress)
@@ -173,13 +170,13 @@ def _outcomes(
 
 
 def _run_routed(
-    ws: Context, adapter: Adapter, weights: AdapterWeights, tasks: Sequence[Task], config: Config
+    ws: Context, adapter: Adapter, tasks: Sequence[Task], config: Config
 ) -> Iterator[tuple[Task, np.ndarray, np.ndarray | None]]:
     """As `_run`, each row by the member that its prompt goes to."""
     from lori_manager.routed import RoutedModel, member_names
 
     names = member_names([ws.adapter(parent.ref) for parent in adapter.parents])
-    model = RoutedModel(ws.base_model(config), weights, names)
+    model = RoutedModel(ws.base_model(config), ws.weights(adapter), names)
     for task in tasks:
         rows, encoded = ws.rows(task, "eval")
         routes = model.routes(encoded, config.score_batch, config.packing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -52,8 +52,18 @@ class Gradients:
         parameters: Sequence[nn.Parameter],
         steps: Sequence[Sequence[Sequence[Encoded]]],
         graphs: str,
+        penalty: Callable[[], Tensor] | None = None,
     ) -> None:
-        """Plan for these steps, each in parts of rows."""
+        """Plan for these steps, each in parts of rows.
+
+        Args:
+            forward: what runs the rows.
+            parameters: what is trained; each gets its gradient as `grad`.
+            steps: of all steps to come, the parts of each.
+            graphs: "auto" records and replays steps where that pays.
+            penalty: a scalar that counts beside the rows' mean loss.
+        """
+        self._penalty = penalty
         self._forward = forward
         self._parameters = parameters
         for p in parameters:
@@ -86,16 +96,21 @@ class Gradients:
             raise ValueError("a step needs at least one row")
         for p in self._parameters:
             p.grad.div_(counted)  # type: ignore[union-attr]
+        if self._penalty is not None:
+            self._add_gradient(self._penalty())
         return total / counted
 
     def _add(self, batch: DeviceBatch) -> tuple[Tensor]:
         """Add the gradient of the summed loss to the parameters' own."""
         loss = self._forward.loss(batch)
+        self._add_gradient(loss)
+        return (loss.detach(),)
+
+    def _add_gradient(self, loss: Tensor) -> None:
         found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         for p, gradient in zip(self._parameters, found, strict=True):
             if gradient is not None:
                 p.grad.add_(gradient)  # type: ignore[union-attr]
-        return (loss.detach(),)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def verify(ws: Context) -> Iterator[Finding]:
     """Every row has its file, every file its digest, every mask fits its A."""
-    from lori_manager.engine.codec import decode_adapter, decode_mask
+    from lori_manager.engine.codec import decode, decode_mask
     from lori_manager.engine.projection import ProjectionSpec, projection_digest
+    from lori_manager.engine.weights import KindWeights
 
     damaged = set()
     for finding in ws.store.verify():
@@ -28,9 +29,11 @@ def verify(ws: Context) -> Iterator[Finding]:
         if adapter.ref in damaged:
             continue
         try:
-            weights, _ = decode_adapter(ws.store.adapter_bytes(adapter))
+            weights, _ = decode(ws.store.adapter_bytes(adapter))
         except DamagedObject as e:
             yield Finding("damaged", adapter.ref, str(e))
+            continue
+        if isinstance(weights, KindWeights):
             continue
         for block in weights.blocks:
             known.add(block.projection_digest)

@@ -67,6 +67,7 @@ def with_replay(
     Returns:
         All rows, and the table that their `taught` name places of.
     """
+    from lori_manager.adapters.applying import applied
     from lori_manager.distillation import own_words, taught_rows, teacher_words
     from lori_manager.tasks.general import general_rows
 
@@ -76,8 +77,8 @@ def with_replay(
         kept = ws.rows(earlier, "probe", config.max_length)[1][:count]
         if len(kept) < count:
             kept = [*kept, *ws.rows(earlier, "train", config.max_length)[1][: count - len(kept)]]
-        updates = ws.weights(teacher).updates()
-        parts.append(teacher_words(base, updates, kept, config.score_batch, labels=LABELS))
+        with applied(base, ws.stored(teacher)):
+            parts.append(teacher_words(base, {}, kept, config.score_batch, labels=LABELS))
         ws.on_message(f"{len(kept)} rows of {earlier.ref} are replayed, {teacher.ref} teaches them")
     if general:
         pieces = general_rows(base.tokenizer, text, general, base.context, PIECE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
+from lori_manager.kinds import LORI, kind_of, resolved
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from filelock import FileLock
     from torch import Tensor
 
-    from lori_manager.engine.weights import AdapterWeights, Block
-    from lori_manager.training import StepsOf
+    from lori_manager.engine.head import SoftTargets
+    from lori_manager.engine.weights import AdapterWeights, Block, Stored
+    from lori_manager.training import StepsOf, TrainResult
 
 
 _NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
@@ -73,7 +75,9 @@ def calibrate(
     """
     if line is not None:
         check_name(line, "line")
-    config = config or ws.settings.config
+    config = resolved(config or ws.settings.config)
+    if config.kind != LORI:
+        raise InvalidInput(f"a mask is for kind `{LORI}`, and the settings say `{config.kind}`")
     task = ws.trainable(name)
     block = start_of(ws, task, config, line or name).block
     return _calibrated_mask(ws, task, block, config, None, None)
@@ -100,7 +104,7 @@ def _calibrated_mask(
 
     split = "calibration" if "calibration" in task.splits else "train"
     phase = f"calibrating {task.name}"
-    base, encoded, steps_of = _material(ws, task, split, config, phase)
+    base, encoded = ws.model(config), _rows_of(ws, task, split, config)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
@@ -118,7 +122,7 @@ def _calibrated_mask(
             phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
-            steps_of=steps_of,
+            steps_of=_steps_of(ws, base, config, phase),
         )
     mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope, exclude)
     kept, total = masks.count(mask), masks.size(mask)
@@ -153,16 +157,20 @@ def _calibrated_mask(
     return stored
 
 
-def _material(
-    ws: Context, task: Task, split: str, config: Config, phase: str
-) -> tuple[Any, list[Any], StepsOf | None]:
-    """The model to train, the rows of a split as it takes them, and how it is trained on them."""
-    base = ws.model(config)
-    if ws.makes_images:
-        from lori_manager.diffusion.noise_loss import noise_steps
+def _rows_of(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
+    """A split's rows as training takes them: encoded text, or pictures."""
+    if task.images is not None:
+        return ws.pictures(task, split)
+    return ws.rows(task, split, config.max_length)[1]
 
-        return base, ws.pictures(task, split), noise_steps(base, config, phase)
-    return base, ws.rows(task, split, config.max_length)[1], None
+
+def _steps_of(ws: Context, base: Any, config: Config, phase: str) -> StepsOf | None:
+    """How the base is trained on such rows; None is the usual way, by completions."""
+    if not ws.makes_images:
+        return None
+    from lori_manager.diffusion.noise_loss import noise_steps
+
+    return noise_steps(base, config, phase)
 
 
 def _mask_for(
@@ -239,8 +247,11 @@ def train(
     """
     from lori_manager.adapters.lori import fresh_block
 
-    config = config or ws.settings.config
+    config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
+    _check_kind(config, options)
+    if not kind_of(config.kind).low_rank:
+        ws.check_language(f"kind `{config.kind}`")
     if not names:
         raise InvalidInput("name at least one task to train")
     if len(set(names)) != len(names):
@@ -266,9 +277,11 @@ def train(
         raise InvalidInput("--protect keeps clear of the parents' tasks: it needs --from or "
                            "--sequence")  # fmt: skip
     tasks = ready_to_score(ws, [ws.trainable(name) for name in names], config)
-    check_projection(
-        config, tasks, sequence=sequence is not None, protect=options.protect, avoid=options.avoid
-    )
+    if config.kind == LORI:
+        check_projection(
+            config, tasks, sequence=sequence is not None, protect=options.protect,
+            avoid=options.avoid,
+        )  # fmt: skip
     if options.line is not None and options.line != names[0]:
         ws.check_line(options.line)
     if options.start is not None:
@@ -295,7 +308,10 @@ def train(
         if sequence is not None:
             if not done:  # a name is claimed for good, so only settings that can be used claim it
                 shapes = models.load_skeleton(ws.base_folder).linear_shapes
-                fresh_block(shapes, config, sequence)
+                if config.kind == LORI:
+                    fresh_block(shapes, config, sequence)
+                else:
+                    models.resolve_targets(shapes, config.targets)
             _claim_sequence(ws, sequence, tasks, done)
             score_missing(ws, BASE, tasks, config)
         results: list[Trained] = []
@@ -332,47 +348,23 @@ def _train_stage(
     stage: int,
     folder: Path,
 ) -> tuple[Adapter, Mask | None, dict[str, float] | None]:
-    """Mask, train and store one adapter."""
-    from lori_manager.adapters import lori
-    from lori_manager.engine.codec import encode_adapter
-    from lori_manager.engine.weights import AdapterWeights
-    from lori_manager.training import fit, steps_for
+    """Train and store one adapter."""
+    from lori_manager.engine.codec import encode
 
     line = sequence or options.line or task.name
-    phase = f"training {task.name}"
-    base, encoded, steps_of = _material(ws, task, "train", config, phase)
-    start = start_of(ws, task, config, line, parent, options.avoid, folder / f"{stage}-A")
-    block, beside = start.block, start.beside
-    checkpoint = folder / f"{stage}-calibration.safetensors"
-    mask = _mask_for(ws, task, block, config, options, checkpoint, beside)
-    tensors = None if mask is None else ws.mask_tensors(mask)
+    checkpoint = folder / f"{stage}-training.safetensors"
+    encoded = _rows_of(ws, task, "train", config)
     soft = None
     if options.replay:
         text = None if options.general_text is None else Path(options.general_text)
         encoded, soft = with_replay(
             ws, task, encoded, parent, config, options.replay, options.replay_general, text
         )
-    layers = lori.trainable_layers(base.model, block, tensors, beside)
-    with lori.in_training(base, layers, beside) as parameters:
-        result = fit(
-            base,
-            parameters,
-            encoded,
-            config,
-            steps=steps_for(len(encoded), config),
-            peak=config.dense_learning_rate if mask is None else config.learning_rate,
-            phase=phase,
-            checkpoint=folder / f"{stage}-training.safetensors",
-            on_progress=ws.on_progress,
-            soft=soft,
-            steps_of=steps_of,
-        )
-    trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
-    weights = AdapterWeights((*(beside.blocks if beside else ()), trained))
-    rank = weights.rank
-    capacity = None
-    if options.protect:
-        capacity = lori.capacity_left([lori.used_entries(trained)])
+    learn = _learn_lori if config.kind == LORI else _learn_kind
+    learned = learn(ws, task, encoded, soft, config, options, parent, line, checkpoint)
+    result, mask = learned.result, learned.mask
+    rank = learned.weights.rank
+    base = ws.store.base().fingerprint
     adapter = ws.store.add_adapter(
         NewAdapter(
             line=line,
@@ -381,10 +373,10 @@ def _train_stage(
             task_revision=task.revision,
             mask=None if mask is None else mask.ref,
             parents=() if parent is None else (Parent(parent.ref, parent.digest),),
-            method="lori-d" if mask is None else "lori-s",
+            method=learned.method,
             rank=rank,
-            projection=None if beside else block.projection_digest,
-            base=ws.store.base().fingerprint,
+            projection=learned.projection,
+            base=base,
             sequence=sequence is not None,
             run=run,
             stage=stage,
@@ -399,18 +391,138 @@ def _train_stage(
                 "first_loss": result.losses[0],
                 "last_loss": result.losses[-1],
             }
-            | start.facts,
+            | learned.facts,
         ),
-        encode_adapter(weights, {"base": ws.store.base().fingerprint} | start.meta),
+        encode(learned.weights, {"base": base} | learned.meta),
     )
-    for name in ("calibration", "training"):
-        (folder / f"{stage}-{name}.safetensors").unlink(missing_ok=True)
-    (folder / f"{stage}-A").unlink(missing_ok=True)
+    for left in folder.glob(f"{stage}-*"):
+        left.unlink(missing_ok=True)
     ws.on_message(
         f"{adapter.ref}: {len(result.losses)} steps in {result.seconds:.1f} s, loss "
         f"{result.losses[0]:.3f} -> {result.losses[-1]:.3f}, {adapter.bytes / 1e6:.2f} MB"
     )
-    return adapter, mask, capacity
+    return adapter, mask, learned.capacity
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What a stage has taught: the weights to store and what is told of them."""
+
+    weights: Stored
+    method: str
+    result: TrainResult
+    mask: Mask | None = None
+    projection: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+    capacity: dict[str, float] | None = None
+
+
+def _learn_lori(
+    ws: Context,
+    task: Task,
+    rows: Sequence[Any],
+    soft: SoftTargets | None,
+    config: Config,
+    options: TrainOptions,
+    parent: Adapter | None,
+    line: str,
+    checkpoint: Path,
+) -> _Learned:
+    """Mask and train the values of B on a frozen A."""
+    from lori_manager.adapters import lori
+    from lori_manager.engine.weights import AdapterWeights
+    from lori_manager.training import fit, steps_for
+
+    base = ws.model(config)
+    kept = checkpoint.with_name(checkpoint.name.replace("training.safetensors", "A"))
+    start = start_of(ws, task, config, line, parent, options.avoid, kept)
+    block, beside = start.block, start.beside
+    calibration = checkpoint.with_name(checkpoint.name.replace("training", "calibration"))
+    mask = _mask_for(ws, task, block, config, options, calibration, beside)
+    tensors = None if mask is None else ws.mask_tensors(mask)
+    layers = lori.trainable_layers(base.model, block, tensors, beside)
+    phase = f"training {task.name}"
+    with lori.in_training(base, layers, beside) as parameters:
+        result = fit(
+            base,
+            parameters,
+            rows,
+            config,
+            steps=steps_for(len(rows), config),
+            peak=config.dense_learning_rate if mask is None else config.learning_rate,
+            phase=phase,
+            checkpoint=checkpoint,
+            on_progress=ws.on_progress,
+            soft=soft,
+            steps_of=_steps_of(ws, base, config, phase),
+        )
+    trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
+    return _Learned(
+        AdapterWeights((*(beside.blocks if beside else ()), trained)),
+        "lori-d" if mask is None else "lori-s",
+        result,
+        mask,
+        None if beside else block.projection_digest,
+        dict(start.facts),
+        dict(start.meta),
+        lori.capacity_left([lori.used_entries(trained)]) if options.protect else None,
+    )
+
+
+def _learn_kind(
+    ws: Context,
+    task: Task,
+    rows: Sequence[Any],
+    soft: SoftTargets | None,
+    config: Config,
+    options: TrainOptions,
+    parent: Adapter | None,
+    line: str,
+    checkpoint: Path,
+) -> _Learned:
+    """Train whatever the kind trains."""
+    from lori_manager.adapters.kind import module_of
+    from lori_manager.adapters.lori import DTYPES
+    from lori_manager.training import fit, steps_for
+
+    base = ws.model(config)
+    steps = steps_for(len(rows), config)
+    start = None if parent is None else ws.stored(parent)
+    phase = f"training {task.name}"
+    with module_of(config.kind).training(base, config, steps=steps, start=start) as training:
+        result = fit(
+            base,
+            training.parameters,
+            rows,
+            config,
+            steps=steps,
+            peak=config.learning_rate,
+            phase=phase,
+            checkpoint=checkpoint,
+            on_progress=ws.on_progress,
+            soft=soft,
+            training=training,
+            steps_of=_steps_of(ws, base, config, phase),
+        )
+        weights = training.weights(DTYPES[config.store_dtype])
+    return _Learned(weights, config.kind, result)
+
+
+def _check_kind(config: Config, options: TrainOptions) -> None:
+    """Refuse what is for LoRI alone where another kind is trained."""
+    if config.kind == LORI:
+        return
+    given = {
+        "--mask": options.mask,
+        "--dense": options.dense,
+        "--protect": options.protect,
+        "--avoid": options.avoid,
+        "--allow-foreign-mask": options.allow_foreign_mask,
+    }
+    for flag, value in given.items():
+        if value:
+            raise InvalidInput(f"{flag} is for kind `{LORI}`: leave it out with `{config.kind}`")
 
 
 @contextmanager

@@ -19,8 +19,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
 from lori_manager.engine.head import SoftTargets
+from lori_manager.engine.weights import Stored
 from lori_manager.errors import InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.gradients import Gradients, Late, checkpointed, micro_batches
@@ -77,8 +79,8 @@ class Steps(Protocol):
         """The mean loss of the next step's rows, its gradient left in the parameters."""
 
 
-# (parameters, the rows of every step left in parts, number of the first of them) -> Steps.
-StepsOf = Callable[[Sequence[nn.Parameter], Sequence[Any], int], AbstractContextManager[Steps]]
+# (what trains, the rows of every step left in parts, number of the first of them) -> Steps.
+StepsOf = Callable[[Training, Sequence[Any], int], AbstractContextManager[Steps]]
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
@@ -109,11 +111,14 @@ def completion_steps(base: BaseModel, config: Config, soft: SoftTargets | None =
 
     @contextmanager
     def steps(
-        trained: Sequence[nn.Parameter], batches: Sequence[Sequence[list[Encoded]]], first: int
+        training: Training, batches: Sequence[Sequence[list[Encoded]]], first: int
     ) -> Iterator[Steps]:
-        forward = Forward(base, packing=config.packing, soft=soft)
+        packing = config.packing if training.packs else "off"
+        graphs = config.graphs if training.graphs else "off"
+        trained = list(training.parameters.values())
+        forward = Forward(base, packing=packing, soft=soft)
         with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
-            yield Gradients(forward, trained, batches, config.graphs)
+            yield Gradients(forward, trained, batches, graphs, training.penalty)
 
     return steps
 
@@ -130,6 +135,7 @@ def fit(
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
     soft: SoftTargets | None = None,
+    training: Training | None = None,
     steps_of: StepsOf | None = None,
 ) -> TrainResult:
     """Train parameters of the model on the rows' completions, or on what `steps_of` makes of rows.
@@ -147,6 +153,7 @@ def fit(
             without interruption. The caller removes it once the result is safe.
         on_progress: called after every step.
         soft: what the rows' `taught` refer to, where a teacher says what is right.
+        training: whose parameters these are, where its kind wants more than AdamW's steps.
         steps_of: gives the gradients; None is `completion_steps`.
     Raises:
         InvalidInput: the loss or a value stopped being finite.
@@ -162,7 +169,8 @@ def fit(
         fused=True if base.device.type == "cuda" else None,
     )
     order = training_order([r.length for r in rows], config.batch, steps, config.seed)
-    state = _load_state(checkpoint, phase, parameters, optimizer, steps)
+    training = training or Training(parameters, no_weights)
+    state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
 
@@ -190,7 +198,7 @@ def fit(
     ]
     waiting: deque[Late] = deque()
     steps_of = steps_of or completion_steps(base, config, soft)
-    with steps_of(trained, batches, state.step) as gradients:
+    with steps_of(training, batches, state.step) as gradients:
         for step, parts in enumerate(batches, start=state.step):
             rate = learning_rate(step, steps, peak, config.schedule, config.warmup)
             for group in optimizer.param_groups:
@@ -200,6 +208,8 @@ def fit(
                 nn.utils.clip_grad_norm_(trained, config.clip)
             optimizer.step()
             torch.autograd.graph.increment_version(trained)  # fused steps do not tell
+            if training.after_step is not None:
+                training.after_step(step + 1)
             tokens += sum(r.length for part in parts for r in part)
             waiting.append(Late(loss))
             due = checkpoint is not None and step + 1 < steps and (
@@ -211,7 +221,7 @@ def fit(
             while len(waiting) > keep:
                 read(waiting.popleft())
             if checkpoint is not None and due:
-                _save_state(checkpoint, state_now(step + 1), parameters, optimizer)
+                _save_state(checkpoint, state_now(step + 1), training, optimizer)
                 saved = time.monotonic()
             for done in range(known, len(losses)):
                 tell(done + 1)
@@ -229,6 +239,14 @@ def fit(
     )
 
 
+def no_weights(_: torch.dtype) -> Stored:
+    """For parameters whose caller makes an adapter of them itself."""
+    raise ValueError("these parameters are no kind's own")
+
+
+_OWN = "|"  # before the names of what a kind keeps beside its parameters
+
+
 @dataclass(frozen=True)
 class _State:
     phase: str
@@ -242,12 +260,13 @@ class _State:
 def _save_state(
     path: Path,
     state: _State,
-    parameters: Mapping[str, nn.Parameter],
+    training: Training,
     optimizer: torch.optim.AdamW,
 ) -> None:
     """Values and both moments in one file with its digest behind, put in place whole."""
-    tensors = {}
-    for name, parameter in parameters.items():
+    own = {} if training.state is None else training.state()
+    tensors = {f"{_OWN}|{name}": tensor for name, tensor in own.items()}
+    for name, parameter in training.parameters.items():
         moments = optimizer.state[parameter]
         tensors[f"{name}|value"] = parameter.detach()
         tensors[f"{name}|mean"] = moments["exp_avg"]
@@ -260,7 +279,7 @@ def _save_state(
 def _load_state(
     path: Path | None,
     phase: str,
-    parameters: Mapping[str, nn.Parameter],
+    training: Training,
     optimizer: torch.optim.AdamW,
     steps: int,
 ) -> _State:
@@ -280,7 +299,7 @@ def _load_state(
             raise ValueError(f"it is of {state.phase!r} with {state.steps} steps")
         loaded = [
             (parameter, *(tensors[f"{name}|{part}"] for part in ("value", "mean", "square")))
-            for name, parameter in parameters.items()
+            for name, parameter in training.parameters.items()
         ]
         for parameter, *parts in loaded:
             if any(p.shape != parameter.shape for p in parts):
@@ -298,5 +317,8 @@ def _load_state(
             "exp_avg": mean.to(like.device),
             "exp_avg_sq": square.to(like.device),
         }
+    if training.load_state is not None:
+        own = {k.removeprefix(f"{_OWN}|"): v for k, v in tensors.items() if k.startswith(_OWN)}
+        training.load_state(own)
     logger.info("going on with %s at step %d of %d", phase, state.step + 1, steps)
     return state

@@ -34,13 +34,15 @@ ROWS = (
     ("gradients", "generation", "harness"),
     ("graphs",),
     ("forward",),
-    ("adapters", "models", "packing", "acceleration"),
+    ("adapters",),
+    ("models", "packing", "acceleration"),
     ("tasks",),
     ("pipelines",),
     ("store",),
     ("comparing",),
     ("merging", "metrics"),
     ("engine",),
+    ("kinds",),
     ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
@@ -57,8 +59,8 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
     "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
-    "context", "auditing", "blaming", "differing", "remerging", "answering", "changes", "comparing",
-    "plain", "reporting", "models", "store", "config",
+    "context", "kinds", "auditing", "blaming", "differing", "remerging", "answering", "changes",
+    "comparing", "plain", "reporting", "models", "store", "config",
     "records", "refs", "registry", "sandbox", "extras", "errors", "image_intake", "sampling",
     "pipelines",
 }  # fmt: skip

@@ -32,7 +32,7 @@ def test_scaling_is_alpha_over_rank():
         ("alpha", "64"), ("sparsity", 1.0), ("sparsity", -0.1), ("scope", "row"), ("targets", ()),
         ("targets", ("q", "")), ("targets", ["q"]), ("projection", ""), ("seed", -1),
         ("seed", 2**63), ("batch", 0), ("steps", -1), ("epochs", 0.0), ("calibration_steps", 0),
-        ("calibration_rows", 0), ("learning_rate", 0.0), ("dense_learning_rate", -1.0),
+        ("calibration_rows", 0), ("learning_rate", -1e-3), ("dense_learning_rate", -1.0),
         ("schedule", "step"), ("warmup", 1.0), ("weight_decay", -0.1), ("clip", -1.0),
         ("max_length", 1), ("precision", "fp16"), ("store_dtype", "int8"), ("score_batch", 0),
         ("checkpoint_seconds", -1.0), ("nullspace_energy", 1.0), ("nullspace_energy", -0.1),

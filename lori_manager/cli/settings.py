@@ -13,11 +13,14 @@ import typer
 from lori_manager import config
 from lori_manager.cli import complete
 from lori_manager.config import Config
+from lori_manager.kinds import KINDS, check_given
 
 Changes = Mapping[str, Any]
 
 # `max_length` is not here: a task's rows are cut by lori.toml alone, alike for every adapter.
-TRAINING = tuple(f.name for f in dataclasses.fields(Config) if f.name != "max_length")
+# `kind_options` are read as KEY=VALUE by the commands that take them.
+_NO_OPTION = ("max_length", "kind_options")
+TRAINING = tuple(f.name for f in dataclasses.fields(Config) if f.name not in _NO_OPTION)
 CALIBRATION = (
     "calibration_steps", "calibration_rows", "sparsity", "scope", "rank", "alpha", "targets",
     "projection", "nullspace_energy", "nullspace_scale", "seed", "batch", "dense_learning_rate",
@@ -28,6 +31,7 @@ SCORING = ("precision", "base_bits", "score_batch", "packing", "kernels", "run_c
 
 _SHORT = {"learning_rate": "--lr", "dense_learning_rate": "--dense-lr"}
 _CHOICES = {
+    "kind": tuple(KINDS),
     "scope": config.SCOPES,
     "precision": config.PRECISIONS,
     "base_bits": tuple(str(bits) for bits in config.BASE_BITS),
@@ -80,7 +84,9 @@ def configured(base: Config, changes: Changes) -> Config:
     changes = dict(changes)
     if "targets" in changes:
         changes["targets"] = tuple(t.strip() for t in changes["targets"].split(","))
-    return base.replace(**changes)
+    found = base.replace(**changes)
+    check_given(found, changes)
+    return found
 
 
 def _flag(key: str) -> str:

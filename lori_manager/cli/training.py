@@ -13,6 +13,7 @@ from lori_manager.cli.output import Json
 from lori_manager.cli.scores import names
 from lori_manager.cli.session import workspace
 from lori_manager.cli.settings import CALIBRATION, TRAINING, Changes, configured, with_settings
+from lori_manager.kinds import parse_options
 
 if TYPE_CHECKING:
     from lori_manager.teaching import Trained
@@ -130,6 +131,15 @@ def train(
             autocompletion=complete.lines,
         ),
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-o",
+            metavar="KEY=VALUE",
+            help="An option of the kind's own, see `lori kinds`; may be repeated.",
+        ),
+    ] = None,
     allow_foreign_mask: Annotated[
         bool,
         typer.Option("--allow-foreign-mask", help="Take a mask that another A calibrated."),
@@ -154,6 +164,9 @@ def train(
     )  # fmt: skip
     with workspace(ctx) as ws:
         config = configured(ws.settings.config, changes)
+        if option:
+            own = {**config.kind_options, **parse_options(config.kind, option)}
+            config = config.replace(kind_options=own)
         trained = ws.train(tasks, config, options, sequence=sequence)
     if json:
         output.print_json(trained)

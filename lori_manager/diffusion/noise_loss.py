@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
 from lori_manager.diffusion.noise import normals, spread_timesteps, timesteps
 from lori_manager.diffusion.pipeline import DiffusionBase
@@ -51,24 +52,23 @@ def noise_steps(base: DiffusionBase, config: Config, label: str) -> StepsOf:
 
     @contextmanager
     def steps(
-        trained: Sequence[nn.Parameter], batches: Sequence[Sequence[list[Picture]]], first: int
+        training: Training, batches: Sequence[Sequence[list[Picture]]], first: int
     ) -> Iterator[Steps]:
         every = [picture for step in batches for part in step for picture in part]
         if every:
             base.latents(list({p.digest: p for p in every}.values()))
             base.texts(list({p.caption for p in every}))
         base.release()
-        yield _NoiseSteps(base, trained, first, f"{config.seed}|{label}")
+        yield _NoiseSteps(base, training, first, f"{config.seed}|{label}")
 
     return steps
 
 
 class _NoiseSteps:
-    def __init__(
-        self, base: DiffusionBase, trained: Sequence[nn.Parameter], step: int, label: str
-    ) -> None:
-        self._base, self._trained, self._step, self._label = base, trained, step, label
-        for p in trained:
+    def __init__(self, base: DiffusionBase, training: Training, step: int, label: str) -> None:
+        self._base, self._step, self._label = base, step, label
+        self._trained, self._penalty = list(training.parameters.values()), training.penalty
+        for p in self._trained:
             p.grad = torch.zeros_like(p)
 
     def of(self, parts: Sequence[Sequence[Picture]]) -> Tensor:
@@ -91,12 +91,17 @@ class _NoiseSteps:
             own = (t[begin : begin + len(part)] for t in placed)
             begin += len(part)
             loss = squared_errors(base, *own).sum() / len(pictures)
-            found = torch.autograd.grad(loss, self._trained, allow_unused=True)
-            for p, gradient in zip(self._trained, found, strict=True):
-                if gradient is not None:
-                    p.grad.add_(gradient)  # type: ignore[union-attr]
+            self._add_gradient(loss)
             losses.append(loss.detach())
+        if self._penalty is not None:
+            self._add_gradient(self._penalty())
         return torch.stack(losses).sum()
+
+    def _add_gradient(self, loss: Tensor) -> None:
+        found = torch.autograd.grad(loss, self._trained, allow_unused=True)
+        for p, gradient in zip(self._trained, found, strict=True):
+            if gradient is not None:
+                p.grad.add_(gradient)  # type: ignore[union-attr]
 
 
 def held_out_losses(

@@ -23,6 +23,15 @@ A routed adapter's record has also
 
 and the tensors router.codes, router.rest, both matrices in that code.
 
+What is no low-rank update is a file of another format, `lori-kind`. Its record lists
+
+    kind         the name
+    options      plain JSON
+    shapes       [[*sizes, [names]], ...]
+    values       {"dtype", "common"}
+
+and its tensors are values.codes and values.rest, in sorted order of the names.
+
 A mask's record lists `modules` as [[out_features, rank, [names]], ...] and `kept`;
 its one tensor is `mask`.
 
@@ -43,13 +52,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lori_manager.engine import bits
-from lori_manager.engine.container import Container, read_container, read_meta, write_container
+from lori_manager.engine.container import (
+    Container,
+    read_container,
+    read_format,
+    read_meta,
+    write_container,
+)
 from lori_manager.engine.projection import FIELDS, ProjectionSpec
 from lori_manager.engine.router import Router
-from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.engine.weights import AdapterWeights, Block, KindWeights, Stored
 from lori_manager.errors import DamagedObject, IncompatibleStore
 
 ADAPTER_FORMAT = "lori-adapter"
+KIND_FORMAT = "lori-kind"
 MASK_FORMAT = "lori-mask"
 
 # A file of n bytes may describe FREE_ENTRIES + ENTRIES_PER_BYTE * n entries of B, and
@@ -82,6 +98,7 @@ _BLOCK_FIELDS = {
 _PROJECTION_TYPES = {"seed": (int,), "line": (str,), "first_row": (int,), "rank": (int,)}
 _VALUES_FIELDS = {"dtype": (str,), "common": (list,)}
 _MASK_FIELDS = {"modules": (list,), "kept": (int,)}
+_KIND_FIELDS = {"kind": (str,), "options": (dict,), "shapes": (list,), "values": (dict,)}
 _ROUTER_FIELDS = {
     "reads": (str,),
     "parts": (list,),
@@ -163,6 +180,69 @@ def decode_adapter(
             if block.projection_digest != r["digest"]:
                 raise DamagedObject(f"block {i}: A is not the one that B was trained on")
     return AdapterWeights(blocks, router, parts), meta
+
+
+def encode_kind(weights: KindWeights, meta: Mapping[str, Any] | None = None) -> bytes:
+    """What is no low-rank update, as the bytes of a file.
+
+    Args:
+        weights: its tensors share one dtype: bfloat16, float16 or float32. Not modified.
+        meta: what the caller wants to find again, as plain JSON values.
+    Returns:
+        Bytes from which `decode_kind` restores every value bit for bit.
+    Raises:
+        ValueError: an empty tensor, a value that is not finite, names that cannot be
+            printed, options or meta that are not plain JSON.
+    """
+    tensors = weights.tensors
+    _check_names(tensors)
+    empty = [name for name, t in tensors.items() if t.numel() == 0 or t.ndim == 0]
+    if empty:
+        raise ValueError(f"{empty[0]!r} has no values in rows")
+    shapes: Sizes = {name: tuple(tensors[name].shape) for name in sorted(tensors)}
+    coded: Tensors = {}
+    record = {
+        "kind": weights.kind,
+        "options": dict(weights.options),
+        "shapes": _group(shapes),
+        "values": _encode_values(tensors, "values", coded),
+    }
+    return write_container(KIND_FORMAT, Container(dict(meta or {}), record, coded))
+
+
+def decode_kind(data: bytes) -> tuple[KindWeights, dict[str, Any]]:
+    """Inverse of `encode_kind`.
+
+    Returns:
+        The weights, on the CPU, and the caller's meta.
+    Raises:
+        DamagedObject: not such a file, or altered in any bit.
+        IncompatibleStore: written by a newer lori.
+    """
+    meta, record, tensors = read_container(data, KIND_FORMAT)
+    record = _fields(record, "the file", _KIND_FIELDS)
+    shapes = _ungroup(record["shapes"], None, "the file")
+    if _count(shapes) > FREE_ENTRIES + ENTRIES_PER_BYTE * len(data):
+        raise DamagedObject(f"{len(data)} bytes cannot hold tensors as large as the file names")
+    values = _decode_values(record["values"], shapes, "values", tensors)
+    _expect_no_more(tensors)
+    if not _is_name(record["kind"]):
+        raise DamagedObject("the file does not say its kind")
+    return KindWeights(record["kind"], record["options"], values), meta
+
+
+def encode(weights: Stored, meta: Mapping[str, Any] | None = None) -> bytes:
+    """`encode_adapter` or `encode_kind`, by what it is."""
+    if isinstance(weights, KindWeights):
+        return encode_kind(weights, meta)
+    return encode_adapter(weights, meta)
+
+
+def decode(data: bytes) -> tuple[Stored, dict[str, Any]]:
+    """The inverse of `encode`; raises as `decode_adapter` and `decode_kind`."""
+    if read_format(data) == KIND_FORMAT:
+        return decode_kind(data)
+    return decode_adapter(data)
 
 
 def encode_mask(mask: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> bytes:
@@ -400,9 +480,9 @@ def _flatten(matrices: Mapping[str, Tensor]) -> NDArray[Any]:
 def _split(flat: NDArray[Any], sizes: Sizes) -> dict[str, Tensor]:
     """Inverse of `_flatten`. The matrices are views, which do not overlap."""
     out, start = {}, 0
-    for name, (rows, columns) in sizes.items():
-        stop = start + rows * columns
-        out[name] = torch.from_numpy(flat[start:stop].reshape(rows, columns))
+    for name, shape in sizes.items():
+        stop = start + math.prod(shape)
+        out[name] = torch.from_numpy(flat[start:stop].reshape(shape))
         start = stop
     return out
 
@@ -415,10 +495,12 @@ def _group(sizes: Sizes) -> list[Any]:
     return [[*size, groups[size]] for size in sorted(groups)]
 
 
-def _ungroup(groups: list[Any], dimensions: int, where: str) -> Sizes:
+def _ungroup(groups: list[Any], dimensions: int | None, where: str) -> Sizes:
+    """The inverse of `_group`; `dimensions` None takes any number from one to eight."""
+    lengths = range(2, 10) if dimensions is None else (dimensions + 1,)
     sizes: Sizes = {}
     for group in groups:
-        if not isinstance(group, list) or len(group) != dimensions + 1:
+        if not isinstance(group, list) or len(group) not in lengths:
             raise DamagedObject(f"{where} has a malformed list of modules")
         *size, names = group
         if any(type(x) is not int or not 0 < x < _SIZE_LIMIT for x in size):

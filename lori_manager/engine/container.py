@@ -97,6 +97,16 @@ def read_meta(data: bytes) -> dict[str, Any]:
     return meta
 
 
+def read_format(data: bytes) -> str:
+    """The name of a file's format, from its header.
+
+    Raises:
+        DamagedObject, IncompatibleStore: as `read_container`.
+    """
+    _, doc = _read_header(data)
+    return str(doc["format"])
+
+
 def _read_header(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """The header's entries without metadata, and the checked document in the metadata."""
     size = int.from_bytes(data[:8], "little")

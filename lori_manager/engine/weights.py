@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,6 +137,33 @@ class AdapterWeights:
             ]
             out[name] = parts[0] if len(parts) == 1 else concat_updates(parts, [1.0] * len(parts))
         return out
+
+
+@dataclass(frozen=True)
+class KindWeights:
+    """An adapter that is no low-rank update: the tensors of its own kind.
+
+    Attributes:
+        kind: whose, see `kinds.KINDS`.
+        options: plain JSON with which, and with the base, its modules are built again.
+        tensors: name -> values of one dtype, in any number of dimensions, at least one.
+    """
+
+    kind: str
+    options: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.tensors:
+            raise ValueError("an adapter has at least one tensor")
+
+    @property
+    def rank(self) -> int:
+        """The rank that its kind trains at, 0 where it has none."""
+        return int(self.options.get("rank", 0))
+
+
+Stored = AdapterWeights | KindWeights
 
 
 def one_block(

@@ -1,0 +1,152 @@
+"""The kinds of adapters: what each is called, comes from, takes and can do.
+
+One row a kind, read by the settings, the command line, the tables and the contract tests.
+How a kind trains and acts is in `adapters/`, in the file of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lori_manager.config import Config
+from lori_manager.errors import InvalidInput
+
+LORI = "lori"
+# Settings that some kinds have no use for; all others count for every kind.
+LOW_RANK = frozenset({"rank", "alpha", "targets"})
+_LORI_ALONE = frozenset(
+    {"sparsity", "scope", "projection", "nullspace_energy", "nullspace_scale",
+     "calibration_steps", "calibration_rows", "dense_learning_rate"}
+)  # fmt: skip
+PARTIAL = LOW_RANK | _LORI_ALONE
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to adapt a base.
+
+    Attributes:
+        name: what `--kind` takes.
+        title: as papers write it.
+        source: the paper.
+        rate: usual peak learning rate of AdamW.
+        settings: which of `PARTIAL`, the settings not common to all kinds, count.
+        options: own options, name -> default.
+        low_rank: whether the result is an ordinary B A update, which merges, routes and is
+            a plain PEFT LoRA elsewhere.
+        export: in which form `lori export` writes it.
+        served: who can serve that without lori.
+        base_bits: of the base that it trains on, None where that is free.
+    """
+
+    name: str
+    title: str
+    source: str
+    rate: float
+    settings: frozenset[str] = LOW_RANK
+    options: Mapping[str, Any] = field(default_factory=dict)
+    low_rank: bool = True
+    export: str = "PEFT LoRA"
+    served: str = "vLLM, PEFT"
+    base_bits: int | None = None
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(LORI, "LoRI", "arXiv:2504.07448", 1e-2, PARTIAL),
+        Kind("lora", "LoRA", "arXiv:2106.09685", 5e-4),
+        Kind("rslora", "rsLoRA", "arXiv:2312.03732", 5e-4),
+    )
+}
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of that name.
+
+    Raises:
+        InvalidInput: there is none; says which there are.
+    """
+    if name not in KINDS:
+        raise InvalidInput(f"`kind` must be one of {', '.join(KINDS)}, got {name!r}")
+    return KINDS[name]
+
+
+def resolved(config: Config) -> Config:
+    """The settings with all that its kind decides filled in.
+
+    That is its usual learning rate where `learning_rate` is 0, the defaults of its own
+    options, and the bits of its base.
+    Raises:
+        InvalidInput: no such kind, an option that it has not, or of another type.
+    """
+    kind = kind_of(config.kind)
+    for key, value in config.kind_options.items():
+        if key not in kind.options:
+            known = ", ".join(sorted(kind.options)) or "none"
+            raise InvalidInput(f"kind `{kind.name}` has no option {key!r}; it has: {known}")
+        usual = kind.options[key]
+        if type(value) is not type(usual) and not (type(usual) is float and type(value) is int):
+            expected = type(usual).__name__
+            raise InvalidInput(f"option `{key}` of kind `{kind.name}` is {value!r}, expected "
+                               f"{expected} such as {usual!r}")  # fmt: skip
+    options = {
+        key: type(usual)(config.kind_options.get(key, usual)) for key, usual in kind.options.items()
+    }
+    return config.replace(
+        learning_rate=config.learning_rate or kind.rate,
+        kind_options=options,
+        base_bits=kind.base_bits,
+    )
+
+
+def check_given(config: Config, given: Collection[str]) -> None:
+    """Refuse settings that were named for this run and that its kind has no use for.
+
+    Raises:
+        InvalidInput: names them and those that count.
+    """
+    kind = kind_of(config.kind)
+    idle = sorted(PARTIAL.intersection(given) - kind.settings)
+    if idle:
+        counts = ", ".join(sorted(kind.settings)) or "none of its kind"
+        raise InvalidInput(
+            f"`{idle[0]}` does not count for kind `{kind.name}`: leave it out (what does, beside "
+            f"the settings of every training: {counts}; options: "
+            f"{', '.join(sorted(kind.options)) or 'none'})"
+        )
+
+
+def parse_options(kind: str, given: Collection[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts as options of a kind, each in the type of its default.
+
+    Raises:
+        InvalidInput: no such kind or option, no `=`, a value that is none of that type.
+    """
+    usual = kind_of(kind).options
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidInput(f"`--option` must be KEY=VALUE, got {text!r}")
+        if key not in usual:
+            known = ", ".join(sorted(usual)) or "none"
+            raise InvalidInput(f"kind `{kind}` has no option {key!r}; it has: {known}")
+        if key in found:
+            raise InvalidInput(f"option {key!r} is given twice; give it once")
+        found[key] = _read(key, value, usual[key])
+    return found
+
+
+def _read(key: str, text: str, usual: Any) -> Any:
+    if isinstance(usual, bool):
+        if text.lower() not in ("true", "false"):
+            raise InvalidInput(f"option `{key}` must be true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return type(usual)(text)
+    except ValueError as e:
+        expected = "a whole number" if isinstance(usual, int) else "a number"
+        raise InvalidInput(f"option `{key}` must be {expected}, got {text!r}") from e

@@ -1,0 +1,159 @@
+"""What holds for every kind of adapter; one new row in KINDS arrives tested."""
+
+import pytest
+import torch
+from small_workspaces import copied, make_workspace
+
+from lori_manager.adapters.applying import applied
+from lori_manager.adapters.kind import module_of
+from lori_manager.engine.codec import decode, encode
+from lori_manager.engine.weights import AdapterWeights, KindWeights
+from lori_manager.errors import InvalidInput
+from lori_manager.kinds import KINDS, LORI, resolved
+from lori_manager.teaching import TrainOptions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OTHERS = [name for name in KINDS if name != LORI]
+LOW_RANK = [name for name in KINDS if KINDS[name].low_rank]
+
+
+@pytest.fixture(scope="module")
+def untaught(tiny_base, tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("kinds") / "w", tiny_base, checkpoint_seconds=0.0)
+
+
+@pytest.fixture
+def ws(untaught, tmp_path):
+    return copied(untaught, tmp_path / "w")
+
+
+def config_of(ws, kind, **changes):
+    return ws.settings.config.replace(kind=kind, **changes)
+
+
+def trained(ws, kind, task="colour", **changes):
+    return ws.train([task], config_of(ws, kind, **changes))[0]
+
+
+def logits(base):
+    ids = torch.arange(6)[None] + 40
+    with torch.no_grad():
+        return base.model(input_ids=ids.to(base.device), use_cache=False).logits[0].clone()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_trains_is_stored_scored_and_changes_what_the_model_says(ws, kind):
+    base = ws.base_model(ws.settings.config)
+    before, modules = logits(base), {n: id(m) for n, m in base.model.named_modules()}
+    found = trained(ws, kind, steps=12)
+    again = ws.base_model(resolved(config_of(ws, kind)))
+    if again is base:
+        assert torch.equal(logits(base), before)
+        assert {n: id(m) for n, m in base.model.named_modules()} == modules
+        assert not any(p.requires_grad for p in base.model.parameters())
+    assert found.adapter.facts["last_loss"] < found.adapter.facts["first_loss"]
+    assert found.scores[0].rows == 8
+    plain = logits(again)
+    with applied(again, ws.stored(found.adapter)):
+        assert (logits(again) - plain).abs().max() > 1e-4
+    assert torch.equal(logits(again), plain)
+    assert list(ws.verify()) == []
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_stored_says_what_was_trained(ws, kind):
+    """The loaded adapter against the modules that trained, in float32."""
+    config = resolved(config_of(ws, kind))
+    base = ws.base_model(config)
+    _, rows = ws.rows(ws.store.task("colour"), "train")
+    from lori_manager.training import fit
+
+    with module_of(kind).training(base, config, steps=6) as training:
+        fit(base, training.parameters, rows, config, steps=6, peak=config.learning_rate,
+            training=training)  # fmt: skip
+        during = logits(base)
+        weights = training.weights(torch.float32)
+    blob = encode(weights)
+    loaded, _ = decode(blob)
+    assert encode(loaded) == blob
+    plain = logits(base)
+    with applied(base, loaded):
+        assert torch.allclose(logits(base), during, atol=2e-5)
+    assert not torch.allclose(plain, during, atol=1e-3)
+    kind_of = KINDS[kind]
+    assert isinstance(loaded, AdapterWeights if kind_of.low_rank else KindWeights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_gives_the_same_digest_and_another_does_not(untaught, tmp_path, kind):
+    digests = []
+    for i, seed in enumerate((1, 1, 2)):
+        ws = copied(untaught, tmp_path / str(i))
+        torch.manual_seed(i)  # nothing may hang on the process' own generator
+        digests.append(trained(ws, kind, seed=seed).adapter.digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+class Stopped(Exception):
+    """The interruption."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_training_goes_on_to_the_same_digest(untaught, tmp_path, kind):
+    whole = trained(copied(untaught, tmp_path / "whole"), kind, steps=10).adapter
+    ws = copied(untaught, tmp_path / "stopped")
+    for stop in (3, 7):
+
+        def tell(told, stop=stop):
+            if told.phase.startswith("training") and told.step == stop:
+                raise Stopped
+
+        ws.on_progress = tell
+        with pytest.raises(Stopped):
+            trained(ws, kind, steps=10)
+    assert list((ws.store.root / "runs").glob("*/0-training*"))
+    ws.on_progress = lambda told: None
+    assert trained(ws, kind, steps=10).adapter.digest == whole.digest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_takes_low_rank_kinds_and_refuses_the_others_in_one_sentence(ws, kind):
+    refs = [trained(ws, kind, task).adapter.ref for task in ("colour", "shape")]
+    if KINDS[kind].low_rank:
+        merged = ws.merge(refs, method="concat").adapter
+        assert {p.ref for p in merged.parents} == set(refs)
+    else:
+        with pytest.raises(InvalidInput, match=f"{refs[0]} is of kind `{kind}`.*cannot be merged"):
+            ws.merge(refs, method="concat")
+    assert len(ws.store.adapters()) == 2 + KINDS[kind].low_rank
+
+
+@pytest.mark.parametrize("kind", LOW_RANK)
+def test_an_export_of_a_low_rank_kind_is_a_plain_peft_lora(ws, kind, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = trained(ws, kind, store_dtype="fp32").adapter
+    folder = ws.export(adapter.ref, tmp_path / "out")
+    base = ws.base_model(ws.settings.config)
+    with applied(base, ws.stored(adapter)):
+        ours = logits(base)
+    model = AutoModelForCausalLM.from_pretrained(ws.base_folder, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(model, folder).eval()
+    with torch.no_grad():
+        theirs = peft(input_ids=torch.arange(6)[None] + 40).logits[0]
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_for_lori_alone_is_refused_for_other_kinds(ws, kind):
+    with pytest.raises(InvalidInput, match=f"--dense is for kind `lori`.*`{kind}`"):
+        ws.train(["colour"], config_of(ws, kind), TrainOptions(dense=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_described(kind):
+    row = KINDS[kind]
+    assert row.source.startswith("arXiv:")
+    assert row.rate > 0
+    assert all((row.title, row.export, row.served))
