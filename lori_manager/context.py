@@ -153,16 +153,16 @@ class Context:
         Raises:
             InvalidInput: the base is a language model, or settings that are for one.
         """
-        from lori_manager.diffusion.pipeline import load_pipeline
+        from lori_manager.diffusion.pipeline import check_precision, load_pipeline
 
         if not self.makes_images:
             raise InvalidInput("images need a diffusion pipeline as the base: this is a language "
                                "model")  # fmt: skip
         wanted = models.resolve_precision(config.precision)
+        check_precision(wanted, config.base_bits)
         if self._pipeline is None or self._pipeline.precision != wanted:
-            self._pipeline = None
-            folder = self.base_folder
-            self._pipeline = load_pipeline(folder, wanted, base_bits=config.base_bits)
+            self._pipeline = None  # before the next is loaded: memory may hold one alone
+            self._pipeline = load_pipeline(self.base_folder, wanted)
         return self._pipeline
 
     def model(self, config: Config) -> Any:

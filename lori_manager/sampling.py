@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,8 +53,8 @@ def sample(
 
     Args:
         refs: adapters; the base comes first by itself.
-        prompts: a column each; the first captions that the adapters' tasks are scored on
-            where None.
+        prompts: a column each; where None, first captions that the adapters' tasks are scored
+            on, of each task in turn.
         path: of the PNG; a file there is replaced.
         seed: of the noise.
         steps: of the pipeline's own scheduler.
@@ -74,8 +75,7 @@ def sample(
         ws.check_single(adapter)
     names = list(dict.fromkeys(name for a in adapters for name in ws.tasks_of(a)))
     if prompts is None:
-        captions = [p.caption for n in names for p in ws.pictures(ws.store.task(n), "eval")]
-        prompts = list(dict.fromkeys(captions))[:MOST_PROMPTS]
+        prompts = _captions(ws, names)
     if not prompts or not all(p.strip() for p in prompts):
         raise InvalidInput("nothing to show: give `--prompts 'one;another'`")
     painter = Painter(base, steps=steps, guidance=guidance, seed=seed)
@@ -93,3 +93,10 @@ def sample(
     target = Path(path)
     write_atomic(target, png(grid(rows, labels, prompts)))
     return Sampled(target, tuple(labels), tuple(prompts))
+
+
+def _captions(ws: Context, names: Sequence[str]) -> list[str]:
+    """Up to `MOST_PROMPTS` captions of tasks' eval images, taken in turn."""
+    own = [[p.caption for p in ws.pictures(ws.store.task(name), "eval")] for name in names]
+    turns = [caption for turn in zip_longest(*own) for caption in turn if caption is not None]
+    return list(dict.fromkeys(turns))[:MOST_PROMPTS]

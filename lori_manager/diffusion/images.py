@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 
 class Painter:
-    """Paints prompts with the UNet as it is at the time, adapter layers included."""
+    """Paints prompts with the UNet as it is at the time, adapter layers included.
+
+    Captions are encoded and latents are decoded in float32, as in training.
+    """
 
     def __init__(self, base: DiffusionBase, *, steps: int, guidance: float, seed: int) -> None:
-        """Put diffusers' pipeline together around the base's parts.
+        """Put diffusers' pipeline together around the base's UNet.
 
         Args:
             steps: of the pipeline's own scheduler.
@@ -32,10 +35,9 @@ class Painter:
 
         kind: Any = diffusers.StableDiffusionPipeline
         self._base, self._steps, self._guidance, self._seed = base, steps, guidance, seed
-        dtype = base.dtype
         self._pipe = kind(
-            vae=base.vae,
-            text_encoder=base.text_encoder.to(dtype),
+            vae=None,
+            text_encoder=None,
             tokenizer=base.tokenizer,
             unet=base.model,
             scheduler=_scheduler(base),
@@ -43,8 +45,6 @@ class Painter:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        self._pipe.vae.to(dtype)
-        base.release()
         self._pipe.set_progress_bar_config(disable=True)
 
     def paint(self, prompt: str, number: int = 0) -> Image:
@@ -53,21 +53,21 @@ class Painter:
         Args:
             number: of the noise: the same number and seed start from the same.
         """
-        config = self._base.model.config
+        base = self._base
+        config = base.model.config
         shape = (1, config.in_channels, config.sample_size, config.sample_size)
-        label = f"{self._seed}|sample|{number}"
-        start = normals(label, shape).to(self._base.device, self._base.dtype)
-        later = torch.Generator("cpu").manual_seed(self._seed + number)
+        start = normals(f"{self._seed}|sample|{number}", shape)
         with torch.inference_mode():
-            out = self._pipe(
-                prompt,
-                latents=start,
-                generator=later,
+            latents = self._pipe(
+                prompt_embeds=base.texts([prompt]).to(base.device),
+                negative_prompt_embeds=base.texts([""]).to(base.device),
+                latents=start.to(base.device, base.dtype),
+                generator=torch.Generator("cpu").manual_seed(self._seed + number),
                 num_inference_steps=self._steps,
                 guidance_scale=self._guidance,
-            )
-        image: Image = out.images[0]
-        return image
+                output_type="latent",
+            ).images
+        return base.decoded(latents)
 
 
 def _scheduler(base: DiffusionBase) -> Any:

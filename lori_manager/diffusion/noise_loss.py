@@ -88,7 +88,7 @@ class _NoiseSteps:
             p.grad.zero_()  # type: ignore[union-attr]
         begin = 0
         for part in parts:
-            own = (t[begin : begin + len(part)] for t in placed)
+            own = [t[begin : begin + len(part)] for t in placed]
             begin += len(part)
             loss = squared_errors(base, *own).sum() / len(pictures)
             self._add_gradient(loss)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from lori_manager.engine.frozen import freeze_convolutions
 from lori_manager.errors import InvalidInput, NotFound, first_line
 from lori_manager.models import best_device, linear_shapes, resolve_precision
 from lori_manager.tasks.images import Picture, load_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -155,10 +158,18 @@ class DiffusionBase:
             x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
             with torch.no_grad():
                 mean = self.vae.encode(x).latent_dist.mode()
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            made = ((mean - shift) * self.vae.config.scaling_factor).cpu()
+            made = (mean * self.vae.config.scaling_factor).cpu()
             self._latents |= {p.digest: m.clone() for p, m in zip(part, made, strict=True)}
         return torch.stack([self._latents[p.digest] for p in pictures])
+
+    def decoded(self, latents: Tensor) -> Image:
+        """The image that latents (1, channels, h, w) stand for."""
+        from PIL import Image as Images
+
+        with torch.no_grad():
+            pixels = self.vae.decode(latents.float() / self.vae.config.scaling_factor).sample[0]
+        levels = (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        return Images.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """(n, tokens, width) in the UNet's dtype on the CPU; each caption is encoded once.
@@ -199,6 +210,14 @@ def load_part(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+def check_precision(precision: str, base_bits: int) -> None:
+    """InvalidInput for what is for language models alone; `precision` is a resolved one."""
+    if precision not in DTYPES or base_bits != 16:
+        known = precision in DTYPES
+        asked = f"`base_bits` {base_bits}" if known else f"`precision` {precision}"
+        raise InvalidInput(f"{asked} needs a language model: a UNet is fp32 or bf16, of 16 bits")
+
+
 def load_pipeline(
     folder: Path, precision: str = "auto", device: str | None = None, base_bits: int = 16
 ) -> DiffusionBase:
@@ -215,11 +234,7 @@ def load_pipeline(
     """
     pipelines.check_library("a diffusion pipeline")
     precision = resolve_precision(precision)
-    if precision not in DTYPES or base_bits != 16:
-        asked = (
-            f"`precision` {precision}" if precision not in DTYPES else f"`base_bits` {base_bits}"
-        )
-        raise InvalidInput(f"{asked} is for language models: a UNet is fp32 or bf16, of 16 bits")
+    check_precision(precision, base_bits)
     from diffusers import UNet2DConditionModel
 
     device = device or best_device()
