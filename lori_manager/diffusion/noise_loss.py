@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
+from lori_manager.diffusion.capture import Captured
 from lori_manager.diffusion.noise import normals, spread_timesteps, timesteps
 from lori_manager.diffusion.pipeline import DiffusionBase
 from lori_manager.errors import InvalidInput
@@ -59,15 +60,21 @@ def noise_steps(base: DiffusionBase, config: Config, label: str) -> StepsOf:
             base.latents(list({p.digest: p for p in every}.values()))
             base.texts(list({p.caption for p in every}))
         base.release()
-        yield _NoiseSteps(base, training, first, f"{config.seed}|{label}")
+        told = f"{config.seed}|{label}"
+        yield _NoiseSteps(base, training, first, told, config.graphs == "auto")
 
     return steps
 
 
 class _NoiseSteps:
-    def __init__(self, base: DiffusionBase, training: Training, step: int, label: str) -> None:
+    def __init__(
+        self, base: DiffusionBase, training: Training, step: int, label: str, graphs: bool
+    ) -> None:
         self._base, self._step, self._label = base, step, label
         self._trained, self._penalty = list(training.parameters.values()), training.penalty
+        self._run: Callable[..., Tensor] = self._summed
+        if graphs and training.graphs and base.device.type == "cuda":
+            self._run = Captured(self._summed)
         for p in self._trained:
             p.grad = torch.zeros_like(p)
 
@@ -90,12 +97,18 @@ class _NoiseSteps:
         for part in parts:
             own = [t[begin : begin + len(part)] for t in placed]
             begin += len(part)
-            loss = squared_errors(base, *own).sum() / len(pictures)
-            self._add_gradient(loss)
-            losses.append(loss.detach())
+            losses.append(self._run(*own).clone())
+        for p in self._trained:
+            p.grad.div_(len(pictures))  # type: ignore[union-attr]
         if self._penalty is not None:
             self._add_gradient(self._penalty())
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum() / len(pictures)
+
+    def _summed(self, *inputs: Tensor) -> Tensor:
+        """Add the gradient of the images' summed loss to the parameters' own."""
+        loss = squared_errors(self._base, *inputs).sum()
+        self._add_gradient(loss)
+        return loss.detach()
 
     def _add_gradient(self, loss: Tensor) -> None:
         found = torch.autograd.grad(loss, self._trained, allow_unused=True)

@@ -1,10 +1,6 @@
-"""A tiny pipeline for all tests of images; they are skipped where diffusers is missing."""
+"""A tiny pipeline for all tests of images."""
 
 import pytest
-
-for library in ("diffusers", "PIL"):
-    pytest.importorskip(library, reason=f"{library} is missing: install the extra `diffusion`")
-
 from tiny_pipeline import make_pipeline, write_images
 
 from lori_manager.workspace import Workspace

@@ -3,6 +3,9 @@ import json
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("diffusers", reason="diffusers is missing: install the extra `diffusion`")
+
 from PIL import Image
 from tiny_pipeline import make_pipeline, write_images
 from typer.testing import CliRunner

@@ -3,6 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("diffusers", reason="diffusers is missing: install the extra `diffusion`")
+
 from tiny_pipeline import make_pipeline
 
 from lori_manager.adapters.kind import Training
