@@ -35,41 +35,49 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
 
     For a UNet, the PEFT directory is one that diffusers' loaders read.
 
-    A routed adapter is a PEFT directory a member, with the router beside them. A whole model is
-    written as a stream; interrupted and called again, it goes on.
+    A routed adapter is a PEFT directory a member, with the router beside them. What is no
+    low-rank update is written as its kind says. A whole model is written as a stream;
+    interrupted and called again, it goes on.
 
     Raises:
         Conflict: the directory is there and not empty.
-        InvalidInput: a routed adapter and `full`.
+        InvalidInput: `full` and a routed adapter, or one of a kind that has no place in the
+            base's weights.
     """
     from lori_manager.adapters.full_export import write_full
+    from lori_manager.adapters.kind import module_of
     from lori_manager.adapters.peft_export import write_peft
     from lori_manager.adapters.routed_directory import write_routed
+    from lori_manager.engine.weights import KindWeights
 
     adapter = ws.adapter(ref)
-    base = ws.store.base()
     target = Path(directory)
     if full:
         ws.check_language("`--format full`")
         ws.check_single(adapter)
-        updates = ws.weights(adapter).updates()
+        weights = ws.stored(adapter)
         progress = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
-        write_full(ws.base_folder, updates, target, fingerprint=base.fingerprint, told=progress)
+        whole: dict[str, Any] = {"fingerprint": ws.store.base().fingerprint, "told": progress}
+        if isinstance(weights, KindWeights):
+            writer = module_of(weights.kind)
+            if not hasattr(writer, "write_full"):
+                raise InvalidInput(
+                    f"{adapter.ref} is of kind `{weights.kind}`, which changes no weight of the "
+                    "base: it cannot be merged into them; leave `--format full` out"
+                )
+            writer.write_full(weights, ws.base_folder, target, **whole)
+        else:
+            write_full(ws.base_folder, weights.updates(), target, **whole)
         return target
-    weights = ws.weights(adapter)
-    model = models.load_skeleton(ws.base_folder)
-    told: dict[str, Any] = {
-        "base_name": base.source,
-        "revision": base.revision,
-        "fingerprint": base.fingerprint,
-        "all_modules": [name for name, _ in model.model.named_modules()],
-        "transposed": model.transposed,
-        "label": adapter.ref,
-    }
     if ws.makes_images:
         from lori_manager.adapters.diffusers_export import write_diffusers
 
-        write_diffusers(weights.updates(), target, **told)
+        write_diffusers(ws.weights(adapter).updates(), target, **_told(ws, adapter))
+        return target
+    weights = ws.stored(adapter)
+    told = _told(ws, adapter)
+    if isinstance(weights, KindWeights):
+        module_of(weights.kind).write(weights, target, {**told, "folder": ws.base_folder})
     elif weights.router is not None:
         names = _member_names(ws, adapter)
         members = {name: weights.member(i).updates() for i, name in enumerate(names)}
@@ -77,6 +85,20 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
     else:
         write_peft(weights.updates(), target, **told)
     return target
+
+
+def _told(ws: Context, adapter: Adapter) -> dict[str, Any]:
+    """What a PEFT directory says of an adapter and its base."""
+    base = ws.store.base()
+    skeleton = models.load_skeleton(ws.base_folder)
+    return {
+        "base_name": base.source,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "all_modules": [name for name, _ in skeleton.model.named_modules()],
+        "transposed": skeleton.transposed,
+        "label": adapter.ref,
+    }
 
 
 def routed(ws: Context, ref: str, config: Config | None = None) -> RoutedModel:
