@@ -186,6 +186,21 @@ def test_an_interrupted_training_ends_at_the_same_digest(styles, kind):
     assert cut.adapter.digest == whole.adapter.digest
 
 
+@pytest.mark.parametrize("kind", ["rslora", "pissa", "adalora", "svfit"])
+def test_other_low_rank_kinds_train_and_are_exported(styles, tmp_path, kind):
+    config = styles.settings.config.replace(kind=kind, steps=8)
+    (trained,) = styles.train(["water"], config)
+    assert trained.adapter.method == kind
+    assert trained.scores[0].task == "water"
+    styles.export(trained.adapter.ref, tmp_path / "out")
+    assert (tmp_path / "out" / WEIGHTS_FILE).is_file()
+
+
+def test_a_may_begin_with_the_singular_vectors(styles):
+    (trained,) = styles.train(["water"], styles.settings.config.replace(init="svd", steps=1))
+    assert trained.adapter.method == "lori-s"
+
+
 def test_other_targets_may_be_named(styles):
     config = styles.settings.config.replace(targets=("attn1.to_v", "attn2.to_v"), steps=1)
     (trained,) = styles.train(["water"], config)
@@ -222,6 +237,13 @@ REFUSED = {
     "nullspace": lambda ws: ws.train(
         ["oil"], ws.settings.config.replace(projection="nullspace")
     ),
+    "place": lambda ws: ws.place("oil"),
+    "plop": lambda ws: ws.train(["oil"], ws.settings.config.replace(targets=("plop",))),
+    "suggest": lambda ws: ws.suggest("oil"),
+    "bench": lambda ws: ws.bench(["oil@1"]),
+    "compare": lambda ws: ws.compare_kinds("oil", ["lori", "lora"]),
+    "kind": lambda ws: ws.train(["oil"], ws.settings.config.replace(kind="prefix")),
+    "qlora": lambda ws: ws.train(["oil"], ws.settings.config.replace(kind="qlora")),
     "replay": lambda ws: ws.train(["oil"], options=_replay(), sequence=None),
 }  # fmt: skip
 
