@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,13 @@ from lori_manager.config import Config
 from lori_manager.engine import mask as masks
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.models import BaseModel
-from lori_manager.tasks.encoding import Encoded
-from lori_manager.training import OnProgress, TrainResult, fit
+from lori_manager.training import OnProgress, StepsOf, TrainResult, fit
 
 
 def grown_mask(
     base: BaseModel,
     block: Block,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     config: Config,
     *,
     exclude: Mapping[str, Tensor] | None = None,
@@ -28,6 +28,7 @@ def grown_mask(
     phase: str = "calibrating",
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
+    steps_of: StepsOf | None = None,
 ) -> tuple[dict[str, Tensor], TrainResult]:
     """Train B dense from zero for `calibration_steps`, keep its largest entries.
 
@@ -35,7 +36,7 @@ def grown_mask(
         block: whose A counts; its B does not.
         exclude: entries that must not be kept.
         beside: what acts in the model and stays fixed.
-        phase, checkpoint, on_progress: see `fit`.
+        phase, checkpoint, on_progress, steps_of: see `fit`.
     Returns:
         Module name -> bool (out_features, rank), and what the training left behind.
     Source: LoRI, arXiv:2504.07448.
@@ -54,6 +55,7 @@ def grown_mask(
             phase=phase,
             checkpoint=checkpoint,
             on_progress=on_progress,
+            steps_of=steps_of,
         )
     B = lori.trained_B(layers)
     return masks.calibrate_mask(B, config.sparsity, config.scope, exclude), result

@@ -14,7 +14,7 @@ from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
-from lori_manager.kinds import KINDS, LORI, resolved
+from lori_manager.kinds import KINDS, LORI, kind_of, resolved
 from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from lori_manager.engine.head import SoftTargets
     from lori_manager.engine.weights import AdapterWeights, Block, Stored
-    from lori_manager.tasks.encoding import Encoded
-    from lori_manager.training import TrainResult
+    from lori_manager.training import StepsOf, TrainResult
 
 
 NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
@@ -103,13 +102,15 @@ def _calibrated_mask(
     from lori_manager.tasks.batches import permutation
 
     split = "calibration" if "calibration" in task.splits else "train"
-    _, encoded = ws.rows(task, split, config.max_length)
+    phase = f"calibrating {task.name}"
+    base, encoded = ws.model(config), _rows_of(ws, task, split, config)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
     mask, result = grown_mask(
-        ws.base_model(config), block, encoded, config, exclude=exclude, beside=beside,
-        phase=f"calibrating {task.name}", checkpoint=checkpoint, on_progress=ws.on_progress,
+        base, block, encoded, config, exclude=exclude, beside=beside, phase=phase,
+        checkpoint=checkpoint, on_progress=ws.on_progress,
+        steps_of=_steps_of(ws, base, config, phase),
     )  # fmt: skip
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
@@ -141,6 +142,22 @@ def _calibrated_mask(
         f"dense steps in {result.seconds:.1f} s"
     )
     return stored
+
+
+def _rows_of(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
+    """A split's rows as training takes them: encoded text, or pictures."""
+    if task.images is not None:
+        return ws.pictures(task, split)
+    return ws.rows(task, split, config.max_length)[1]
+
+
+def _steps_of(ws: Context, base: Any, config: Config, phase: str) -> StepsOf | None:
+    """How the base is trained on such rows; None is the usual way, by completions."""
+    if not ws.makes_images:
+        return None
+    from lori_manager.diffusion.noise_loss import noise_steps
+
+    return noise_steps(base, config, phase)
 
 
 def _mask_for(
@@ -220,6 +237,8 @@ def train(
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
     _check_kind(config, options, sequence)
+    if not kind_of(config.kind).low_rank:
+        ws.check_language(f"kind `{config.kind}`")
     if not names:
         raise InvalidInput("name at least one task to train")
     if len(set(names)) != len(names):
@@ -257,6 +276,7 @@ def train(
         ws.check_single(start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if options.replay:
+        ws.check_language("`--replay`")
         parent = ws.adapter(options.start) if options.start else None
         check_replay(ws, tasks, parent, sequence=sequence is not None)
     if sequence is not None:
@@ -325,7 +345,7 @@ def _train_stage(
     config = placement.config
     line = sequence or options.line or task.name
     checkpoint = folder / f"{stage}-training.safetensors"
-    _, encoded = ws.rows(task, "train", config.max_length)
+    encoded = _rows_of(ws, task, "train", config)
     soft = None
     if options.replay:
         text = None if options.general_text is None else Path(options.general_text)
@@ -394,7 +414,7 @@ class _Learned:
 def _learn_lori(
     ws: Context,
     task: Task,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     soft: SoftTargets | None,
     config: Config,
     options: TrainOptions,
@@ -407,7 +427,7 @@ def _learn_lori(
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.training import fit, steps_for
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     kept = checkpoint.with_name(checkpoint.name.replace("training.safetensors", "A"))
     start = start_of(ws, task, config, line, parent, options.avoid, kept)
     block, beside = start.block, start.beside
@@ -415,6 +435,7 @@ def _learn_lori(
     mask = _mask_for(ws, task, block, config, options, calibration, beside)
     tensors = None if mask is None else ws.mask_tensors(mask)
     layers = lori.trainable_layers(base.model, block, tensors, beside)
+    phase = f"training {task.name}"
     with lori.in_training(base, layers, beside) as parameters:
         result = fit(
             base,
@@ -423,10 +444,11 @@ def _learn_lori(
             config,
             steps=steps_for(len(rows), config),
             peak=config.dense_learning_rate if mask is None else config.learning_rate,
-            phase=f"training {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
+            steps_of=_steps_of(ws, base, config, phase),
         )
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     return _Learned(
@@ -444,7 +466,7 @@ def _learn_lori(
 def _learn_kind(
     ws: Context,
     task: Task,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     soft: SoftTargets | None,
     config: Config,
     options: TrainOptions,
@@ -457,9 +479,10 @@ def _learn_kind(
     from lori_manager.adapters.lori import DTYPES
     from lori_manager.training import fit, steps_for
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     steps = steps_for(len(rows), config)
     start = None if parent is None else ws.stored(parent)
+    phase = f"training {task.name}"
     with module_of(config.kind).training(base, config, steps=steps, start=start) as training:
         for note in training.notes:
             ws.on_message(note)
@@ -470,11 +493,12 @@ def _learn_kind(
             config,
             steps=steps,
             peak=config.learning_rate,
-            phase=f"training {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
             training=training,
+            steps_of=_steps_of(ws, base, config, phase),
         )
         weights = training.weights(DTYPES[config.store_dtype])
     return _Learned(weights, config.kind, result, facts=dict(training.facts))

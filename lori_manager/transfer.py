@@ -33,6 +33,8 @@ class Imported:
 def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) -> Path:
     """Write an adapter as a PEFT directory, or the base with it merged in.
 
+    For a UNet, the PEFT directory is one that diffusers' loaders read.
+
     A routed adapter is a PEFT directory a member, with the router beside them. What is no
     low-rank update is written as its kind says. A whole model is written as a stream;
     interrupted and called again, it goes on.
@@ -51,6 +53,7 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
     adapter = ws.adapter(ref)
     target = Path(directory)
     if full:
+        ws.check_language("`--format full`")
         ws.check_single(adapter)
         weights = ws.stored(adapter)
         progress = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
@@ -65,6 +68,11 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
             writer.write_full(weights, ws.base_folder, target, **whole)
         else:
             write_full(ws.base_folder, weights.updates(), target, **whole)
+        return target
+    if ws.makes_images:
+        from lori_manager.adapters.diffusers_export import write_diffusers
+
+        write_diffusers(ws.weights(adapter).updates(), target, **_told(ws, adapter))
         return target
     weights = ws.stored(adapter)
     told = _told(ws, adapter)
@@ -130,6 +138,8 @@ def import_adapters(
     """
     from lori_manager.adapters.importing import read_adapter
     from lori_manager.engine.codec import encode
+
+    ws.check_language("importing PEFT adapters")
 
     skeleton = models.load_skeleton(ws.base_folder)
     base = ws.store.base()

@@ -18,7 +18,8 @@ ROWS = (
     ("workspace",),
     ("blaming", "differing", "forecasting", "gating", "kind_comparison", "benching", "suggesting"),
     ("remerging",),
-    ("teaching", "combining", "transfer", "intake", "integrity"),
+    ("image_intake",),
+    ("teaching", "combining", "transfer", "intake", "integrity", "sampling"),
     ("trials", "rehearsal", "probing"),
     ("merge_inputs",),
     ("answering",),
@@ -29,7 +30,7 @@ ROWS = (
     ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups", "grams", "calibrating"),
-    ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
+    ("training", "scoring", "consolidation", "distillation", "blockwise", "routing", "diffusion"),
     ("stages",),
     ("gradients", "generation", "harness", "feature_norms"),
     ("graphs",),
@@ -37,6 +38,7 @@ ROWS = (
     ("adapters",),
     ("models", "packing", "acceleration", "metering"),
     ("tasks",),
+    ("pipelines",),
     ("store",),
     ("comparing", "placement", "settings_file"),
     ("merging", "metrics"),
@@ -61,7 +63,8 @@ LIGHT_PARTS = {
     "settings_file", "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying",
     "merge_inputs", "context", "kinds", "auditing", "blaming", "differing", "remerging",
     "answering", "changes", "comparing", "plain", "reporting", "models", "store", "config",
-    "records", "refs", "registry", "sandbox", "extras", "errors",
+    "records", "refs", "registry", "sandbox", "extras", "errors", "image_intake", "sampling",
+    "pipelines",
 }  # fmt: skip
 
 
