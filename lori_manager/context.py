@@ -229,16 +229,18 @@ class Context:
 
         return decode_mask(self.store.mask_bytes(mask))[0]
 
-    def adapter(self, ref: str) -> Adapter:
+    def adapter(self, ref: str, *, removed: bool = False) -> Adapter:
         """The adapter that `line@3`, `line@latest` or `line@alias` means.
 
+        Args:
+            removed: take a removed version, too.
         Raises:
             NotFound: none. InvalidInput: `base`, or not a reference.
         """
         parsed = parse_adapter_ref(ref)
         if parsed is None:
             raise InvalidInput("`base` is not an adapter; name one such as `safety@1`")
-        return self.store.adapter(parsed)
+        return self.store.adapter(parsed, removed=removed)
 
     def weights(self, adapter: Adapter) -> AdapterWeights:
         """The stored factors, checked against digest and base.

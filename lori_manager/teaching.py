@@ -344,7 +344,7 @@ def _train_stage(
 
     config = placement.config
     line = sequence or options.line or task.name
-    checkpoint = folder / f"{stage}-training.safetensors"
+    checkpoint = folder / f"{stage}-training"
     encoded = _rows_of(ws, task, "train", config)
     soft = None
     if options.replay:
@@ -389,7 +389,10 @@ def _train_stage(
         encode(learned.weights, {"base": base} | learned.meta),
     )
     for left in folder.glob(f"{stage}-*"):
-        left.unlink(missing_ok=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
     ws.on_message(
         f"{adapter.ref}: {len(result.losses)} steps in {result.seconds:.1f} s, loss "
         f"{result.losses[0]:.3f} -> {result.losses[-1]:.3f}, {adapter.bytes / 1e6:.2f} MB"
@@ -428,7 +431,7 @@ def _learn_lori(
     from lori_manager.training import fit, steps_for
 
     base = ws.model(config)
-    kept = checkpoint.with_name(checkpoint.name.replace("training.safetensors", "A"))
+    kept = checkpoint.with_name(checkpoint.name.replace("training", "A"))
     start = start_of(ws, task, config, line, parent, options.avoid, kept)
     block, beside = start.block, start.beside
     calibration = checkpoint.with_name(checkpoint.name.replace("training", "calibration"))
@@ -548,7 +551,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
         finished = True
     except LoriError:
         # A run that was refused before it began leaves nothing to go on with.
-        begun = any(folder.glob("*.safetensors")) or ws.store.run_adapters(run.id)
+        begun = any(folder.glob("*/step-*")) or ws.store.run_adapters(run.id)
         if not begun:
             ws.store.finish_run(run.id)
             finished = True

@@ -31,8 +31,8 @@ from lori_manager import (
 from lori_manager.config import default_toml
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
-from lori_manager.records import Alias, Base
-from lori_manager.refs import check_name
+from lori_manager.records import Adapter, Alias, Base
+from lori_manager.refs import AdapterRef, check_name
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
@@ -234,6 +234,23 @@ class Workspace(Context):
         return gather(
             Source(self.store), self.root.name, ref, tasks, rows, answers or stored_answers(self)
         )
+
+    def remove(self, refs: Sequence[str], *, reason: str = "") -> list[Adapter]:
+        """Hide versions, all of them or none; `Store.collect` frees their files later.
+
+        Raises:
+            Conflict: an alias, an unfinished training, or a version that was made from one and
+                is not among them needs it.
+        """
+        return self.store.remove(self._refs(refs), reason=reason)
+
+    def restore(self, refs: Sequence[str], *, reason: str = "") -> list[Adapter]:
+        """Bring removed versions back, while their files are there."""
+        return self.store.restore(self._refs(refs), reason=reason)
+
+    def _refs(self, refs: Sequence[str]) -> list[AdapterRef]:
+        found = [self.adapter(ref, removed=True) for ref in dict.fromkeys(refs)]
+        return [AdapterRef(a.line, str(a.version)) for a in found]
 
     def set_alias(self, ref: str, alias: str) -> Alias:
         """Let `line@alias` mean the adapter `ref`."""

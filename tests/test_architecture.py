@@ -19,7 +19,7 @@ ROWS = (
     ("blaming", "differing", "forecasting", "gating", "kind_comparison", "benching", "suggesting"),
     ("remerging",),
     ("image_intake",),
-    ("teaching", "combining", "transfer", "intake", "integrity", "sampling"),
+    ("teaching", "combining", "transfer", "intake", "integrity", "doctor", "sampling"),
     ("trials", "rehearsal", "probing"),
     ("merge_inputs",),
     ("answering",),
@@ -32,7 +32,7 @@ ROWS = (
     ("layerwise", "iteris", "soups", "grams", "calibrating"),
     ("training", "scoring", "consolidation", "distillation", "blockwise", "routing", "diffusion"),
     ("stages",),
-    ("gradients", "generation", "harness", "feature_norms"),
+    ("gradients", "generation", "harness", "feature_norms", "checkpoints"),
     ("graphs",),
     ("forward",),
     ("adapters",),
@@ -60,11 +60,11 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
     "kind_comparison", "benching", "suggesting", "probing", "rates", "placement", "placing",
-    "settings_file", "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying",
-    "merge_inputs", "context", "kinds", "auditing", "blaming", "differing", "remerging",
-    "answering", "changes", "comparing", "plain", "reporting", "models", "store", "config",
-    "records", "refs", "registry", "sandbox", "extras", "errors", "image_intake", "sampling",
-    "pipelines",
+    "settings_file", "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding",
+    "replaying", "merge_inputs", "context", "kinds", "auditing", "blaming", "differing",
+    "remerging", "answering", "changes", "comparing", "plain", "reporting", "models", "store",
+    "config", "records", "refs", "registry", "sandbox", "extras", "errors", "image_intake",
+    "sampling", "pipelines",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import ColumnElement, Connection, Row, select
 from lori_manager.errors import DamagedObject, NotFound
 from lori_manager.records import Finding, Score, Task
 from lori_manager.refs import BASE
-from lori_manager.store import adapters, bases, outcomes, tasks, varints
+from lori_manager.store import adapters, bases, outcomes, removals, tasks, varints
 from lori_manager.store import pages as paging
 from lori_manager.store import tables as t
 from lori_manager.store.pages import DamagedPage, Directory, Listed
@@ -75,12 +75,14 @@ def every(
         return []
     import numpy as np
 
-    names = _names(connection)
     only = None
-    if of_subject is not None:
+    if of_subject is None:
+        names = _names(connection)
+    else:
         digest, ref = of_subject
-        names = {key: (d, [ref]) for key, (d, _) in names.items() if d == digest}
-        only = next(iter(names), 0)
+        own_key = select(t.subjects.c.id).where(t.subjects.c.digest == digest)
+        only = connection.execute(own_key).scalar_one_or_none() or 0
+        names = {only: (digest, [ref])} if only else {}
     if subjects is not None:
         asked = frozenset(subjects)
         own = ((key, d, [ref for ref in refs if ref in asked]) for key, (d, refs) in names.items())
@@ -145,7 +147,8 @@ def known(
         for key, page in page_rows(connection, set(hits)).items()
         if _intact(connection, page, hits[key])
     ]
-    listed = _records(connection, fitting, whole, _names(connection), first_name=True)
+    names = _names(connection, digest)
+    listed = _records(connection, fitting, whole, names, first_name=True)
     for score in sorted(listed, key=lambda score: score.encoding == encoding):
         place = (score.task, score.task_revision, score.scorer, score.scorer_version)
         out[asked[place]] = score
@@ -230,11 +233,11 @@ def faults(connection: Connection, keys: Sequence[int]) -> Iterator[Finding]:
         chosen = range(len(found.page))
         told = paging.decode_bodies(found, chosen, [page.bodies], [page.reference], setting.rows)
         for i, values in enumerate(told):
-            _, called = names.get(int(found.subject[i]), ("", []))
+            digest, called = names.get(int(found.subject[i]), ("", []))
             fault = values if isinstance(values, str) else None
             if fault is None and found.weights[i]:
                 fault = weights_fault(connection, int(found.weights[i]), setting.rows)
-            if not called:
+            if not digest:
                 message = f"a score on {ref} is of weights that are not known"
                 yield Finding("damaged", ref, message)
             if fault is not None:
@@ -263,17 +266,25 @@ def _settings(
     return {row.id: row for row in connection.execute(query)}
 
 
-def _names(connection: Connection) -> dict[int, tuple[str, list[str]]]:
-    """Subject's key -> digest of the weights, and their names by creation."""
+def _names(connection: Connection, digest: str | None = None) -> dict[int, tuple[str, list[str]]]:
+    """Subject's key -> digest of the weights, and their names by creation, hidden ones left out.
+
+    Args:
+        digest: of these weights alone.
+    """
     query = (
         select(t.subjects.c.id, t.subjects.c.digest, t.adapters.c.line, t.adapters.c.version)
         .outerjoin(t.adapters, t.adapters.c.digest == t.subjects.c.digest)
         .order_by(t.adapters.c.id)
     )
+    if digest is not None:
+        query = query.where(t.subjects.c.digest == digest)
     names: dict[int, tuple[str, list[str]]] = {}
-    for key, digest, line, version in connection.execute(query):
-        own = names.setdefault(key, (digest, []))[1]
-        own.append(BASE if line is None else f"{line}@{version}")
+    gone = removals.hidden_now(connection)
+    for key, of, line, version in connection.execute(query):
+        own = names.setdefault(key, (of, []))[1]
+        if (line, version) not in gone:
+            own.append(BASE if line is None else f"{line}@{version}")
     return names
 
 
@@ -344,7 +355,7 @@ def _records(
         setting = settings[page.setting]
         value, error, rows = one.figures(setting.rows)
         digest, called = names.get(one.entry.subject, ("", []))
-        if not called or one.entry.facts not in facts:
+        if not digest or one.entry.facts not in facts:
             raise DamagedObject(
                 f"a score on {setting.task}#{setting.task_revision} points nowhere: "
                 "run `lori verify`, then restore registry.db from a copy"
@@ -422,8 +433,7 @@ def subject_of(connection: Connection, subject: str) -> tuple[str, str]:
     """The digest of the weights, and the name in full."""
     if subject == BASE:
         return bases.one(connection).fingerprint, BASE
-    adapter = adapters.one(connection, adapters.reference(subject))
-    return adapter.digest, adapter.ref
+    return adapters.digest_of(connection, adapters.reference(subject))
 
 
 def micros(at: datetime) -> int:
