@@ -126,6 +126,14 @@ def merge(
             f"method {chosen.name!r} reads probe rows itself: `--weights search` goes with "
             "methods that do not"
         )
+    if weights == SEARCH or chosen is None:
+        ws.check_language("`--weights search`" if weights == SEARCH else "`--method auto`")
+    elif chosen.facts.get("needs") not in (None, "grams") and not chosen.facts.get("encoders"):
+        ws.check_language(f"`--method {chosen.name}`")
+    if ws.architecture.encoder:
+        if given.get("general"):
+            ws.check_language("`--general`")
+        told = replace(told, general=0.0)
     inputs = MergeInputs(ws, members, config, probe_rows, text)
     kept: dict[str, Any] = {"weights": shares, "options": given}
     if text is not None:

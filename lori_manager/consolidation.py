@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from lori_manager.engine.siblings import inputs_watched
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import Forward, place, real_tokens
+from lori_manager.forward import real_tokens
 from lori_manager.generation import end_ids, generate, within_context
+from lori_manager.labelling import runner
 from lori_manager.merging.methods import MergeOptions
 from lori_manager.models import BaseModel
 from lori_manager.tasks.batches import length_batches
@@ -125,7 +126,7 @@ def prompts_of(rows: Sequence[Encoded]) -> list[Encoded]:
 def input_grams(
     base: BaseModel,
     updates: Mapping[str, LowRankUpdate],
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     batch: int,
 ) -> dict[str, Tensor]:
     """Second moments of the inputs of the modules that an adapter updates.
@@ -133,7 +134,8 @@ def input_grams(
     Args:
         base: the model; the adapter is put in and taken out again.
         updates: module name -> update.
-        rows: token ids of each row count, all of them; padding never does.
+        rows: encoded, with labels where the base is an encoder; all tokens of each row count,
+            padding never does.
         batch: rows a forward.
     Returns:
         Module name -> E[x x'] (in_features, in_features), float32 on the model's device.
@@ -154,14 +156,14 @@ def input_grams(
         else:
             sums[name] = flat.t() @ flat
 
-    forward = Forward(base)
+    forward = runner(base)
     with attached(base.model, layers), torch.no_grad(), forward.ready():
-        for numbers in length_batches([len(r.ids) for r in rows], batch):
+        for numbers in length_batches([r.length for r in rows], batch):
             chosen = [rows[i] for i in numbers]
             given = forward.batch(chosen)
             real = forward.real(given, chosen)
             with inputs_watched(layers, see):
-                forward.run(place(given, base.device))
-    tokens = sum(len(r.ids) for r in rows)
+                forward.run(forward.place(given))
+    tokens = sum(r.length for r in rows)
     found = {name: gram.div_(tokens) for name, gram in sums.items()}
     return {name: found[first] for name, first in shared.items()}

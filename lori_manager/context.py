@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lori_manager import models
+from lori_manager.architectures import Architecture, architecture_of, context_of
 from lori_manager.config import PRECISIONS, Config, Settings, load_settings
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, NotFound, WrongBase
 from lori_manager.kinds import KINDS
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from lori_manager.engine.weights import AdapterWeights, Stored
     from lori_manager.tasks.encoding import Encoded
+    from lori_manager.tasks.labelled import LabelledText
     from lori_manager.tasks.rows import Row
     from lori_manager.tasks.scorers import Scorer
     from lori_manager.training import Progress
@@ -54,6 +56,9 @@ class Context:
     on_message: Callable[[str], None] = _ignore
     _model: models.BaseModel | None = None
     _rows: dict[tuple[str, int], tuple[list[Row], list[Encoded]]] = field(default_factory=dict)
+    _labelled: dict[tuple[str, int, tuple[str, ...]], tuple[list[Row], list[LabelledText]]] = field(
+        default_factory=dict
+    )
     _scorers: dict[str, Scorer] = field(default_factory=dict)
 
     @cached_property
@@ -109,6 +114,25 @@ class Context:
         return models.score_precision(config)
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """What kind of model the base is."""
+        return architecture_of(self.store.base().model_type)
+
+    def check_language(self, what: str) -> None:
+        """Refuse what is only possible with a causal language model.
+
+        Args:
+            what: a command or an option.
+        Raises:
+            InvalidInput: the base is an encoder.
+        """
+        if self.architecture.encoder:
+            raise InvalidInput(
+                f"{what} needs a causal language model; the base of this workspace is a "
+                f"{self.architecture.title} ({self.store.base().model_type})"
+            )
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The base's tokenizer."""
         return models.load_tokenizer(self.base_folder)
@@ -156,7 +180,7 @@ class Context:
         key = (task.splits[split].digest, max_length)
         if key not in self._rows:
             rows = rows_from_jsonl(self.store.objects.get(key[0]))
-            context = models.read_config(self.base_folder).get("max_position_embeddings")
+            context = context_of(models.read_config(self.base_folder))
             if (
                 task.requests is not None and split == "eval"
             ):  # what they ask is for the harness to encode
@@ -166,6 +190,24 @@ class Context:
                 encoded = encode_rows(self.tokenizer, rows, max_length=max_length, context=context)
             self._rows[key] = (rows, encoded)
         return self._rows[key]
+
+    def labelled(
+        self, task: Task, split: str, max_length: int | None = None
+    ) -> tuple[list[Row], list[LabelledText]]:
+        """As `rows`, of a task whose rows carry labels."""
+        from lori_manager.tasks.labelled import encode_labelled
+        from lori_manager.tasks.rows import rows_from_jsonl
+
+        max_length = max_length or self.settings.config.max_length
+        key = (task.splits[split].digest, max_length, task.labels)
+        if key not in self._labelled:
+            rows = rows_from_jsonl(self.store.objects.get(key[0]))
+            context = context_of(models.read_config(self.base_folder))
+            encoded = encode_labelled(
+                self.tokenizer, rows, task.labels, max_length=max_length, context=context
+            )
+            self._labelled[key] = (rows, encoded)
+        return self._labelled[key]
 
     def mask_tensors(self, mask: Mask) -> dict[str, Tensor]:
         """Module name -> bool (out_features, rank)."""

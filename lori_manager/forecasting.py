@@ -72,6 +72,7 @@ def forecast(
     from lori_manager.merging.methods import MergeOptions
     from lori_manager.rehearsal import rehearsed
 
+    ws.check_language("a dry run")
     config = config or ws.settings.config
     told = MergeOptions(**dict(options or {}))
     if probe_rows < 1:

@@ -105,6 +105,10 @@ class Forward:
         """The rows in the form that this runs."""
         return pack(rows, sizes=sizes) if self.packed else collate(rows)
 
+    def place(self, batch: Batch) -> DeviceBatch:
+        """The batch's tensors where the model is."""
+        return place(batch, self.base.device)
+
     def real(self, batch: Batch, rows: Sequence[Encoded]) -> Tensor | None:
         """Which of the flattened ids are the rows' own, bool; None where all are."""
         if batch.bounds is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from filelock import FileLock
     from torch import Tensor
 
+    from lori_manager.adapters.heads import HeadTraining
+    from lori_manager.adapters.kind import Training
     from lori_manager.engine.head import SoftTargets
-    from lori_manager.engine.weights import AdapterWeights, Block, Stored
-    from lori_manager.tasks.encoding import Encoded
-    from lori_manager.training import TrainResult
+    from lori_manager.engine.weights import AdapterWeights, Block, Head, Stored
+    from lori_manager.models import BaseModel
+    from lori_manager.training import StepsOf, TrainResult
 
 
 _NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
@@ -97,14 +99,15 @@ def _calibrated_mask(
     import torch
 
     from lori_manager.adapters import lori
+    from lori_manager.adapters.kind import Training
     from lori_manager.engine import mask as masks
     from lori_manager.engine.codec import encode_mask
     from lori_manager.engine.weights import Block
     from lori_manager.tasks.batches import permutation
-    from lori_manager.training import fit
+    from lori_manager.training import fit, no_weights
 
     split = "calibration" if "calibration" in task.splits else "train"
-    _, encoded = ws.rows(task, split, config.max_length)
+    encoded = _material(ws, task, split, config)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
@@ -112,10 +115,14 @@ def _calibrated_mask(
     empty = Block(zero, block.scaling, block.projection, block.tensors)
     base = ws.base_model(config)
     layers = lori.trainable_layers(base.model, empty, None, beside)
-    with lori.in_training(base, layers, beside) as parameters:
+    with (
+        _head_of(task, base, config, None) as head,
+        lori.in_training(base, layers, beside) as parameters,
+    ):
+        training = _with_head(Training(parameters, no_weights), head, config)
         result = fit(
             base,
-            parameters,
+            training.parameters,
             encoded,
             config,
             steps=config.calibration_steps,
@@ -123,6 +130,8 @@ def _calibrated_mask(
             phase=f"calibrating {task.name}",
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
+            training=training,
+            steps_of=_steps_of(base, config, training),
         )
     mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope, exclude)
     kept, total = masks.count(mask), masks.size(mask)
@@ -155,6 +164,64 @@ def _calibrated_mask(
         f"dense steps in {result.seconds:.1f} s"
     )
     return stored
+
+
+def _material(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
+    """The rows of a split, as the base takes them to learn from."""
+    if ws.architecture.encoder:
+        return list(ws.labelled(task, split, config.max_length)[1])
+    return list(ws.rows(task, split, config.max_length)[1])
+
+
+@contextmanager
+def _head_of(
+    task: Task, base: BaseModel, config: Config, start: Stored | None
+) -> Iterator[HeadTraining | None]:
+    """The task's head in the model, to be trained; None where the base is no encoder.
+
+    It goes on from the head that `start` has for the task, where that one knows the same labels.
+    """
+    from lori_manager.adapters.heads import fresh_head, head_attached
+
+    if not base.architecture.encoder:
+        yield None
+        return
+    head = None if start is None else start.heads.get(task.name)
+    if head is None or head.labels != task.labels:
+        head = fresh_head(base, task.labels, config.seed)
+    with head_attached(base, head) as training:
+        yield training
+
+
+def _with_head(training: Training, head: HeadTraining | None, config: Config) -> Training:
+    """What trains, the head with it at a rate of its own."""
+    if head is None:
+        return training
+    parameters = {**training.parameters, **head.parameters}
+    return replace(
+        training,
+        parameters=parameters,
+        rates={**training.rates, **dict.fromkeys(head.parameters, config.head_learning_rate)},
+    )
+
+
+def _steps_of(base: BaseModel, config: Config, training: Training) -> StepsOf | None:
+    """How an encoder is trained; None where the base is a language model."""
+    from lori_manager.classification import label_steps
+
+    return label_steps(base, config, training) if base.architecture.encoder else None
+
+
+def _heads(
+    task: Task, head: HeadTraining | None, start: Stored | None, config: Config
+) -> dict[str, Head]:
+    """All heads of the adapter to be stored: its parent's, and the task's as it was trained."""
+    from lori_manager.adapters.lori import DTYPES
+
+    if head is None:
+        return {}
+    held = {} if start is None else dict(start.heads)
+    return held | {task.name: head.head(DTYPES[config.store_dtype])}
 
 
 def _mask_for(
@@ -271,6 +338,7 @@ def train(
         ws.check_single(start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if options.replay:
+        ws.check_language("--replay")
         parent = ws.adapter(options.start) if options.start else None
         check_replay(ws, tasks, parent, sequence=sequence is not None)
     if sequence is not None:
@@ -334,7 +402,7 @@ def _train_stage(
 
     line = sequence or options.line or task.name
     checkpoint = folder / f"{stage}-training.safetensors"
-    _, encoded = ws.rows(task, "train", config.max_length)
+    encoded = _material(ws, task, "train", config)
     soft = None
     if options.replay:
         text = None if options.general_text is None else Path(options.general_text)
@@ -402,7 +470,7 @@ class _Learned:
 def _learn_lori(
     ws: Context,
     task: Task,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     soft: SoftTargets | None,
     config: Config,
     options: TrainOptions,
@@ -412,8 +480,9 @@ def _learn_lori(
 ) -> _Learned:
     """Mask and train the values of B on a frozen A."""
     from lori_manager.adapters import lori
+    from lori_manager.adapters.kind import Training
     from lori_manager.engine.weights import AdapterWeights
-    from lori_manager.training import fit, steps_for
+    from lori_manager.training import fit, no_weights, steps_for
 
     base = ws.base_model(config)
     kept = checkpoint.with_name(checkpoint.name.replace("training.safetensors", "A"))
@@ -423,10 +492,15 @@ def _learn_lori(
     mask = _mask_for(ws, task, block, config, options, calibration, beside)
     tensors = None if mask is None else ws.mask_tensors(mask)
     layers = lori.trainable_layers(base.model, block, tensors, beside)
-    with lori.in_training(base, layers, beside) as parameters:
+    held = None if parent is None else ws.stored(parent)
+    with (
+        _head_of(task, base, config, held) as head,
+        lori.in_training(base, layers, beside) as parameters,
+    ):
+        training = _with_head(Training(parameters, no_weights), head, config)
         result = fit(
             base,
-            parameters,
+            training.parameters,
             rows,
             config,
             steps=steps_for(len(rows), config),
@@ -435,10 +509,15 @@ def _learn_lori(
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
+            training=training,
+            steps_of=_steps_of(base, config, training),
         )
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     return _Learned(
-        AdapterWeights((*(beside.blocks if beside else ()), trained)),
+        AdapterWeights(
+            (*(beside.blocks if beside else ()), trained),
+            heads=_heads(task, head, held, config),
+        ),
         "lori-d" if mask is None else "lori-s",
         result,
         mask,
@@ -452,7 +531,7 @@ def _learn_lori(
 def _learn_kind(
     ws: Context,
     task: Task,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     soft: SoftTargets | None,
     config: Config,
     options: TrainOptions,
@@ -468,7 +547,11 @@ def _learn_kind(
     base = ws.base_model(config)
     steps = steps_for(len(rows), config)
     start = None if parent is None else ws.stored(parent)
-    with module_of(config.kind).training(base, config, steps=steps, start=start) as training:
+    with (
+        _head_of(task, base, config, start) as head,
+        module_of(config.kind).training(base, config, steps=steps, start=start) as own,
+    ):
+        training = _with_head(own, head, config)
         result = fit(
             base,
             training.parameters,
@@ -481,8 +564,10 @@ def _learn_kind(
             on_progress=ws.on_progress,
             soft=soft,
             training=training,
+            steps_of=_steps_of(base, config, training),
         )
-        weights = training.weights(DTYPES[config.store_dtype])
+        heads = _heads(task, head, start, config)
+        weights = replace(training.weights(DTYPES[config.store_dtype]), heads=heads)
     return _Learned(weights, config.kind, result)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lori_manager import models
+from lori_manager.architectures import TEXT_ENCODER
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
@@ -17,6 +18,7 @@ from lori_manager.records import Adapter, NewAdapter
 from lori_manager.refs import check_name
 
 if TYPE_CHECKING:
+    from lori_manager.engine.weights import Head
     from lori_manager.routed import RoutedModel
 
 
@@ -30,15 +32,19 @@ class Imported:
     notes: tuple[str, ...] = ()
 
 
-def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) -> Path:
+def export(
+    ws: Context, ref: str, directory: str | Path, *, full: bool = False, task: str | None = None
+) -> Path:
     """Write an adapter as a PEFT directory, or the base with it merged in.
 
     A routed adapter is a PEFT directory a member, with the router beside them. A whole model is
     written as a stream; interrupted and called again, it goes on.
 
+    Args:
+        task: whose head is written, where the base is an encoder and the adapter has several.
     Raises:
         Conflict: the directory is there and not empty.
-        InvalidInput: a routed adapter and `full`.
+        InvalidInput: a routed adapter and `full`; an encoder and `full`, or no single head.
     """
     from lori_manager.adapters.full_export import write_full
     from lori_manager.adapters.peft_export import write_peft
@@ -48,12 +54,14 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
     base = ws.store.base()
     target = Path(directory)
     if full:
+        ws.check_language("--format full")
         ws.check_single(adapter)
         updates = ws.weights(adapter).updates()
         progress = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
         write_full(ws.base_folder, updates, target, fingerprint=base.fingerprint, told=progress)
         return target
     weights = ws.weights(adapter)
+    head = _head_for(ws, adapter, weights.heads, task)
     model = models.load_skeleton(ws.base_folder)
     told: dict[str, Any] = {
         "base_name": base.source,
@@ -67,9 +75,32 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
         names = _member_names(ws, adapter)
         members = {name: weights.member(i).updates() for i, name in enumerate(names)}
         write_routed(members, weights.router, target, **told)
+    elif head is not None:
+        kind = "SEQ_CLS" if ws.architecture == TEXT_ENCODER else None
+        behind = models.head_names(model.model)
+        write_peft(
+            weights.updates(), target, head=head, head_modules=behind, task_type=kind, **told
+        )
     else:
         write_peft(weights.updates(), target, **told)
     return target
+
+
+def _head_for(
+    ws: Context, adapter: Adapter, heads: Mapping[str, Head], task: str | None
+) -> Head | None:
+    """The head to export with an adapter; None where the base is no encoder."""
+    if not ws.architecture.encoder:
+        if task is not None:
+            raise InvalidInput("--task names a head, which only an adapter of an encoder has: "
+                               "leave it out")  # fmt: skip
+        return None
+    if task is None and len(heads) == 1:
+        return next(iter(heads.values()))
+    if task is None or task not in heads:
+        has = ", ".join(heads) or "none"
+        raise InvalidInput(f"say by --task whose head goes with {adapter.ref}; it has: {has}")
+    return heads[task]
 
 
 def routed(ws: Context, ref: str, config: Config | None = None) -> RoutedModel:
@@ -108,6 +139,7 @@ def import_adapters(
     from lori_manager.adapters.peft_import import read_peft
     from lori_manager.engine.codec import encode_adapter
 
+    ws.check_language("importing PEFT adapters")
     skeleton = models.load_skeleton(ws.base_folder)
     base = ws.store.base()
     names = {base.source, base.path, models.read_config(ws.base_folder).get("_name_or_path")}

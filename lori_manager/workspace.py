@@ -24,6 +24,7 @@ from lori_manager import (
     teaching,
     transfer,
 )
+from lori_manager.architectures import check_architecture
 from lori_manager.config import default_toml
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
@@ -63,6 +64,7 @@ class Workspace(Context):
         path, commit = models.locate(base, revision)
         mark = models.fingerprint(path)
         config = models.read_config(path)
+        check_architecture(config)
         root.mkdir(parents=True, exist_ok=True)
         store = (Store.open if begun else Store.create)(root / FOLDER)
         source = str(Path(base).expanduser().resolve()) if commit is None else base

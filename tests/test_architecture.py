@@ -29,9 +29,11 @@ ROWS = (
     ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups"),
-    ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
+    ("classification", "scoring", "consolidation", "distillation", "blockwise", "routing"),
+    ("training",),
     ("gradients", "generation", "harness"),
     ("graphs",),
+    ("labelling",),
     ("forward",),
     ("adapters",),
     ("models", "packing", "acceleration"),
@@ -41,7 +43,8 @@ ROWS = (
     ("merging", "metrics"),
     ("engine",),
     ("kinds",),
-    ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain"),
+    ("config", "records", "refs", "registry", "sandbox"),
+    ("architectures", "extras", "errors", "plain"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -58,7 +61,7 @@ LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
     "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
     "context", "kinds", "auditing", "blaming", "differing", "remerging", "answering", "changes",
-    "comparing", "plain", "reporting", "models", "store", "config",
+    "comparing", "plain", "reporting", "models", "store", "config", "architectures",
     "records", "refs", "registry", "sandbox", "extras", "errors",
 }  # fmt: skip
 

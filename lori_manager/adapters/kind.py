@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
@@ -39,6 +39,7 @@ class Training:
         state, load_state: what a checkpoint must hold beside parameters and moments.
         packs: whether rows may stand side by side in one sequence.
         graphs: whether a CUDA graph may hold its forward and backward.
+        rates: name -> peak learning rate, of parameters that have one of their own.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -49,6 +50,7 @@ class Training:
     load_state: Callable[[Mapping[str, Tensor]], None] | None = None
     packs: bool = True
     graphs: bool = True
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 class KindModule(Protocol):

@@ -24,8 +24,10 @@ from lori_manager.adapters.peft_format import (
 )
 from lori_manager.adapters.staging import staged_directory
 from lori_manager.engine.update import LowRankUpdate
+from lori_manager.engine.weights import Head
 from lori_manager.errors import InvalidInput
 
+LABELS_FILE = "labels.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,6 +43,9 @@ def write_peft(
     transposed: Collection[str] = (),
     label: str = "",
     overwrite: bool = False,
+    head: Head | None = None,
+    head_modules: Collection[str] = (),
+    task_type: str | None = "CAUSAL_LM",
 ) -> None:
     """Write updates as one PEFT LoRA that reproduces them.
 
@@ -64,6 +69,10 @@ def write_peft(
         transposed: modules whose weight is (in, out), GPT-2's Conv1D.
         label: what the model card calls the adapter, such as `safety@3`.
         overwrite: replace an adapter that is already in `directory`; other files stay.
+        head: of an encoder, written as PEFT's `modules_to_save`; `LABELS_FILE` beside it holds
+            what the base must be loaded with to have as many labels.
+        head_modules: names of the modules that it is made of.
+        task_type: PEFT's word for what the model does; None where it has none.
     Raises:
         ValueError: no updates, an unknown module, or another dtype.
         InvalidInput: a target that is an output head; values that are not finite in `dtype`.
@@ -85,10 +94,18 @@ def write_peft(
         )
     rank = max(update.rank for update in updates.values())
     config = _config(updates, rank, base_name, revision, all_modules, transposed)
+    config["task_type"] = task_type
+    if head is not None:
+        config["modules_to_save"] = sorted(head_modules)
     with staged_directory(directory, CONFIG_FILE, overwrite) as staged:
         tensors = _tensors(updates, rank, dtype)
+        if head is not None:
+            tensors |= {KEY_PREFIX + name: t.to(dtype) for name, t in head.tensors.items()}
+            labels = dict(enumerate(head.labels))
+            told = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+            (staged / LABELS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         (staged / CARD_FILE).write_text(
-            _card(label, base_name, revision, rank, updates), encoding="utf-8"
+            _card(label, base_name, revision, rank, updates, head), encoding="utf-8"
         )
         (staged / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(
@@ -106,7 +123,6 @@ def _config(
 ) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "revision": revision,
         "inference_mode": True,
@@ -159,6 +175,7 @@ def _card(
     revision: str | None,
     rank: int,
     updates: Mapping[str, LowRankUpdate],
+    head: Head | None,
 ) -> str:
     """A model card; the base is named in its header where it looks like a hub id."""
     header = ["library_name: peft", "tags: [lora, lori]"]
@@ -171,5 +188,10 @@ def _card(
         f"A LoRA of rank {rank} on {len(updates)} modules, written by lori.\n\n"
         f"- Base model: `{' '.join(base.split())}`\n"
         "- Load: `PeftModel.from_pretrained(base, directory)`\n"
-        f"- Serve: vLLM with `--max-lora-rank` of {rank} or more\n"
+        + (
+            f"- Serve: vLLM with `--max-lora-rank` of {rank} or more\n"
+            if head is None
+            else f"- Labels: {', '.join(head.labels)}; load the base with `id2label` and "
+            f"`label2id` of {LABELS_FILE}\n"
+        )
     )
