@@ -3,7 +3,8 @@
 import json
 import random
 
-WORDS = ["red", "blue", "box", "ball", "big", "tiny", "old", "new", "on", "off", "up", "down"]
+FILLERS = ["box", "ball", "on", "off", "in"], ["up", "down", "near", "far", "by"]
+WORDS = ["red", "blue", "green", "big", "tiny", "old", *FILLERS[0], *FILLERS[1]]
 SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"]
 SHAPE = {
     "vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -28,18 +29,20 @@ TEXT = {
 }  # fmt: skip
 PIXELS = {
     "image_size": 16, "patch_size": 4, "hidden_size": 32, "intermediate_size": 48,
-    "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2,
 }  # fmt: skip
 IMAGES = {
     "beit": ("BeitModel", {}),
     "deit": ("DeiTModel", {}),
     "dinov2": ("Dinov2Model", {"mlp_ratio": 2}),
-    "swin": ("SwinModel", {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2],
+    "swin": ("SwinModel", {"embed_dim": 16, "depths": [1, 1], "num_attention_heads": [2, 2],
                            "window_size": 2}),
     "vit": ("ViTModel", {}),
 }  # fmt: skip
-# Those whose layers stand in one list, each called once a forward with what the last one gave.
-LAYERED = [kind for kind in (*TEXT, *IMAGES) if kind not in ("albert", "electra", "swin")]
+# Those whose linear layers all stand in one list of blocks and read what the tokens became.
+LAYERED = [
+    kind for kind in (*TEXT, *IMAGES) if kind not in ("albert", "deberta-v2", "electra", "swin")
+]
 
 
 def encoder(folder, kind, **changes):
@@ -82,14 +85,13 @@ def tokenizer(segments):
     )  # fmt: skip
 
 
-def sentences(labels, count, seed):
+def sentences(labels, count, seed, fillers=FILLERS[0]):
     """Rows of text, no two alike, whose label is the one of `labels` that stands in them."""
     draw = random.Random(seed)
-    others = [word for word in WORDS if word not in labels]
     seen = {}
     while len(seen) < count:
         label = draw.choice(labels)
-        words = [*draw.choices(others, k=draw.randint(3, 7)), label]
+        words = [*draw.choices(fillers, k=draw.randint(3, 7)), label]
         draw.shuffle(words)
         seen[" ".join(words)] = label
     return [{"text": text, "label": label} for text, label in seen.items()]

@@ -61,7 +61,7 @@ def parse_labelled(obj: Mapping[str, Any], where: str) -> Row:
     Raises:
         BadData: with `where`, what was expected, what was found and what to do.
     """
-    told = dict(obj)
+    told = {name: value for name, value in obj.items() if value is not None}
     text, label = told.pop("text", None), told.pop("label", None)
     if not isinstance(text, str) or not text.strip():
         problem = f"`text` must be text that is more than white space, found {shown(text)}"
