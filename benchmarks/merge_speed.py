@@ -2,26 +2,31 @@
 
     python benchmarks/merge_speed.py [--layers 2] [--rank 32] [--device cpu|cuda]
         [--svd-members 4] [--members 8] [--method NAME ...] [--peft-modules 1] [--repeats 1]
+        [--shapes 8b|135m] [--log FILE]
 
 Random adapters of the given rank on all seven projections, weights 1/T, float32. First the
 best update of rank r of the weighted sum: our `svd` against PEFT's `add_weighted_adapter(
 combination_type="svd")` and `torch.svd_lowrank` of the dense sum, whose making is part of
 their time. PEFT does a full SVD of every matrix, half a minute for one q_proj on a CPU,
-so it gets the first `--peft-modules` modules only, and 0 leaves it out; error is against
+so it gets the first `--peft-modules` of the seven only, and 0 leaves it out; error is against
 the exact sum, in the Frobenius norm, and against the smallest possible. Then every method
-over `--layers` layers, also multiplied up to 32. `linear` gets members that share one A,
-since it takes no others; methods that need probe inputs are left out.
+over `--layers` layers, also multiplied up to all of the shapes' own. `linear` gets members
+that share one A, since it takes no others; methods that need probe inputs are left out.
+Each row is a JSON line in the log as soon as it is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
-from codec_size import modules_of
+from codec_size import SHAPES, modules_of
 from heading import heading
 from torch import Tensor, nn
 
@@ -31,7 +36,6 @@ from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.merging.methods import MergeOptions, load_all
 
 LIBRARIES = ("lori-manager", "torch", "peft")
-ALL_LAYERS = 32
 SCALING = 2.0
 
 T = TypeVar("T")
@@ -45,6 +49,23 @@ def timed(work: Callable[[], T], device: str) -> tuple[T, float]:
     if device == "cuda":
         torch.cuda.synchronize()
     return found, time.perf_counter() - start
+
+
+def least(work: Callable[[], T], args: argparse.Namespace) -> tuple[T, float]:
+    """What it gives and the least seconds of `--repeats` runs."""
+    found, seconds = timed(work, args.device)
+    for _ in range(args.repeats - 1):
+        seconds = min(seconds, timed(work, args.device)[1])
+    return found, seconds
+
+
+def keep(row: dict, args: argparse.Namespace) -> None:
+    """Add a row to the log, with what it was measured on."""
+    if args.log:
+        told = {"shapes": args.shapes, "layers": args.layers, "adapter_rank": args.rank,
+                "device": args.device, "seed": args.seed, "repeats": args.repeats}  # fmt: skip
+        with args.log.open("a") as f:
+            f.write(json.dumps(told | row) + "\n")
 
 
 def random_adapters(
@@ -104,17 +125,33 @@ def lowrank_svd(updates: list[LowRankUpdate], weights: list[float], rank: int) -
     return LowRankUpdate(V.t(), U * S)
 
 
+def warm_up(args: argparse.Namespace) -> None:
+    """Every way once at a small size: a GPU's libraries are loaded at their first call."""
+    small = {"layer.q_proj": (256, 256)}
+    members = random_adapters(small, 4, 2, True, args)
+    updates = [member.updates()["layer.q_proj"] for member in members]
+    for entry in load_all():
+        if not entry.facts.get("needs"):
+            entry.item(members, [0.5, 0.5], MergeOptions())
+    truncated(concat_updates(updates, [0.5, 0.5]), 4)
+    lowrank_svd(updates, [0.5, 0.5], 4)
+    if args.peft_modules:
+        peft_svd(updates, [0.5, 0.5], 4, args.device)
+
+
 def compare_svd(shapes: dict[str, tuple[int, int]], args) -> None:
     members = random_adapters(shapes, args.rank, args.svd_members, False, args)
     weights = [1 / len(members)] * len(members)
-    print(f"Rank {args.rank} of the sum of {len(members)} adapters, one module at a time\n")
+    print(f"Rank {args.rank} of the sum of {len(members)} adapters, one module at a time, ours "
+          f"and torch's the least of {args.repeats}\n")  # fmt: skip
     print("| module | way | s | relative error | above the smallest |")
     print("|---|---|---|---|---|")
+    beside: dict[str, list[tuple[float, float]]] = defaultdict(list)  # way -> (its s, ours)
     for i, name in enumerate(list(shapes)[: len(shapes) // args.layers]):
         updates = [m.updates()[name] for m in members]
         exact = concat_updates(updates, weights)
         values = torch.linalg.svdvals(core_form([exact], torch.float64).cores[0]).square()
-        least, whole = float(values[args.rank :].sum()), float(values.sum())
+        smallest, whole = float(values[args.rank :].sum()), float(values.sum())
 
         def ours(exact: LowRankUpdate = exact) -> LowRankUpdate:
             return truncated(exact, args.rank)[0]
@@ -122,46 +159,54 @@ def compare_svd(shapes: dict[str, tuple[int, int]], args) -> None:
         def lowrank(updates: list[LowRankUpdate] = updates) -> LowRankUpdate:
             return lowrank_svd(updates, weights, args.rank)
 
-        rows = [("ours", *timed(ours, args.device))]
-        rows.append(("torch.svd_lowrank of the dense sum", *timed(lowrank, args.device)))
+        rows = [("ours", *least(ours, args))]
+        rows.append(("torch.svd_lowrank of the dense sum", *least(lowrank, args)))
         if i < args.peft_modules:
             rows.append(("PEFT svd", *peft_svd(updates, weights, args.rank, args.device)))
         for way, found, seconds in rows:
             gap = core_form([exact, found], torch.float64).cores
             error = float((gap[0] - gap[1]).square().sum())
+            relative, above = (error / whole) ** 0.5, (error / smallest) ** 0.5 - 1
+            beside[way].append((seconds, rows[0][2]))
+            keep({"what": "svd", "module": name, "shape": exact.shape, "way": way,
+                  "members": len(members), "seconds": seconds, "error": relative,
+                  "above_smallest": above}, args)  # fmt: skip
             print(f"| {name.rpartition('.')[2]} {'x'.join(map(str, exact.shape))} | {way} "
-                  f"| {seconds:.3f} | {(error / whole) ** 0.5:.6f} "
-                  f"| {(error / least) ** 0.5 - 1:+.1e} |", flush=True)  # fmt: skip
+                  f"| {seconds:.4f} | {relative:.6f} | {above:+.1e} |", flush=True)  # fmt: skip
+    for way, pairs in beside.items():
+        theirs, mine = (sum(column) for column in zip(*pairs, strict=True))
+        if way != "ours":
+            print(f"\n{way}: {theirs:.3f} s for {len(pairs)} modules, ours {mine:.4f} s, "
+                  f"{theirs / mine:.0f} times")  # fmt: skip
 
 
 def time_methods(shapes: dict[str, tuple[int, int]], args) -> None:
-    apart = random_adapters(shapes, args.rank, args.members, False, args)
-    shared = random_adapters(shapes, args.rank, args.members, True, args)
-    weights = [1 / args.members] * args.members
-    print(f"\n{args.members} adapters of rank {args.rank}, {args.layers} layers, "
-          f"the least of {args.repeats}\n")  # fmt: skip
-    print(f"| method | s | s per layer | {ALL_LAYERS} layers, s | rank |")
-    print("|---|---|---|---|---|")
-    left_out = []
-    for entry in load_all():
-        if args.method and entry.name not in args.method:
-            continue
-        if entry.facts.get("needs"):
-            left_out.append(f"{entry.name} (needs {entry.facts['needs']})")
-            continue
-        members = shared if entry.name == "linear" else apart
-        options = MergeOptions()
+    chosen = [entry for entry in load_all() if not args.method or entry.name in args.method]
+    left_out = [f"{e.name} (needs {e.facts['needs']})" for e in chosen if e.facts.get("needs")]
+    chosen = [entry for entry in chosen if not entry.facts.get("needs")]
+    if chosen:
+        every = SHAPES[args.shapes][3]
+        weights = [1 / args.members] * args.members
+        print(f"\n{args.members} adapters of rank {args.rank}, {args.layers} layers, "
+              f"the least of {args.repeats}\n")  # fmt: skip
+        print(f"| method | s | s per layer | {every} layers, s | rank |")
+        print("|---|---|---|---|---|")
+    for shared in (False, True):  # one set of adapters at a time: of 32 layers it takes 2.7 GB
+        mine = [entry for entry in chosen if (entry.name == "linear") == shared]
+        members = random_adapters(shapes, args.rank, args.members, shared, args) if mine else []
+        for entry in mine:
 
-        def work(entry=entry, members=members, options=options) -> AdapterWeights:
-            return entry.item(members, weights, options)
+            def work(entry=entry, members=members) -> AdapterWeights:
+                return entry.item(members, weights, MergeOptions())
 
-        found, seconds = timed(work, args.device)
-        for _ in range(args.repeats - 1):
-            seconds = min(seconds, timed(work, args.device)[1])
-        each = seconds / args.layers
-        print(f"| {entry.name} | {seconds:.2f} | {each:.3f} | {each * ALL_LAYERS:.1f} "
-              f"| {found.rank} |", flush=True)  # fmt: skip
-        del found
+            found, seconds = least(work, args)
+            each = seconds / args.layers
+            keep({"what": "method", "method": entry.name, "members": args.members,
+                  "seconds": seconds, "rank": found.rank}, args)  # fmt: skip
+            print(f"| {entry.name} | {seconds:.2f} | {each:.3f} | {each * every:.1f} "
+                  f"| {found.rank} |", flush=True)  # fmt: skip
+            del found
+        del members
     if left_out:
         print(f"\nLeft out: {', '.join(left_out)}")
 
@@ -174,19 +219,18 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--method", nargs="*", help="only these; `none` for the SVDs alone")
     parser.add_argument("--peft-modules", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=1, help="of methods; the least counts")
+    parser.add_argument("--repeats", type=int, default=1, help="but of PEFT; the least counts")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shapes", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--log", type=Path, help="JSON lines, added to")
     args = parser.parse_args()
     print(heading(args.seed, device=args.device, libraries=LIBRARIES) + "\n")
     if args.device == "cuda":
-        warm = {"layer.q_proj": (256, 256)}
-        for entry in load_all():
-            if not entry.facts.get("needs"):
-                entry.item(random_adapters(warm, 4, 2, True, args), [0.5, 0.5], MergeOptions())
+        warm_up(args)
     shapes = {
         name: shape
-        for name, shape in modules_of("8b").items()
+        for name, shape in modules_of(args.shapes).items()
         if int(name.split(".")[2]) < args.layers
     }
     torch.manual_seed(args.seed)  # what svd_lowrank draws

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ class Merged:
 
 AUTO = "auto"
 SEARCH = "search"
+USUAL_ROWS = 32  # probe rows of each task that are read
 ENOUGH = 16  # probe rows of each task, from which a merge is fitted to them by default
 # What `auto` tries, the simplest first.
 CANDIDATES: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -66,6 +67,34 @@ def method_of(name: str) -> Entry[Any]:
     return known[name]
 
 
+def flag(option: str) -> str:
+    """An option as it is typed."""
+    return f"--{option.replace('_', '-')}"
+
+
+def check_options(method: str, given: Iterable[str], *, searched: bool = False) -> None:
+    """Refuse options that the method would pass over.
+
+    Args:
+        method: a name of `methods()`, or "auto", which takes what any of its candidates does.
+        given: names of options that were asked for; "probe_rows" and "general_text" too.
+        searched: whether its weights are, which reads probe rows.
+    Raises:
+        InvalidInput: names them, and those that the method takes. NotFound: no such method.
+    """
+    from lori_manager.merging.methods import options_of
+
+    entries = [method_of(name) for name, _ in CANDIDATES] if method == AUTO else [method_of(method)]
+    taken = list(dict.fromkeys(option for entry in entries for option in options_of(entry)))
+    if "general" in taken:
+        taken.append("general_text")
+    if searched or any(entry.facts.get("needs") for entry in entries):
+        taken.append("probe_rows")
+    if unused := [flag(option) for option in given if option not in taken]:
+        listed = ", ".join(map(flag, taken)) or "no such option"
+        raise InvalidInput(f"method `{method}` does not use {', '.join(unused)}: it takes {listed}")
+
+
 def merge(
     ws: Context,
     refs: Sequence[str],
@@ -75,7 +104,7 @@ def merge(
     weights: Sequence[float] | str | None = None,
     into: str = "main",
     options: Mapping[str, Any] | None = None,
-    probe_rows: int = 32,
+    probe_rows: int | None = None,
     general: str | Path | None = None,
     config: Config | None = None,
 ) -> Merged:
@@ -89,8 +118,8 @@ def merge(
         weights: one a member, in the order refs, names; default 1/T each; "search" finds a
             common one on probe rows, for methods that do not read them otherwise.
         into: the line that the merge is added to.
-        options: of the method, see `MergeOptions`.
-        probe_rows: how many probe rows of each task are read by methods that do.
+        options: of the method, see `MergeOptions`; those that it does not use are refused.
+        probe_rows: how many probe rows of each task are read by methods that do; 32 if None.
         general: a text file for methods that protect what no task is about, with the option
             `general` above 0; None is the manual that comes with Python.
         config: settings for scoring.
@@ -104,9 +133,14 @@ def merge(
     told = MergeOptions(**dict(options or {}))
     usual = MergeOptions().settings()
     given = {key: value for key, value in told.settings().items() if value != usual[key]}
-    if probe_rows < 1:
+    if probe_rows is not None and probe_rows < 1:
         raise InvalidInput(f"`probe_rows` must be at least 1, got {probe_rows}")
     # Refused before anything is loaded.
+    more = {"general_text": general, "probe_rows": probe_rows}
+    asked = [*(options or {}), *(name for name, value in more.items() if value is not None)]
+    if method is not None:
+        check_options(method, asked, searched=weights == SEARCH)
+    rows = USUAL_ROWS if probe_rows is None else probe_rows
     chosen = None if method in (None, AUTO) else method_of(str(method))
     members = members_of(ws, refs, names)
     shares = shares_of(members, weights)
@@ -120,6 +154,7 @@ def merge(
     ready_to_score(ws, [ws.store.task(name) for name in wanted], config)
     if method is None:
         chosen = method_of("concat" if weights == SEARCH else usual_method(ws, members))
+        check_options(chosen.name, asked, searched=weights == SEARCH)
         ws.on_message(f"merging by {chosen.name}")
     if weights == SEARCH and chosen is not None and chosen.facts.get("needs") is not None:
         raise InvalidInput(
@@ -134,7 +169,7 @@ def merge(
         if given.get("general"):
             ws.check_language("`--general`")
         told = replace(told, general=0.0)
-    inputs = MergeInputs(ws, members, config, probe_rows, text)
+    inputs = MergeInputs(ws, members, config, rows, text)
     kept: dict[str, Any] = {"weights": shares, "options": given}
     if text is not None:
         kept["general_text"] = general_digest(text)
@@ -150,7 +185,7 @@ def merge(
         kept |= {"weights": shares, "searched": {str(w): round(x, 4) for w, x in found.items()}}
         ws.on_message(f"weight {weight:g} each, of {', '.join(f'{w:g}' for w in found)}")
     if chosen.facts.get("needs") is not None or {"searched", "tried"} & set(kept):
-        kept["probe_rows"] = probe_rows
+        kept["probe_rows"] = rows
     kept["settings"] = told.settings()  # defaults too: those of another version may differ
     merged = inputs.merged(chosen, shares, told)
     del inputs  # and the base in it: what scores may be another, and memory hold one alone
@@ -188,6 +223,8 @@ def merge_again(
     Raises:
         NotFound, InvalidInput: not a merge, or a member that it does not have.
     """
+    from lori_manager.merging.methods import options_of
+
     old = ws.adapter(ref)
     if old.origin != "merged":
         raise InvalidInput(f"{old.ref} is no merge, so it has no members to change")
@@ -209,6 +246,9 @@ def merge_again(
             raise InvalidInput(f"{name!r} is not one of {old.ref}'s members: {', '.join(members)}")
         return found[0]
 
+    # What is kept are all settings, those of other methods too.
+    taken = options_of(method_of(old.method))
+    settings = kept.get("settings", kept.get("options", {}))
     equal = all(weight == 1 / len(members) for weight in members.values())
     gone = {member(name) for name in drop}
     changed: dict[str, float] = {}
@@ -225,8 +265,8 @@ def merge_again(
         method=old.method,
         weights=None if equal and not changed else list(left.values()),
         into=into or old.line,
-        options=kept.get("settings", kept.get("options")),
-        probe_rows=int(kept.get("probe_rows", 32)),
+        options={name: value for name, value in settings.items() if name in taken},
+        probe_rows=kept.get("probe_rows"),
         general=general,
         config=config,
     )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lori_manager.engine.layers import attached, low_rank_layers
-from lori_manager.engine.siblings import inputs_watched
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.errors import InvalidInput
@@ -18,6 +17,7 @@ from lori_manager.generation import end_ids, generate, within_context
 from lori_manager.labelling import runner
 from lori_manager.merging.methods import MergeOptions
 from lori_manager.models import BaseModel
+from lori_manager.stages import Stage, run_watched
 from lori_manager.tasks.batches import length_batches
 from lori_manager.tasks.encoding import Encoded
 
@@ -128,6 +128,7 @@ def input_grams(
     updates: Mapping[str, LowRankUpdate],
     rows: Sequence[Any],
     batch: int,
+    only: Sequence[Stage] | None = None,
 ) -> dict[str, Tensor]:
     """Second moments of the inputs of the modules that an adapter updates.
 
@@ -137,11 +138,18 @@ def input_grams(
         rows: encoded, with labels where the base is an encoder; all tokens of each row count,
             padding never does.
         batch: rows a forward.
+        only: the stages whose modules are looked at; None is all.
     Returns:
         Module name -> E[x x'] (in_features, in_features), float32 on the model's device.
         Modules that see the same input share one tensor.
     """
     layers = low_rank_layers(base.model, updates)
+    watched, calls = layers, None
+    if only is not None:
+        names = [name for stage in only for name in stage.names]
+        # Siblings that this adapter leaves alone are watched too, so that all calls are counted.
+        watched = {name: layers.get(name, base.model.get_submodule(name)) for name in names}
+        calls = sum(stage.calls for stage in only)
     sums: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     real: Tensor | None = None
@@ -162,8 +170,7 @@ def input_grams(
             chosen = [rows[i] for i in numbers]
             given = forward.batch(chosen)
             real = forward.real(given, chosen)
-            with inputs_watched(layers, see):
-                forward.run(forward.place(given))
+            run_watched(forward, forward.place(given), watched, see, calls)
     tokens = sum(r.length for r in rows)
     found = {name: gram.div_(tokens) for name, gram in sums.items()}
-    return {name: found[first] for name, first in shared.items()}
+    return {name: found[first] for name, first in shared.items() if name in layers}

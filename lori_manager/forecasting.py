@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lori_manager.combining import AUTO, members_of, method_of, shares_of, usual_method
+from lori_manager.combining import (
+    AUTO,
+    check_options,
+    members_of,
+    method_of,
+    shares_of,
+    usual_method,
+)
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import InvalidInput
@@ -84,11 +91,10 @@ def forecast(
     members = members_of(ws, refs, names)
     shares = shares_of(members, weights)
     entry = method_of(method or usual_method(ws, members))
+    check_options(entry.name, options or {})
     inputs = MergeInputs(ws, members, config, probe_rows)
-    grams = [inputs.gram(i) for i in range(len(members))]
-    found = interference(inputs.weights, shares, grams)
+    found = interference(inputs.weights, shares, inputs.grams())
     loudest = worst_pair([member.ref for member in members], found)
-    del grams
     past = _past(ws)
     expected = rehearsed(inputs, entry, shares, told)
     if expected:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lori_manager.consolidation import ModelMethod, regression_part
 from lori_manager.engine.layers import attached, linear_weight, low_rank_layers
-from lori_manager.engine.siblings import inputs_watched
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights, one_block
 from lori_manager.forward import Forward, place, real_tokens
@@ -17,6 +16,7 @@ from lori_manager.merging.least_squares import LeastSquares, Moments, Part
 from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
 from lori_manager.registry import Entry
+from lori_manager.stages import Stage, grouped, run_watched, stages_of
 from lori_manager.tasks.batches import length_batches
 from lori_manager.tasks.encoding import Encoded
 
@@ -42,10 +42,14 @@ def merge_iteris(
 
     Source: IterIS, arXiv:2411.15231. Differs: the update is cut to `max_rank`, by default the
     sum of the members' ranks (the paper merges into the weights); tasks count by their
-    weights alone, not also by the size of their outputs; the pull towards the mean of the
-    updates (`eps`) takes the place of shrinking what lies off the diagonal. Acts on
-    whole updates. One adapter at weight 1 returns itself, general text or not; the order of the
-    members does not matter but for rounding. `answers` and `span` are not used.
+    weights alone, not also by the size of their outputs; `eps` pulls towards the mean of the
+    updates where no input is. The paper shrinks what lies off the diagonal of all moments,
+    which is `shrink`, by default 1: not at all. Acts on whole updates. One adapter at weight 1
+    returns itself, general text or not; the order of the members does not matter but for
+    rounding. `answers` and `span` are not used.
+
+    Where the sums of all modules are more than `stages.ROOM` they are made for some modules at a
+    time, by more forwards and with the same result.
 
     Args, errors: as of `merge_layerwise`.
     """
@@ -61,22 +65,40 @@ def merge_iteris(
             [*weights, sum(weights) * options.general],
             [*own, {}],
         )
+    outs = {name: len(update.B) for one in own for name, update in one.items()}
+
+    def held(stage: Stage) -> int:
+        """Bytes: the moments, and of each module the target; all float64."""
+        return 8 * stage.features * (stage.features + sum(outs[name] for name in stage.names))
+
+    groups = grouped(stages_of(base, names), held)
     merged: dict[str, LowRankUpdate] = {}
     for iteration in range(options.iterations):
-        fits: dict[str, LeastSquares] = {}
-        with torch.no_grad():
-            for t, (mine, given) in enumerate(zip(own, rows, strict=True)):
-                _collect(base, fits, t, weights[t], own, mine, merged or mine, given, names)
-        merged = {name: fits[name].free(options.eps, options.max_rank) for name in names}
-        if on_progress:
-            on_progress(iteration + 1, options.iterations)
+        found: dict[str, LowRankUpdate] = {}
+        for number, group in enumerate(groups):
+            fits: dict[str, LeastSquares] = {}
+            with torch.no_grad():
+                for t, (mine, given) in enumerate(zip(own, rows, strict=True)):
+                    last = merged or mine
+                    _collect(base, fits, t, weights[t], own, mine, last, given, group, options)
+            found |= {n: fit.free(options.eps, options.max_rank) for n, fit in fits.items()}
+            if on_progress:
+                on_progress(iteration * len(groups) + number + 1, options.iterations * len(groups))
+        merged = found
     return one_block(merged, next(iter(members[0].blocks[0].B.values())).dtype)
 
 
 ITERIS: Entry[ModelMethod] = Entry(
-    "iteris", merge_iteris, "arXiv:2411.15231", {"identity": True, "ordered": False,
-                                                 "needs": "answers"}
-)  # fmt: skip
+    "iteris",
+    merge_iteris,
+    "arXiv:2411.15231",
+    {
+        "identity": True,
+        "ordered": False,
+        "needs": "answers",
+        "options": ("max_rank", "eps", "shrink", "general", "iterations"),
+    },
+)
 
 
 def _collect(
@@ -88,7 +110,8 @@ def _collect(
     mine: Mapping[str, LowRankUpdate],
     merged: Mapping[str, LowRankUpdate],
     rows: Sequence[Encoded],
-    names: Sequence[str],
+    group: Sequence[Stage],
+    options: MergeOptions,
 ) -> None:
     """Add one member's rows to every module's sums, which are made at their first use."""
     tokens = sum(len(r.ids) for r in rows)
@@ -97,15 +120,15 @@ def _collect(
     with forward.ready():
         for numbers in length_batches([len(r.ids) for r in rows], _BATCH):
             chosen = [rows[i] for i in numbers]
-            x = _inputs(base, forward, mine, chosen, names)
-            z = x if merged is mine else _inputs(base, forward, merged, chosen, names)
+            x = _inputs(base, forward, mine, chosen, group)
+            z = x if merged is mine else _inputs(base, forward, merged, chosen, group)
             for first, x_first in x.items():
                 seen, along = x_first[0], z[first][0]
                 share = torch.full((len(seen),), weight / tokens, device=seen.device)
                 for number, name in enumerate(x_first[1]):
                     if name not in fits:
                         if number == 0:
-                            moments[first] = Moments(seen.shape[1], seen.device)
+                            moments[first] = Moments(seen.shape[1], seen.device, options.shrink)
                         parts = [Part(i, u[name]) for i, u in enumerate(own) if name in u]
                         fits[name] = LeastSquares(
                             linear_weight(base.model.get_submodule(name)), parts, moments[first]
@@ -120,7 +143,7 @@ def _inputs(
     forward: Forward,
     updates: Mapping[str, LowRankUpdate],
     rows: Sequence[Encoded],
-    names: Sequence[str],
+    group: Sequence[Stage],
 ) -> dict[str, tuple[Tensor, list[str]]]:
     """First module that sees an input -> (the input (tokens, in_features), all that see it)."""
     seen: dict[str, tuple[Tensor, list[str]]] = {}
@@ -133,7 +156,9 @@ def _inputs(
         seen[first][1].append(name)
 
     layers = low_rank_layers(base.model, updates)
+    names = [name for stage in group for name in stage.names]
     watched = {name: layers.get(name, base.model.get_submodule(name)) for name in names}
-    with attached(base.model, layers), inputs_watched(watched, see):
-        forward.run(place(batch, base.device))
+    calls = sum(stage.calls for stage in group)
+    with attached(base.model, layers):
+        run_watched(forward, place(batch, base.device), watched, see, calls)
     return seen

@@ -46,7 +46,8 @@ def merge_layerwise(
     model gives it (all modules before it being merged already) and y_t = (W + D_t) x_t:
     min over D of sum_t w_t E ||y_t - (W + D) z_t||^2. So each module also makes good what
     the modules before it lost. `eps` times the mean diagonal of the moments pulls
-    directions that no input takes to the mean of the updates.
+    directions that no input takes to the mean of the updates, and `shrink` below 1 multiplies
+    what lies off the diagonal of all moments, as RegMean does.
 
     With `span` "free" D is any update, cut to the one of rank `max_rank` (by default the sum
     of the members') that errs least on the merged model's inputs; the result is one dense
@@ -66,7 +67,7 @@ def merge_layerwise(
         members, weights: adapters and what each one's task counts, none negative; members of
             weight 0 are left out.
         rows: for each member its probe rows; all of their tokens count.
-        options: `max_rank`, `eps`, `answers`, `general` and `span` count.
+        options: `max_rank`, `eps`, `shrink`, `answers`, `general` and `span` count.
         general: rows of no task, on which the merged model shall do what the base does;
             together they count `general` times as much as all members.
         on_progress: called with (blocks done, blocks in all).
@@ -106,7 +107,7 @@ def merge_layerwise(
             merged: dict[str, nn.Module] = {}
             for group in _stages(own):
                 mixed = [s.input_of(number, block, base.model, merged, group[0]) for s in streams]
-                moments = Moments(mixed[0].shape[1], base.device)
+                moments = Moments(mixed[0].shape[1], base.device, options.shrink)
                 for z, share in zip(mixed, shares, strict=True):
                     moments.add(z.float(), share)
                 for name in group:
@@ -147,7 +148,13 @@ LAYERWISE: Entry[ModelMethod] = Entry(
     "layerwise",
     merge_layerwise,
     "arXiv:2212.09849 in forward order",
-    {"identity": True, "ordered": False, "needs": "answers", "encoders": True},
+    {
+        "identity": True,
+        "ordered": False,
+        "needs": "answers",
+        "encoders": True,
+        "options": ("max_rank", "eps", "shrink", "general", "answers", "span"),
+    },
 )
 
 

@@ -15,9 +15,8 @@ from lori_manager.evaluation import counted_progress
 from lori_manager.records import Adapter
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lori_manager.engine.weights import AdapterWeights
+    from lori_manager.grams import StreamedGrams
     from lori_manager.merging.methods import MergeOptions
     from lori_manager.models import BaseModel
     from lori_manager.registry import Entry
@@ -102,12 +101,13 @@ class MergeInputs:
             )
         return self._answered[ref]
 
-    def gram(self, member: int) -> dict[str, Tensor]:
-        """Second moments of the modules' inputs on what the member answers, in its own model."""
-        from lori_manager.consolidation import input_grams
+    def grams(self) -> StreamedGrams:
+        """Second moments of the modules' inputs on what each member answers, in its own model."""
+        from lori_manager.grams import StreamedGrams
 
-        updates, batch = self.weights[member].updates(), self.config.score_batch
-        return input_grams(self.base, updates, self.answered(member), batch)
+        rows = [self.answered(i) for i in range(len(self.members))]
+        updates = [weights.updates() for weights in self.weights]
+        return StreamedGrams(self.base, updates, rows, self.config.score_batch)
 
     def merged(
         self, entry: Entry[Any], shares: Sequence[float], options: MergeOptions
@@ -122,6 +122,7 @@ class MergeInputs:
     def _merged(
         self, entry: Entry[Any], shares: Sequence[float], options: MergeOptions
     ) -> AdapterWeights:
+        from lori_manager.merging.methods import options_of
         from lori_manager.tasks.general import general_rows
 
         needs = entry.facts.get("needs")
@@ -129,11 +130,12 @@ class MergeInputs:
             return entry.item(self.weights, shares, options)  # type: ignore[no-any-return]
         count = range(len(self.members))
         if needs == "grams":
-            grams = [self.gram(i) for i in count]
-            return entry.item(self.weights, shares, replace(options, grams=grams))  # type: ignore[no-any-return]
+            grams = self.grams()
+            told = replace(options, grams=grams, groups=grams.groups)
+            return entry.item(self.weights, shares, told)  # type: ignore[no-any-return]
         rows = [self.labelled(i) if needs == "labels" else self.answered(i) for i in count]
         text = []
-        if options.general:
+        if options.general and "general" in options_of(entry):
             text = general_rows(self.base.tokenizer, self.general, GENERAL, self.base.context)
         return entry.item(  # type: ignore[no-any-return]
             self.base,

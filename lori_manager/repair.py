@@ -118,7 +118,23 @@ REPAIR: Entry[ModelMethod] = Entry(
     "repair",
     merge_repair,
     "layerwise, then distillation",
-    {"identity": True, "ordered": True, "needs": "labels"},
+    {
+        "identity": True,
+        "ordered": True,
+        "needs": "labels",
+        "options": (
+            "max_rank",
+            "eps",
+            "shrink",
+            "general",
+            "answers",
+            "span",
+            "steps",
+            "rate",
+            "labels",
+            "seed",
+        ),
+    },
 )
 
 

@@ -184,5 +184,5 @@ ROUTED: Entry[ModelMethod] = Entry(
     "routed",
     merge_routed,
     "10.2202/1544-6115.1175 on states of the base",
-    {"identity": True, "ordered": False, "needs": "labels"},
+    {"identity": True, "ordered": False, "needs": "labels", "options": ()},
 )

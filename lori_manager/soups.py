@@ -130,6 +130,13 @@ def _times(
 
 
 SOUPS: Entry[ModelMethod] = Entry(
-    "soups", merge_soups, "arXiv:2410.13025", {"identity": True, "ordered": True,
-                                               "needs": "labels"}
-)  # fmt: skip
+    "soups",
+    merge_soups,
+    "arXiv:2410.13025",
+    {
+        "identity": True,
+        "ordered": True,
+        "needs": "labels",
+        "options": ("max_rank", "steps", "rate", "labels", "seed"),
+    },
+)

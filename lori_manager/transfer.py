@@ -37,50 +37,52 @@ def export(
 ) -> Path:
     """Write an adapter as a PEFT directory, or the base with it merged in.
 
-    A routed adapter is a PEFT directory a member, with the router beside them. A whole model is
-    written as a stream; interrupted and called again, it goes on.
+    A routed adapter is a PEFT directory a member, with the router beside them. What is no
+    low-rank update is written as its kind says. A whole model is written as a stream;
+    interrupted and called again, it goes on.
 
     Args:
         task: whose head is written, where the base is an encoder and the adapter has several.
     Raises:
         Conflict: the directory is there and not empty.
-        InvalidInput: a routed adapter and `full`; an encoder and `full`, or no single head.
+        InvalidInput: `full` and a routed adapter, or one of a kind that has no place in the
+            base's weights; an encoder and `full`, or no single head.
     """
     from lori_manager.adapters.full_export import write_full
+    from lori_manager.adapters.kind import module_of
     from lori_manager.adapters.peft_export import write_peft
     from lori_manager.adapters.routed_directory import write_routed
+    from lori_manager.engine.weights import KindWeights
 
     adapter = ws.adapter(ref)
-    base = ws.store.base()
     target = Path(directory)
     if full:
         ws.check_language("--format full")
         ws.check_single(adapter)
-        updates = ws.weights(adapter).updates()
+        weights = ws.stored(adapter)
         progress = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
-        write_full(ws.base_folder, updates, target, fingerprint=base.fingerprint, told=progress)
+        whole: dict[str, Any] = {"fingerprint": ws.store.base().fingerprint, "told": progress}
+        if isinstance(weights, KindWeights):
+            writer = module_of(weights.kind)
+            if not hasattr(writer, "write_full"):
+                raise InvalidInput(
+                    f"{adapter.ref} is of kind `{weights.kind}`, which changes no weight of the "
+                    "base: it cannot be merged into them; leave `--format full` out"
+                )
+            writer.write_full(weights, ws.base_folder, target, **whole)
+        else:
+            write_full(ws.base_folder, weights.updates(), target, **whole)
         return target
-    weights = ws.weights(adapter)
+    weights = ws.stored(adapter)
     head = _head_for(ws, adapter, weights.heads, task)
-    model = models.load_skeleton(ws.base_folder)
-    told: dict[str, Any] = {
-        "base_name": base.source,
-        "revision": base.revision,
-        "fingerprint": base.fingerprint,
-        "all_modules": [name for name, _ in model.model.named_modules()],
-        "transposed": model.transposed,
-        "label": adapter.ref,
-    }
-    if weights.router is not None:
+    told = _told(ws, adapter, head)
+    if isinstance(weights, KindWeights):
+        ws.check_language(f"an export of kind `{weights.kind}`")
+        module_of(weights.kind).write(weights, target, {**told, "folder": ws.base_folder})
+    elif weights.router is not None:
         names = _member_names(ws, adapter)
         members = {name: weights.member(i).updates() for i, name in enumerate(names)}
         write_routed(members, weights.router, target, **told)
-    elif head is not None:
-        kind = "SEQ_CLS" if ws.architecture == TEXT_ENCODER else None
-        behind = models.head_names(model.model)
-        write_peft(
-            weights.updates(), target, head=head, head_modules=behind, task_type=kind, **told
-        )
     else:
         write_peft(weights.updates(), target, **told)
     return target
@@ -101,6 +103,25 @@ def _head_for(
         has = ", ".join(heads) or "none"
         raise InvalidInput(f"say by --task whose head goes with {adapter.ref}; it has: {has}")
     return heads[task]
+
+
+def _told(ws: Context, adapter: Adapter, head: Head | None) -> dict[str, Any]:
+    """What a PEFT directory says of an adapter, its head and its base."""
+    base = ws.store.base()
+    skeleton = models.load_skeleton(ws.base_folder)
+    told = {
+        "base_name": base.source,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "all_modules": [name for name, _ in skeleton.model.named_modules()],
+        "transposed": skeleton.transposed,
+        "label": adapter.ref,
+    }
+    if head is None:
+        return told
+    kind = "SEQ_CLS" if ws.architecture == TEXT_ENCODER else None
+    behind = models.head_names(skeleton.model)
+    return told | {"head": head, "head_modules": behind, "task_type": kind}
 
 
 def routed(ws: Context, ref: str, config: Config | None = None) -> RoutedModel:

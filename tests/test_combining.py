@@ -11,6 +11,7 @@ from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.errors import BadData, InvalidInput, LoriError, NotFound
 from lori_manager.forward import Forward, place
 from lori_manager.merge_inputs import MergeInputs
+from lori_manager.merging.methods import options_of
 from lori_manager.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +66,8 @@ def test_a_merge_is_fitted_to_probe_rows_by_default_where_all_tasks_have_enough(
 @pytest.mark.parametrize("method", ["layerwise", "iteris", "soups", "repair", "regmean"])
 def test_every_method_that_runs_the_model_merges_in_a_workspace(ws, method):
     before = {ref: ws.adapter(ref).digest for ref in PAIR}
-    options = {"steps": 3, "iterations": 2}
+    taken = options_of(combining.method_of(method))
+    options = {k: v for k, v in {"steps": 3, "iterations": 2}.items() if k in taken}
     made = [ws.merge(PAIR, method=method, options=options).adapter for _ in range(2)]
     assert made[0].method == method
     assert made[0].digest == made[1].digest
@@ -73,6 +75,51 @@ def test_every_method_that_runs_the_model_merges_in_a_workspace(ws, method):
     assert [p.weight for p in made[0].parents] == [0.5, 0.5]
     assert {ref: ws.adapter(ref).digest for ref in PAIR} == before
     assert [f for f in ws.verify() if f.kind != "orphan"] == []
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"method": "concat", "options": {"density": 0.3}},
+         "method `concat` does not use --density: it takes --max-rank$"),
+        ({"method": "concat", "options": {"density": 0.5}}, "--density"),  # its own default
+        ({"method": "linear", "options": {"max_rank": 2, "eps": 0.1}},
+         "`linear` does not use --max-rank, --eps: it takes no such option$"),
+        ({"method": "regmean", "options": {"shrink": 0.9, "answers": 0.5}},
+         "`regmean` does not use --answers: it takes --max-rank, --eps, --shrink, --probe-rows$"),
+        ({"method": "auto", "options": {"density": 0.3}}, "`auto` does not use --density: .*steps"),
+        ({"options": {"density": 0.3}}, "`layerwise` does not use --density"),
+        ({"weights": "search", "options": {"eps": 0.3}}, "`concat` does not use --eps"),
+        ({"method": "concat", "probe_rows": 8}, "`concat` does not use --probe-rows"),
+        ({"method": "concat", "general": "no.txt"}, "`concat` does not use --general-text"),
+        ({"method": "routed", "options": {"max_rank": 2}}, "`routed` does not use --max-rank"),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_method_would_pass_over_is_refused(ws, how, told):
+    count = len(ws.store.adapters())
+    with pytest.raises(InvalidInput, match=told):
+        ws.merge(PAIR, **how)
+    assert len(ws.store.adapters()) == count
+
+
+def test_a_dry_run_refuses_what_the_merge_would(ws):
+    with pytest.raises(InvalidInput, match="`concat` does not use --density"):
+        ws.forecast(PAIR, method="concat", options={"density": 0.3})
+
+
+def test_a_shrunk_regression_is_made_anew_as_it_would_be_merged_afresh(ws):
+    how = {"method": "regmean", "options": {"shrink": 0.8}, "probe_rows": 4}
+    old = ws.merge(REFS, **how).adapter
+    assert old.config["settings"]["shrink"] == 0.8
+    assert (
+        ws.merge_again(old.ref, drop=["size"]).adapter.digest
+        == ws.merge(PAIR, **how).adapter.digest
+    )
+    weights = {"weights": [0.2, 1 / 3, 1 / 3]}
+    again = ws.merge_again(old.ref, reweight={"colour": 0.2}).adapter
+    assert again.digest == ws.merge(REFS, **how, **weights).adapter.digest
+    plain = ws.merge(REFS, method="regmean", probe_rows=4).adapter
+    assert plain.digest != old.digest
 
 
 def test_the_seed_decides_what_trains(ws):
@@ -310,8 +357,8 @@ def test_auto_without_any_probe_rows_says_so(ws):
 
 @pytest.mark.parametrize("method", ["concat", "layerwise"])
 def test_a_merge_without_a_member_is_that_of_the_rest(ws, method):
-    options = {"max_rank": 6} if method == "layerwise" else {}
-    how = {"method": method, "options": options, "probe_rows": 4}
+    fitted = {"options": {"max_rank": 6}, "probe_rows": 4} if method == "layerwise" else {}
+    how = {"method": method, **fitted}
     old = ws.merge(REFS, into="all", **how).adapter
     fresh = ws.merge(REFS[::2], into="fresh", **how)
     for name in ("shape", "shape@1", "shape@latest"):
@@ -326,7 +373,7 @@ def test_a_merge_without_a_member_is_that_of_the_rest(ws, method):
 
 @pytest.mark.parametrize("method", ["concat", "layerwise"])
 def test_a_merge_of_other_weights_is_a_fresh_one_of_those(ws, method):
-    how = {"method": method, "probe_rows": 4}
+    how = {"method": method, **({"probe_rows": 4} if method == "layerwise" else {})}
     old = ws.merge(PAIR, into="all", weights=[0.25, 0.5], **how).adapter
     made = ws.merge_again(old.ref, reweight={"shape": 1.0}, into="more").adapter
     fresh = ws.merge(PAIR, into="fresh", weights=[0.25, 1.0], **how).adapter

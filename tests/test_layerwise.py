@@ -113,6 +113,43 @@ def test_regmean_is_the_least_squares_solution():
     assert drift(deltas(cut)["m"].double()) <= drift(frobenius) * (1 + 1e-6)
 
 
+def small_problem(seed=0):
+    """Two members of one module, and the moments of their inputs, not of one mean."""
+    g = torch.Generator().manual_seed(seed)
+    grams = [{"m": x.t() @ x / len(x)} for x in (torch.randn(40, 6, generator=g) + i
+                                                 for i in range(2))]  # fmt: skip
+    members = [
+        AdapterWeights((Block({"m": torch.randn(5, 2, generator=g)}, 1.5,
+                              tensors={"m": torch.randn(2, 6, generator=g)}),))
+        for _ in range(2)
+    ]  # fmt: skip
+    return members, grams
+
+
+def test_shrinkage_multiplies_what_lies_off_the_diagonal_of_every_members_moments():
+    members, grams = small_problem()
+    off = 0.9 + 0.1 * torch.eye(6)
+    by_hand = [{"m": gram["m"] * off} for gram in grams]
+    weights = [0.3, 0.7]
+    for rank in (None, 2):
+        usual = MergeOptions(grams=by_hand, max_rank=rank)
+        expected = deltas(merge_regmean(members, weights, usual))["m"]
+        options = replace(usual, grams=grams, shrink=0.9)
+        merged = deltas(merge_regmean(members, weights, options))["m"]
+        assert torch.allclose(merged, expected, rtol=1e-4, atol=1e-6)
+        plain = deltas(merge_regmean(members, weights, replace(options, shrink=1.0)))["m"]
+        assert not torch.allclose(merged, plain, rtol=1e-2)
+
+
+def test_shrunk_to_the_diagonal_each_column_is_a_mean_by_how_loud_its_input_is():
+    members, grams = small_problem()
+    merged = merge_regmean(members, [0.3, 0.7], MergeOptions(grams=grams, shrink=0.0, eps=1e-12))
+    loud = [w * gram["m"].diagonal() for w, gram in zip((0.3, 0.7), grams, strict=True)]
+    wide = [deltas(m)["m"] for m in members]
+    expected = (wide[0] * loud[0] + wide[1] * loud[1]) / (loud[0] + loud[1])
+    assert torch.allclose(deltas(merged)["m"], expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("make", [architectures.llama, architectures.gemma2, architectures.gpt2])
 def test_layerwise_comes_nearer_to_every_member_than_regmean_and_concat(tmp_path, make):
     base = make_base(make, tmp_path)
@@ -188,15 +225,20 @@ def test_weights_that_no_regression_takes_are_refused(tmp_path, merge):
         merge(base, members, [-0.5, 1.0], [rows_of(1), rows_of(2)])
 
 
+@pytest.mark.parametrize("shrink", [1.0, 0.6])
 @pytest.mark.parametrize("make", [architectures.llama, architectures.gpt2])
-def test_iteris_once_is_the_regression_on_each_members_own_inputs(tmp_path, make):
+def test_iteris_once_is_the_regression_on_each_members_own_inputs(tmp_path, make, shrink):
     """Which on all directions is what regmean finds in those of the members' B."""
     base = make_base(make, tmp_path)
     members = [adapter(base.model, seed) for seed in (1, 2)]
     rows, weights = [rows_of(1, 40), rows_of(2, 40)], [0.3, 0.7]
-    once = merge_iteris(base, members, weights, rows, MergeOptions(eps=1e-2, iterations=1))
+    once = merge_iteris(
+        base, members, weights, rows, MergeOptions(eps=1e-2, shrink=shrink, iterations=1)
+    )
     grams = [input_grams(base, m.updates(), r, 4) for m, r in zip(members, rows, strict=True)]
-    expected = deltas(merge_regmean(members, weights, MergeOptions(eps=1e-2, grams=grams)))
+    expected = deltas(
+        merge_regmean(members, weights, MergeOptions(eps=1e-2, shrink=shrink, grams=grams))
+    )
     assert once.rank == 6
     for name, delta in deltas(once).items():
         assert (delta - expected[name]).norm() < 1e-3 * expected[name].norm(), name

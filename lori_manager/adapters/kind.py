@@ -4,9 +4,15 @@ Every kind but LoRI is a module of `adapters/` by its name, with
 
     training(base, config, *, steps, start=None)   a context manager: puts what trains into the
                                                    model, yields a `Training`, takes it out again
+
+and, only of kinds that are no low-rank update,
+
     applied(base, weights)                         a context manager: the stored adapter acts in
-                                                   the model; only of kinds that are no low-rank
-                                                   update
+                                                   the model
+    write(weights, directory, told)                the form that `lori export` writes
+    write_full(weights, folder, directory, *, fingerprint, told)
+                                                   base and adapter as one model, where that
+                                                   can be
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +81,15 @@ class KindModule(Protocol):
 
     def applied(self, base: BaseModel, weights: KindWeights) -> AbstractContextManager[None]:
         """Let a stored adapter act in the model, for a forward and for `generate`."""
+
+    def write(self, weights: KindWeights, directory: Path, told: Mapping[str, Any]) -> None:
+        """Write the adapter for use elsewhere, see `staging.staged_directory`.
+
+        Args:
+            weights: as stored.
+            directory: made if missing; whole or without what a loader reads first.
+            told: `folder`, the base's, and the keyword arguments of `peft_export.write_peft`.
+        """
 
 
 def module_of(kind: str) -> KindModule:

@@ -34,8 +34,9 @@ def _list_methods(wanted: bool) -> None:
     if not wanted:
         return
     from lori_manager.combining import methods
+    from lori_manager.merging.methods import options_of
 
-    columns = ["method", "one adapter at weight 1", "order", "reads", "source"]
+    columns = ["method", "one adapter at weight 1", "order", "reads", "source", "options"]
     rows = [
         [
             entry.name,
@@ -43,6 +44,7 @@ def _list_methods(wanted: bool) -> None:
             "matters" if entry.facts.get("ordered") else "does not matter",
             READS[entry.facts.get("needs")],
             entry.source,
+            " ".join(option.replace("_", "-") for option in options_of(entry)) or "none",
         ]
         for entry in methods()
     ]
@@ -89,7 +91,9 @@ def merge(
                                  autocompletion=complete.lines)
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(help="Rank of the merge; as the method gives it if unset.")
+        int | None,
+        typer.Option(help="Rank of the merge; as the method gives it if unset. Which method takes "
+                     "which option: --list-methods."),
     ] = None,
     probe_rows: Annotated[
         int | None,
@@ -97,28 +101,40 @@ def merge(
     ] = None,
     span: Annotated[
         str | None,
-        typer.Option(help="layerwise: free, or members, which keeps every B and its mask."),
+        typer.Option(help="layerwise, repair: free, or members, which keeps every B and its mask."),
     ] = None,
     answers: Annotated[
         float | None,
-        typer.Option(help="layerwise: share of the weight on the places answers are read from."),
+        typer.Option(help="layerwise, repair: share of the weight on the places answers are "
+                     "read from."),
     ] = None,
     general: Annotated[
         float | None,
-        typer.Option(help="layerwise, iteris: weight of general text against all tasks, 0: none."),
+        typer.Option(help="layerwise, iteris, repair: weight of general text against all tasks, "
+                     "0: none."),
     ] = None,
     general_text: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="General text; Python's own manual if unset."),
     ] = None,
     space: Annotated[
-        str | None, typer.Option(help="core or full: where methods look at single entries.")
+        str | None,
+        typer.Option(help="magnitude, ties, dare, della: core or full, where they look at single "
+                     "entries."),
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="Share of entries that pruning methods keep.")
+        float | None,
+        typer.Option(help="magnitude, ties, dare, della, core, knots: share of entries kept."),
     ] = None,
     eps: Annotated[
-        float | None, typer.Option(help="Of a regression, against the mean second moment.")
+        float | None,
+        typer.Option(help="regmean, lorm, layerwise, iteris, repair: of the regression, against "
+                     "the mean second moment."),
+    ] = None,
+    shrink: Annotated[
+        float | None,
+        typer.Option(help="regmean, layerwise, iteris, repair: what entries of the moments off the "
+                     "diagonal are multiplied with, 1: nothing is changed."),
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="iteris: how often to solve.")] = None,
     steps: Annotated[int | None, typer.Option(help="repair, soups: steps of training.")] = None,
@@ -128,7 +144,9 @@ def merge(
         typer.Option(help="repair, soups: share of the rows' own completions; the rest is what "
                      "each task's own adapter says."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of methods that draw or train.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="dare, della, repair, soups: of what they draw or train.")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Merge nothing: tell how much the members would get in "
@@ -152,7 +170,8 @@ def merge(
     """
     options = {
         "max_rank": max_rank, "span": span, "answers": answers, "general": general,
-        "space": space, "density": density, "eps": eps, "iterations": iterations,
+        "space": space, "density": density, "eps": eps, "shrink": shrink,
+        "iterations": iterations,
         "steps": steps, "rate": rate, "labels": labels, "seed": seed,
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
@@ -201,7 +220,7 @@ def merge(
                 weights=shares,
                 into=into or "main",
                 options=given,
-                probe_rows=32 if probe_rows is None else probe_rows,
+                probe_rows=probe_rows,
                 general=general_text,
                 config=config,
             )

@@ -9,7 +9,11 @@ from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods, 
 
 
 @merge_methods.register(
-    "concat", source="arXiv:2504.07448, section 3.3", identity=True, ordered=False
+    "concat",
+    source="arXiv:2504.07448, section 3.3",
+    identity=True,
+    ordered=False,
+    options=("max_rank",),
 )
 def merge_concat(
     members: Sequence[AdapterWeights],

@@ -10,7 +10,8 @@ from lori_manager.merging.entries import elected_mean, keep_largest, merge_entri
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods
 
 
-@merge_methods.register("core", source="arXiv:2509.17786", identity=False, ordered=False)
+@merge_methods.register("core", source="arXiv:2509.17786", identity=False, ordered=False,
+                        options=("max_rank", "density"))  # fmt: skip
 def merge_core(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],

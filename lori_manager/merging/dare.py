@@ -13,7 +13,13 @@ from lori_manager.merging.entries import Blocks, Matrix, merge_entries, weighted
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods
 
 
-@merge_methods.register("dare", source="arXiv:2311.03099", identity=False, ordered=False)
+@merge_methods.register(
+    "dare",
+    source="arXiv:2311.03099",
+    identity=False,
+    ordered=False,
+    options=("max_rank", "space", "density", "seed"),
+)
 def merge_dare(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],

@@ -16,7 +16,13 @@ from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods
 EPSILON = 0.15
 
 
-@merge_methods.register("della", source="arXiv:2406.11617", identity=False, ordered=False)
+@merge_methods.register(
+    "della",
+    source="arXiv:2406.11617",
+    identity=False,
+    ordered=False,
+    options=("max_rank", "space", "density", "seed"),
+)
 def merge_della(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],

@@ -13,6 +13,7 @@ import logging
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,16 +43,17 @@ class Matrix:
     Attributes:
         shape: (rows, columns) of the whole.
         blocks: its row blocks, all columns wide.
-        key: for draws; of the seed, the module and the member's own content.
+        key: for draws, made when one is; of the seed, the module and the member's own content,
+            all of which is read for it.
     """
 
     shape: tuple[int, int]
     blocks: Blocks
-    key: int
+    key: Callable[[], int]
 
     def draws(self) -> np.random.Generator:
         """The draws of this matrix, from the first: the same on every device."""
-        return np.random.Generator(np.random.Philox(key=self.key))
+        return np.random.Generator(np.random.Philox(key=self.key()))
 
 
 # A member's entries and the density -> what is left of them.
@@ -88,7 +90,7 @@ def merge_entries(
     errors: list[tuple[float, float, str]] = []
 
     def merge(module: str, updates: list[LowRankUpdate], shares: list[float]) -> LowRankUpdate:
-        keys = [draw_key(options.seed, module, u) for u in updates]
+        keys = [partial(draw_key, options.seed, module, u) for u in updates]
         frame = shared_frame(updates) if options.space == "core" else None
         if frame is not None:
             matrices = [

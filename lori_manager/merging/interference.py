@@ -59,23 +59,25 @@ def interference(
     entries: list[tuple[float, ...]] = []
     errors: list[float] = []
     for t, own in enumerate(updates):
-        whole = {name: energy(u, grams[t][name]) for name, u in own.items()}
-        rows: tuple[list[float], list[float], list[float]] = ([], [], [])
-        for s, other in enumerate(updates):
-            both = [name for name in own if name in other and whole[name] > 0]
-            rows[0].append(_mean([energy(other[n], grams[t][n]) / whole[n] for n in both]))
-            shared = [bases[t][n].t() @ bases[s][n] for n in both]
-            rows[1].append(_mean([float(m.square().sum()) / max(m.shape[1], 1) for m in shared]))
-            rows[2].append(_overlap([(used[t][n], used[s][n]) for n in both]))
-        for table, row in zip((response, directions, entries), rows, strict=True):
-            table.append(tuple(row))
+        rows: tuple[list[list[float]], ...] = ([[] for _ in updates], [[] for _ in updates])
+        pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in updates]
         found = []
-        for name, update in own.items():
+        for name, gram in grams[t].items():  # each is read once: it may have to be collected
+            if name not in own or (whole := energy(own[name], gram)) <= 0:
+                continue
+            for s, other in enumerate(updates):
+                if name in other:
+                    shared = bases[t][name].t() @ bases[s][name]
+                    rows[0][s].append(energy(other[name], gram) / whole)
+                    rows[1][s].append(float(shared.square().sum()) / max(shared.shape[1], 1))
+                    pairs[s].append((used[t][name], used[s][name]))
             having = [(u[name], w) for u, w in zip(updates, weights, strict=True) if name in u]
-            parts = [*(u for u, _ in having), update]
+            parts = [*(u for u, _ in having), own[name]]
             off = concat_updates(parts, [*(w for _, w in having), -1.0])
-            if whole[name] > 0:
-                found.append(energy(off, grams[t][name]) / whole[name])
+            found.append(energy(off, gram) / whole)
+        response.append(tuple(map(_mean, rows[0])))
+        directions.append(tuple(map(_mean, rows[1])))
+        entries.append(tuple(map(_overlap, pairs)))
         errors.append(_mean(found))
     return Interference(tuple(response), tuple(directions), tuple(entries), tuple(errors))
 

@@ -69,7 +69,9 @@ def merge_isotropic(
     return module_by_module(members, weights, merge, options.max_rank)
 
 
-@merge_methods.register("iso", source="arXiv:2502.04959, Iso-C", identity=False, ordered=False)
+@merge_methods.register(
+    "iso", source="arXiv:2502.04959, Iso-C", identity=False, ordered=False, options=("max_rank",)
+)
 def merge_iso(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],
@@ -92,7 +94,11 @@ def merge_iso(
 
 
 @merge_methods.register(
-    "iso-cts", source="arXiv:2502.04959, Iso-CTS", identity=False, ordered=False
+    "iso-cts",
+    source="arXiv:2502.04959, Iso-CTS",
+    identity=False,
+    ordered=False,
+    options=("max_rank",),
 )
 def merge_iso_cts(
     members: Sequence[AdapterWeights],

@@ -38,7 +38,13 @@ def in_joint_frame(
     return LowRankUpdate(merged, (form.U @ left[:, :k]).float())
 
 
-@merge_methods.register("knots", source="arXiv:2410.19735", identity=False, ordered=False)
+@merge_methods.register(
+    "knots",
+    source="arXiv:2410.19735",
+    identity=False,
+    ordered=False,
+    options=("max_rank", "density"),
+)
 def merge_knots(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],
@@ -61,7 +67,7 @@ def merge_knots(
     whole = float(sum(abs(w) for w in weights))
 
     def trimmed(one: Tensor) -> Tensor:
-        matrix = Matrix((one.shape[0], one.shape[1]), lambda: iter([one]), 0)
+        matrix = Matrix((one.shape[0], one.shape[1]), lambda: iter([one]), lambda: 0)
         return next(keep_largest(matrix, options.density)())
 
     def ties(parts: list[Tensor], shares: list[float]) -> Tensor:

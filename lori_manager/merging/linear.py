@@ -12,7 +12,9 @@ from lori_manager.errors import InvalidInput
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods
 
 
-@merge_methods.register("linear", source="arXiv:2212.04089", identity=True, ordered=False)
+@merge_methods.register(
+    "linear", source="arXiv:2212.04089", identity=True, ordered=False, options=()
+)
 def merge_linear(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],

@@ -14,7 +14,7 @@ from lori_manager.merging.regmean import counted
 
 
 @merge_methods.register("lorm", source="arXiv:2410.17961", identity=True, ordered=False,
-                        needs="grams")  # fmt: skip
+                        needs="grams", options=("eps",))  # fmt: skip
 def merge_lorm(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],
@@ -30,7 +30,8 @@ def merge_lorm(
     Acts on B alone. One adapter at weight 1 returns itself; the order of the members does not
     matter but for rounding. Differs from the paper: both of its steps are taken at its
     aggregation, A being frozen; the e/T, without which a lone adapter would shrink. Members of
-    weight 0 are left out; `max_rank` is not used, there is nothing to cut.
+    weight 0 are left out; `max_rank` is not used, there is nothing to cut, nor is `shrink`: H_t
+    is in the directions of a random A, whose diagonal means nothing.
     Raises:
         InvalidInput: members whose A differ, or that have several blocks; no probe inputs for
             them, or negative weights.
@@ -50,14 +51,16 @@ def merge_lorm(
         raise InvalidInput("method `lorm` needs the inputs of every member's probe rows")
     first = blocks[0]
     scaling = first.scaling or 1.0  # 0 of a merge with weight 0: no B could answer anything
+    inner: dict[str, list[Tensor]] = {name: [] for name in first.A}
+    for names in options.groups or [[list(inner)]]:  # read group by group, member by member
+        for gram, share in zip(grams, shares, strict=True):
+            for name in (n for stage in names for n in stage if n in inner):
+                G = gram[name]
+                rows = first.A[name].to(G.device, torch.float64)
+                inner[name].append(rows @ G.double() @ rows.t() * share)
     B: dict[str, Tensor] = {}
-    for name, A in first.A.items():
-        device = grams[0][name].device
-        rows = A.to(device, torch.float64)
-        moments = [
-            rows @ gram[name].double() @ rows.t() * share
-            for gram, share in zip(grams, shares, strict=True)
-        ]
+    for name, moments in inner.items():
+        device = moments[0].device
         whole = torch.stack(moments).sum(0)
         e = options.eps * float(whole.diagonal().mean()) or 1.0
         eye = torch.eye(len(whole), dtype=whole.dtype, device=device)

@@ -10,7 +10,11 @@ from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods
 
 
 @merge_methods.register(
-    "magnitude", source="arXiv:2306.01708, its trimming alone", identity=False, ordered=False
+    "magnitude",
+    source="arXiv:2306.01708, its trimming alone",
+    identity=False,
+    ordered=False,
+    options=("max_rank", "space", "density"),
 )
 def merge_magnitude(
     members: Sequence[AdapterWeights],

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -15,11 +15,12 @@ from lori_manager.engine.core import truncated
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights, one_block
 from lori_manager.errors import InvalidInput
-from lori_manager.registry import Registry
+from lori_manager.registry import Entry, Registry
 
 # For each member: module name -> E[x x'] (in_features, in_features) of its own task's inputs.
 Grams = Sequence[Mapping[str, Tensor]]
-
+# Groups of modules, and in each those that see one input.
+Groups = Sequence[Sequence[Sequence[str]]]
 
 SPACES = ("core", "full")
 SPANS = ("free", "members")
@@ -27,7 +28,7 @@ SPANS = ("free", "members")
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What methods may be told; each says in its docstring which of it counts.
+    """What methods may be told; the fact `options` of each says which of it counts there.
 
     Attributes:
         max_rank: rank of the result; None keeps what the method gives.
@@ -36,7 +37,12 @@ class MergeOptions:
         seed: of methods that draw.
         grams: second moments of the members' inputs, for methods that need them; each on
             the inputs of its own task, with itself in the model.
+        groups: modules whose moments are at hand together: methods go through the groups, in
+            each through the members, and read a module's moments of a member once. None:
+            all are held.
         eps: of a regression, against the mean diagonal of the summed moments.
+        shrink: of a regression, what entries off the diagonal of the moments are multiplied
+            with, in [0, 1].
         general: weight of general text, on which the merge shall do what the base does,
             against all members together; 0 leaves it out.
         answers: share of a task's weight, in a regression, on the places whose next token
@@ -54,7 +60,9 @@ class MergeOptions:
     density: float = 0.5
     seed: int = 0
     grams: Grams | None = None
+    groups: Groups | None = None
     eps: float = 1e-2
+    shrink: float = 1.0
     general: float = 0.25
     answers: float = 0.9
     span: str = "free"
@@ -65,13 +73,14 @@ class MergeOptions:
 
     def settings(self) -> dict[str, object]:
         """All but the moments, by name: what makes the same merge again."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grams"}
+        return {name: getattr(self, name) for name in option_names()}
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
             ("max_rank", self.max_rank is None or self.max_rank >= 1, "at least 1"),
             ("space", self.space in SPACES, f"one of {', '.join(SPACES)}"),
             ("density", 0 < self.density <= 1, "in (0, 1]"),
+            ("shrink", 0 <= self.shrink <= 1, "in [0, 1]"),
             ("eps", 0 < self.eps < float("inf"), "above 0"),
             ("seed", self.seed >= 0, "0 or more"),
             ("general", 0 <= self.general < float("inf"), "0 or more"),
@@ -84,6 +93,16 @@ class MergeOptions:
         ):
             if not ok:
                 raise InvalidInput(f"`{name}` must be {expected}, got {getattr(self, name)!r}")
+
+
+def option_names() -> list[str]:
+    """What methods may be told by name."""
+    return [f.name for f in fields(MergeOptions) if f.name not in ("grams", "groups")]
+
+
+def options_of(entry: Entry[Any]) -> tuple[str, ...]:
+    """The options that count for a method, its fact `options`."""
+    return tuple(cast("Sequence[str]", entry.facts["options"]))
 
 
 DEFAULTS = MergeOptions()

@@ -9,7 +9,9 @@ from lori_manager.engine.weights import AdapterWeights
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods, module_by_module
 
 
-@merge_methods.register("svd", source="Eckart and Young 1936", identity=True, ordered=False)
+@merge_methods.register(
+    "svd", source="Eckart and Young 1936", identity=True, ordered=False, options=("max_rank",)
+)
 def merge_svd(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],

@@ -9,7 +9,13 @@ from lori_manager.merging.entries import elected_mean, keep_largest, merge_entri
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods
 
 
-@merge_methods.register("ties", source="arXiv:2306.01708", identity=False, ordered=False)
+@merge_methods.register(
+    "ties",
+    source="arXiv:2306.01708",
+    identity=False,
+    ordered=False,
+    options=("max_rank", "space", "density"),
+)
 def merge_ties(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],

@@ -13,7 +13,9 @@ from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods, 
 from lori_manager.merging.spectrum import counted, isometry, joined_in_core
 
 
-@merge_methods.register("tsv", source="arXiv:2412.00081", identity=True, ordered=False)
+@merge_methods.register(
+    "tsv", source="arXiv:2412.00081", identity=True, ordered=False, options=("max_rank",)
+)
 def merge_tsv(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],

@@ -12,7 +12,9 @@ from lori_manager.merging.entries import shared_frame, single
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods, module_by_module
 
 
-@merge_methods.register("wudi", source="arXiv:2503.08099", identity=True, ordered=False)
+@merge_methods.register(
+    "wudi", source="arXiv:2503.08099", identity=True, ordered=False, options=("max_rank",)
+)
 def merge_wudi(
     members: Sequence[AdapterWeights],
     weights: Sequence[float],

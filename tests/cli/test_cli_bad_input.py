@@ -133,7 +133,7 @@ def test_masks_and_revisions_that_cannot_be_read_end_with_2(lori, ref):
         ("--rank -3", "at least 1"),
         ("--rank 33", "at most 16"),
         ("--alpha 0", "above 0"),
-        ("--lr 0", "above 0"),
+        ("--lr -1", "above 0"),
         ("--lr inf", "finite"),
         ("--batch 0", "at least 1"),
         ("--steps -1", "0"),

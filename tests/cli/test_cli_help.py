@@ -1,6 +1,5 @@
 """What the command line says of itself, and what it leaves unloaded."""
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -11,8 +10,9 @@ import pytest
 from lori_manager import __version__
 from lori_manager.cli.app import COMMANDS
 from lori_manager.cli.settings import TRAINING
+from lori_manager.combining import methods
 from lori_manager.errors import LoriError
-from lori_manager.merging.methods import MergeOptions
+from lori_manager.merging.methods import option_names, options_of
 
 README = Path(__file__).parents[2] / "README.md"
 HEAVY = ("torch", "transformers", "peft", "numpy", "alembic")
@@ -62,10 +62,33 @@ def test_whatever_loads_the_base_can_be_told_its_precision_and_bits(empty, comma
 
 def test_help_of_merge_has_an_option_for_everything_that_methods_may_be_told(empty):
     told = empty("merge", "--help").stdout
-    keys = {field.name for field in dataclasses.fields(MergeOptions)} - {"grams"}  # of the code
-    for key in (*keys, "from", "drop", "reweight", "general_text", "probe_rows", "list_methods"):
+    for key in (
+        *option_names(),
+        "from",
+        "drop",
+        "reweight",
+        "general_text",
+        "probe_rows",
+        "list_methods",
+    ):
         assert f"--{key.replace('_', '-')} " in told, key
     assert "--replay " in empty("train", "--help").stdout
+
+
+def test_help_of_merge_and_the_list_of_methods_say_which_takes_what(empty):
+    told = " ".join(empty("merge", "--help").stdout.split())
+    lines = empty("merge", "--list-methods").stdout.splitlines()[1:]
+    assert len(lines) == len(list(methods()))
+    for entry, line in zip(methods(), lines, strict=True):
+        own = [option.replace("_", "-") for option in options_of(entry)]
+        assert line.startswith(f"{entry.name} ")
+        assert line.rstrip().endswith(f"  {' '.join(own) or 'none'}")
+    for option in option_names():
+        taking = {entry.name for entry in methods() if option in options_of(entry)}
+        assert taking, f"no method takes {option}"
+        if option != "max_rank":  # whose help would be a list of nearly all
+            help_ = re.search(rf"--{option} <[a-z]+> ([^:]*):", told)
+            assert set(help_[1].split(", ")) == taking, option
 
 
 def test_the_readme_tells_of_every_merge_method_and_of_no_option_that_is_not_there(empty):

@@ -1,6 +1,7 @@
 """What every registered merge method must do, read from the registry."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,17 @@ from lori_manager.engine.codec import decode_adapter, encode_adapter
 from lori_manager.engine.mask import calibrate_mask
 from lori_manager.engine.projection import ProjectionSpec
 from lori_manager.engine.weights import AdapterWeights, Block
-from lori_manager.merging.methods import MergeOptions, load_all
+from lori_manager.merging.methods import DEFAULTS, load_all, option_names, options_of
 
 SHAPES = {"layers.0.q": (8, 6), "layers.0.up": (10, 6), "layers.1.q": (8, 6)}
 SPEC = ProjectionSpec(3, "", 4, {n: s[1] for n, s in SHAPES.items()})
 METHODS = list(load_all())
+# For each option a value that is not the default.
+OTHER = {
+    "max_rank": 1, "space": "full", "density": 0.2, "seed": 7, "eps": 1.0, "shrink": 0.3,
+    "general": 2.0, "answers": 0.1, "span": "members", "iterations": 1, "steps": 2, "rate": 0.1,
+    "labels": 1.0,
+}  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -35,17 +42,17 @@ def member(seed, scaling=2.0, sparsity=None, dtype=torch.float32):
     return AdapterWeights((Block(B, scaling, SPEC, mask=mask),))
 
 
-def run(method, members, weights):
+def run(method, members, weights, options=DEFAULTS):
     """The method, with second moments of inputs where it asks for them."""
     if method.facts.get("needs") != "grams":
-        return method.item(members, weights)
+        return method.item(members, weights, options)
     grams = []
     for one in members:
         content = sum(float(b.float().abs().sum()) for b in one.blocks[0].B.values())
         g = torch.Generator().manual_seed(int(content * 1000))  # a member's own, in any order
         X = {n: torch.randn(9, s[1], generator=g) for n, s in SHAPES.items()}
         grams.append({n: x.t() @ x / len(x) for n, x in X.items()})
-    return method.item(members, [abs(w) for w in weights], MergeOptions(grams=grams))
+    return method.item(members, [abs(w) for w in weights], replace(options, grams=grams))
 
 
 def deltas(weights):
@@ -63,6 +70,20 @@ def test_methods_say_where_they_come_from_and_what_they_promise(method):
     assert (method.item.__doc__ or "").strip()
     for promise in ("identity", "ordered"):
         assert isinstance(method.facts.get(promise), bool), f"{method.name} tells no `{promise}`"
+
+
+@pytest.mark.parametrize("option", option_names())
+def test_an_option_changes_the_merge_where_the_method_says_that_it_takes_it(method, option):
+    members, weights = [member(i, 1.0 + i) for i in range(3)], [0.5, 0.25, 0.25]
+    usual = encode_adapter(run(method, members, weights), {})
+    told = replace(DEFAULTS, **{option: OTHER[option]})
+    other = encode_adapter(run(method, members, weights, told), {})
+    assert (usual != other) == (option in options_of(method))
+
+
+def test_every_option_is_tried():
+    assert sorted(OTHER) == sorted(option_names())
+    assert all(getattr(DEFAULTS, name) != value for name, value in OTHER.items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

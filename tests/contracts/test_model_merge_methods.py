@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from dataclasses import replace
 
 import architectures
 import numpy as np
@@ -12,13 +13,19 @@ from lori_manager.combining import methods
 from lori_manager.engine.codec import decode_adapter, encode_adapter
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.errors import InvalidInput
-from lori_manager.merging.methods import MergeOptions
+from lori_manager.merging.methods import DEFAULTS, MergeOptions, option_names, options_of
 from lori_manager.models import BaseModel, linear_shapes
 from lori_manager.tasks.encoding import Encoded
 
 ALL = [entry for entry in methods() if entry.facts.get("needs") in ("answers", "labels")]
 # `routed` merges nothing: what it promises instead is in test_routed.py.
 METHODS = [entry for entry in ALL if entry.name != "routed"]
+# For each option a value that is not the default.
+OTHER = {
+    "max_rank": 1, "space": "full", "density": 0.2, "seed": 7, "eps": 1.0, "shrink": 0.3,
+    "general": 2.0, "answers": 0.1, "span": "members", "iterations": 1, "steps": 2, "rate": 0.1,
+    "labels": 1.0,
+}  # fmt: skip
 OPTIONS = MergeOptions(steps=3, iterations=2)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,6 +99,19 @@ def test_methods_say_where_they_come_from_and_what_they_promise(method):
     assert (method.item.__doc__ or "").strip()
     for promise in ("identity", "ordered"):
         assert isinstance(method.facts.get(promise), bool), f"{method.name} tells no `{promise}`"
+
+
+@pytest.mark.parametrize("option", option_names())
+def test_an_option_changes_the_merge_where_the_method_says_that_it_takes_it(method, base, option):
+    members = [member(base.model, i) for i in (1, 2)]
+    how = {"general": rows_of(9)}
+    usual = replace(DEFAULTS, steps=3, iterations=2)
+    told = replace(usual, **{option: OTHER[option]})
+    made = [
+        encode_adapter(run(method, base, members, [0.5, 0.5], options, **how), {})
+        for options in (usual, told)
+    ]
+    assert (made[0] != made[1]) == (option in options_of(method))
 
 
 def test_one_adapter_at_weight_one_returns_itself_where_that_is_promised(method, base):

@@ -148,3 +148,27 @@ def test_a_stored_bf16_b_is_scaled_in_float32():
     problem.updates, problem.z = [LowRankUpdate(A, B, 0.7)], problem.x
     exact = 0.7 * B.float() @ A
     assert torch.allclose(problem.fit().free(TINY, None).delta(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shrink", [0.0, 0.7])
+def test_a_shrinkage_multiplies_the_moments_and_cross_moments_off_the_diagonal(shrink):
+    """Against the normal equations written down with shrunk matrices, base and all."""
+    problem = Problem(ranks=(2, 1), out=4)
+    moments = Moments(5, problem.W.device, shrink)
+    parts = [Part(t, u) for t, u in enumerate(problem.updates)]
+    fit = LeastSquares(problem.W, parts, moments)
+    silent = drawn(77, 40, 5)  # of a member without the module: the base is to answer it
+    off = shrink + (1 - shrink) * np.eye(5)
+    left, right = np.zeros((5, 5)), np.zeros((4, 5))
+    given = [*zip(problem.x, problem.z, (0.3, 0.7), strict=True), (silent, 1.3 * silent, 0.2)]
+    for t, (x, z, weight) in enumerate(given):
+        share = torch.full((40,), weight / 40)
+        moments.add(z, share)
+        fit.add(t, x, z, share)
+        X, Z, W = (m.double().numpy() for m in (x, z, problem.W))
+        own = problem.updates[t].delta().double().numpy() if t < 2 else 0.0
+        left += weight / 40 * off * (Z.T @ Z)
+        right += (W + own) @ (weight / 40 * off * (X.T @ Z)) - W @ (weight / 40 * off * (Z.T @ Z))
+    expected = right @ np.linalg.inv(left)
+    found = fit.free(TINY, 5)
+    assert np.allclose(found.delta().numpy(), expected, rtol=1e-4, atol=1e-5)
