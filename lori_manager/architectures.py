@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lori_manager.errors import InvalidInput
+from lori_manager.pipelines import MODEL_TYPE
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Architecture:
     """A family of models that are taught in the same way.
 
     Attributes:
-        title: in words.
+        title: in words. article: before it.
         auto: the transformers class that loads one; an encoder's brings a head behind it.
         encoder: whether it gives a label rather than text; each task has a head of its own.
     """
@@ -22,11 +23,13 @@ class Architecture:
     title: str
     auto: str
     encoder: bool = True
+    article: str = "a"
 
 
 CAUSAL = Architecture("causal language model", "AutoModelForCausalLM", encoder=False)
 TEXT_ENCODER = Architecture("text encoder", "AutoModelForSequenceClassification")
-IMAGE_ENCODER = Architecture("image encoder", "AutoModelForImageClassification")
+IMAGE_ENCODER = Architecture("image encoder", "AutoModelForImageClassification", article="an")
+DIFFUSION = Architecture("diffusion pipeline", "", encoder=False)  # diffusers loads it
 
 # Those whose positions begin behind the padding token's number: so many fewer tokens fit.
 _SHIFTED = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
@@ -36,6 +39,8 @@ _IMAGES = frozenset({"beit", "deit", "dinov2", "swin", "vit"})
 
 def architecture_of(model_type: str) -> Architecture:
     """Of a model type as transformers names it; what is no known encoder is a language model."""
+    if model_type == MODEL_TYPE:
+        return DIFFUSION
     if model_type in _TEXT | _SHIFTED:
         return TEXT_ENCODER
     return IMAGE_ENCODER if model_type in _IMAGES else CAUSAL

@@ -72,8 +72,10 @@ class Stream:
             answers: share on the places that answers are read from, see `Encoded.read_from`.
         """
         places = []
+        # Rows of images are all as long as each other, and nothing of theirs says how long.
+        alike = self.real is None and self.own.shape[0] == len(rows)
         for row in rows:
-            place = torch.zeros(row.length)
+            place = torch.zeros(self.own.shape[1] if alike else row.length)
             place[row.read_from] = 1.0
             places.append(place)
         at = torch.cat(places)

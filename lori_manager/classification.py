@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
 
 from lori_manager.adapters.heads import head_attached
 from lori_manager.adapters.kind import Training
@@ -17,18 +16,19 @@ from lori_manager.gradients import Gradients, checkpointed
 from lori_manager.labelling import Labelling
 from lori_manager.models import BaseModel
 from lori_manager.tasks.batches import length_batches
-from lori_manager.tasks.labelled import LabelledText
+from lori_manager.tasks.labelled import Labelled
 from lori_manager.tasks.scorers import LabelScorer
 from lori_manager.training import Steps, StepsOf
 
 
-def label_steps(base: BaseModel, config: Config, training: Training) -> StepsOf:
+def label_steps(base: BaseModel, config: Config) -> StepsOf:
     """Steps of `training.fit` on rows with labels: the mean cross-entropy over rows."""
 
     @contextmanager
     def steps(
-        trained: Sequence[nn.Parameter], batches: Sequence[Sequence[list[LabelledText]]], first: int
+        training: Training, batches: Sequence[Sequence[list[Labelled]]], first: int
     ) -> Iterator[Steps]:
+        trained = list(training.parameters.values())
         with checkpointed(base.model, config.checkpointing == "on"):
             yield Gradients(Labelling(base), trained, batches, "off", training.penalty)
 
@@ -38,7 +38,7 @@ def label_steps(base: BaseModel, config: Config, training: Training) -> StepsOf:
 def label_logits(
     base: BaseModel,
     head: Head,
-    rows: Sequence[LabelledText],
+    rows: Sequence[Labelled],
     batch: int,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
@@ -67,7 +67,7 @@ def label_outcomes(
     base: BaseModel,
     head: Head,
     labels: Sequence[str],
-    rows: Sequence[LabelledText],
+    rows: Sequence[Labelled],
     scorer: LabelScorer,
     batch: int,
     on_batch: Callable[[int, int], None] | None = None,

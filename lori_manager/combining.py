@@ -162,9 +162,12 @@ def merge(
             "methods that do not"
         )
     if weights == SEARCH or chosen is None:
-        ws.check_language("`--weights search`" if weights == SEARCH else "`--method auto`")
-    elif chosen.facts.get("needs") not in (None, "grams") and not chosen.facts.get("encoders"):
-        ws.check_language(f"`--method {chosen.name}`")
+        reads = f"`--weights {SEARCH}`" if weights == SEARCH else f"`--method {AUTO}`"
+        ws.check_language(f"{reads} reads probe prompts and")
+    elif (needs := chosen.facts.get("needs")) is not None and not (
+        ws.architecture.encoder and (needs == "grams" or chosen.facts.get("encoders"))
+    ):
+        ws.check_language(f"`--method {chosen.name}` reads probe prompts and")
     if ws.architecture.encoder:
         if given.get("general"):
             ws.check_language("`--general`")

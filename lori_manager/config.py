@@ -377,10 +377,15 @@ COMMENTS = {
 }
 
 
-def default_toml() -> str:
-    """The commented `lori.toml` that `lori init` writes."""
+def default_toml(own: Mapping[str, Any] | None = None) -> str:
+    """The commented `lori.toml` that `lori init` writes.
+
+    Args:
+        own: settings in which the workspace differs from the usual; these are no comments.
+    """
+    own = own or {}
     lines = ["# Defaults of this workspace. Flags of a command win over them.", "", "[defaults]"]
-    for key, value in Config().to_json().items():
+    for key, value in Config().replace(**own).to_json().items():
         if isinstance(value, str):
             shown = f'"{value}"'
         elif isinstance(value, bool):
@@ -392,7 +397,7 @@ def default_toml() -> str:
         else:
             shown = repr(value)
         comment = f"  # {COMMENTS[key]}" if key in COMMENTS else ""
-        lines.append(f"# {key} = {shown}{comment}")
+        lines.append(f"{'' if key in own else '# '}{key} = {shown}{comment}")
     lines += [
         "",
         "# [tasks.safety]",

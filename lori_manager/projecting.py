@@ -98,8 +98,8 @@ def start_of(
     from lori_manager.adapters import lori
 
     if config.projection == "nullspace":
-        ws.check_language("--projection nullspace")
-    shapes = ws.base_model(config).linear_shapes
+        ws.check_language("`projection` nullspace")
+    shapes = ws.model(config).linear_shapes
     weights = None if parent is None else ws.weights(parent)
     if config.projection not in APART:
         if weights is None:

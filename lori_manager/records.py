@@ -68,6 +68,12 @@ class Task:
         return tuple(self.options.get("labels", ()))
 
     @property
+    def images(self) -> JSON | None:
+        """How the rows' images were read, where they are images; None of text."""
+        told: JSON | None = self.options.get("images")
+        return told
+
+    @property
     def trainable(self) -> bool:
         """Whether there are rows to train on; a task may be for scoring only."""
         return "train" in self.splits

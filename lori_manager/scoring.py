@@ -110,6 +110,8 @@ def score_rows(
     Raises:
         ValueError: a scorer of labels.
     """
+    if scorer.reads == "noise":
+        raise ValueError("images are scored by `held_out_losses`")
     if scorer.reads == "text":
         said = completions(base, encoded, scorer.new_tokens(encoded), batch, on_batch)
         found = _judged(scorer, said, rows)

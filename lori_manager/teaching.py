@@ -14,7 +14,7 @@ from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
-from lori_manager.kinds import LORI, resolved
+from lori_manager.kinds import LORI, kind_of, resolved
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from lori_manager.adapters.kind import Training
     from lori_manager.engine.head import SoftTargets
     from lori_manager.engine.weights import AdapterWeights, Block, Head, Stored
-    from lori_manager.models import BaseModel
     from lori_manager.training import StepsOf, TrainResult
 
 
@@ -107,16 +106,16 @@ def _calibrated_mask(
     from lori_manager.training import fit, no_weights
 
     split = "calibration" if "calibration" in task.splits else "train"
-    encoded = _material(ws, task, split, config)
+    phase = f"calibrating {task.name}"
+    base, encoded = ws.model(config), _rows_of(ws, task, split, config)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
     zero = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in block.B.items()}
     empty = Block(zero, block.scaling, block.projection, block.tensors)
-    base = ws.base_model(config)
     layers = lori.trainable_layers(base.model, empty, None, beside)
     with (
-        _head_of(task, base, config, None) as head,
+        _head_of(ws, task, base, config, None) as head,
         lori.in_training(base, layers, beside) as parameters,
     ):
         training = _with_head(Training(parameters, no_weights), head, config)
@@ -127,11 +126,11 @@ def _calibrated_mask(
             config,
             steps=config.calibration_steps,
             peak=config.dense_learning_rate,
-            phase=f"calibrating {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             training=training,
-            steps_of=_steps_of(base, config, training),
+            steps_of=_steps_of(ws, base, config, phase),
         )
     mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope, exclude)
     kept, total = masks.count(mask), masks.size(mask)
@@ -166,16 +165,31 @@ def _calibrated_mask(
     return stored
 
 
-def _material(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
-    """The rows of a split, as the base takes them to learn from."""
+def _rows_of(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
+    """A split's rows as training takes them: encoded text, with labels or without, or pictures."""
     if ws.architecture.encoder:
         return list(ws.labelled(task, split, config.max_length)[1])
+    if task.images is not None:
+        return ws.pictures(task, split)
     return list(ws.rows(task, split, config.max_length)[1])
+
+
+def _steps_of(ws: Context, base: Any, config: Config, phase: str) -> StepsOf | None:
+    """How the base is trained on such rows; None is the usual way, by completions."""
+    if ws.architecture.encoder:
+        from lori_manager.classification import label_steps
+
+        return label_steps(base, config)
+    if not ws.makes_images:
+        return None
+    from lori_manager.diffusion.noise_loss import noise_steps
+
+    return noise_steps(base, config, phase)
 
 
 @contextmanager
 def _head_of(
-    task: Task, base: BaseModel, config: Config, start: Stored | None
+    ws: Context, task: Task, base: Any, config: Config, start: Stored | None
 ) -> Iterator[HeadTraining | None]:
     """The task's head in the model, to be trained; None where the base is no encoder.
 
@@ -183,7 +197,7 @@ def _head_of(
     """
     from lori_manager.adapters.heads import fresh_head, head_attached
 
-    if not base.architecture.encoder:
+    if not ws.architecture.encoder:
         yield None
         return
     head = None if start is None else start.heads.get(task.name)
@@ -203,13 +217,6 @@ def _with_head(training: Training, head: HeadTraining | None, config: Config) ->
         parameters=parameters,
         rates={**training.rates, **dict.fromkeys(head.parameters, config.head_learning_rate)},
     )
-
-
-def _steps_of(base: BaseModel, config: Config, training: Training) -> StepsOf | None:
-    """How an encoder is trained; None where the base is a language model."""
-    from lori_manager.classification import label_steps
-
-    return label_steps(base, config, training) if base.architecture.encoder else None
 
 
 def _heads(
@@ -301,6 +308,8 @@ def train(
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
     _check_kind(config, options)
+    if not kind_of(config.kind).low_rank:
+        ws.check_language(f"kind `{config.kind}`")
     if not names:
         raise InvalidInput("name at least one task to train")
     if len(set(names)) != len(names):
@@ -338,7 +347,7 @@ def train(
         ws.check_single(start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if options.replay:
-        ws.check_language("--replay")
+        ws.check_language("`--replay`")
         parent = ws.adapter(options.start) if options.start else None
         check_replay(ws, tasks, parent, sequence=sequence is not None)
     if sequence is not None:
@@ -402,7 +411,7 @@ def _train_stage(
 
     line = sequence or options.line or task.name
     checkpoint = folder / f"{stage}-training.safetensors"
-    encoded = _material(ws, task, "train", config)
+    encoded = _rows_of(ws, task, "train", config)
     soft = None
     if options.replay:
         text = None if options.general_text is None else Path(options.general_text)
@@ -484,7 +493,7 @@ def _learn_lori(
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.training import fit, no_weights, steps_for
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     kept = checkpoint.with_name(checkpoint.name.replace("training.safetensors", "A"))
     start = start_of(ws, task, config, line, parent, options.avoid, kept)
     block, beside = start.block, start.beside
@@ -492,9 +501,10 @@ def _learn_lori(
     mask = _mask_for(ws, task, block, config, options, calibration, beside)
     tensors = None if mask is None else ws.mask_tensors(mask)
     layers = lori.trainable_layers(base.model, block, tensors, beside)
+    phase = f"training {task.name}"
     held = None if parent is None else ws.stored(parent)
     with (
-        _head_of(task, base, config, held) as head,
+        _head_of(ws, task, base, config, held) as head,
         lori.in_training(base, layers, beside) as parameters,
     ):
         training = _with_head(Training(parameters, no_weights), head, config)
@@ -505,12 +515,12 @@ def _learn_lori(
             config,
             steps=steps_for(len(rows), config),
             peak=config.dense_learning_rate if mask is None else config.learning_rate,
-            phase=f"training {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
             training=training,
-            steps_of=_steps_of(base, config, training),
+            steps_of=_steps_of(ws, base, config, phase),
         )
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     return _Learned(
@@ -544,11 +554,12 @@ def _learn_kind(
     from lori_manager.adapters.lori import DTYPES
     from lori_manager.training import fit, steps_for
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     steps = steps_for(len(rows), config)
     start = None if parent is None else ws.stored(parent)
+    phase = f"training {task.name}"
     with (
-        _head_of(task, base, config, start) as head,
+        _head_of(ws, task, base, config, start) as head,
         module_of(config.kind).training(base, config, steps=steps, start=start) as own,
     ):
         training = _with_head(own, head, config)
@@ -559,12 +570,12 @@ def _learn_kind(
             config,
             steps=steps,
             peak=config.learning_rate,
-            phase=f"training {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
             training=training,
-            steps_of=_steps_of(base, config, training),
+            steps_of=_steps_of(ws, base, config, phase),
         )
         heads = _heads(task, head, start, config)
         weights = replace(training.weights(DTYPES[config.store_dtype]), heads=heads)

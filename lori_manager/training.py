@@ -59,8 +59,8 @@ class TrainResult:
     """What a run leaves behind.
 
     Attributes:
-        losses: mean cross-entropy in nats per completion token, or per row that has a label; one
-            a step.
+        losses: mean cross-entropy in nats per completion token, or per row that has a label; of
+            images, mean squared error. One a step.
         tokens: real tokens that went through the model, padding left out; of images, images.
         seconds: time in the loop, over all sessions of a resumed run.
         parameters: how many values trained.
@@ -79,8 +79,8 @@ class Steps(Protocol):
         """The mean loss of the next step's rows, its gradient left in the parameters."""
 
 
-# (parameters, the rows of every step left in parts, number of the first of them) -> Steps.
-StepsOf = Callable[[Sequence[nn.Parameter], Sequence[Any], int], AbstractContextManager[Steps]]
+# (what trains, the rows of every step left in parts, number of the first of them) -> Steps.
+StepsOf = Callable[[Training, Sequence[Any], int], AbstractContextManager[Steps]]
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
@@ -106,17 +106,17 @@ def steps_for(rows: int, config: Config) -> int:
     return max(1, math.ceil(config.epochs * math.ceil(rows / config.batch)))
 
 
-def completion_steps(
-    base: BaseModel, config: Config, training: Training, soft: SoftTargets | None = None
-) -> StepsOf:
+def completion_steps(base: BaseModel, config: Config, soft: SoftTargets | None = None) -> StepsOf:
     """Steps on the completions of encoded rows; for `soft` see `fit`."""
 
     @contextmanager
     def steps(
-        trained: Sequence[nn.Parameter], batches: Sequence[Sequence[list[Encoded]]], first: int
+        training: Training, batches: Sequence[Sequence[list[Encoded]]], first: int
     ) -> Iterator[Steps]:
-        forward = Forward(base, packing=config.packing if training.packs else "off", soft=soft)
+        packing = config.packing if training.packs else "off"
         graphs = config.graphs if training.graphs else "off"
+        trained = list(training.parameters.values())
+        forward = Forward(base, packing=packing, soft=soft)
         with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
             yield Gradients(forward, trained, batches, graphs, training.penalty)
 
@@ -201,8 +201,8 @@ def fit(
         for step in range(state.step, steps)
     ]
     waiting: deque[Late] = deque()
-    steps_of = steps_of or completion_steps(base, config, training, soft)
-    with steps_of(trained, batches, state.step) as gradients:
+    steps_of = steps_of or completion_steps(base, config, soft)
+    with steps_of(training, batches, state.step) as gradients:
         for step, parts in enumerate(batches, start=state.step):
             for group, own in zip(optimizer.param_groups, dict.fromkeys(peaks), strict=True):
                 group["lr"] = learning_rate(step, steps, own, config.schedule, config.warmup)

@@ -37,6 +37,8 @@ def export(
 ) -> Path:
     """Write an adapter as a PEFT directory, or the base with it merged in.
 
+    For a UNet, the PEFT directory is one that diffusers' loaders read.
+
     A routed adapter is a PEFT directory a member, with the router beside them. What is no
     low-rank update is written as its kind says. A whole model is written as a stream;
     interrupted and called again, it goes on.
@@ -57,7 +59,7 @@ def export(
     adapter = ws.adapter(ref)
     target = Path(directory)
     if full:
-        ws.check_language("--format full")
+        ws.check_language("`--format full`")
         ws.check_single(adapter)
         weights = ws.stored(adapter)
         progress = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
@@ -72,6 +74,11 @@ def export(
             writer.write_full(weights, ws.base_folder, target, **whole)
         else:
             write_full(ws.base_folder, weights.updates(), target, **whole)
+        return target
+    if ws.makes_images:
+        from lori_manager.adapters.diffusers_export import write_diffusers
+
+        write_diffusers(ws.weights(adapter).updates(), target, **_told(ws, adapter, None))
         return target
     weights = ws.stored(adapter)
     head = _head_for(ws, adapter, weights.heads, task)
@@ -161,6 +168,7 @@ def import_adapters(
     from lori_manager.engine.codec import encode_adapter
 
     ws.check_language("importing PEFT adapters")
+
     skeleton = models.load_skeleton(ws.base_folder)
     base = ws.store.base()
     names = {base.source, base.path, models.read_config(ws.base_folder).get("_name_or_path")}

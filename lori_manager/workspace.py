@@ -18,13 +18,15 @@ from lori_manager import (
     evaluation,
     forecasting,
     gating,
+    image_intake,
     intake,
     integrity,
     models,
+    pipelines,
+    sampling,
     teaching,
     transfer,
 )
-from lori_manager.architectures import check_architecture
 from lori_manager.config import default_toml
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
@@ -63,15 +65,15 @@ class Workspace(Context):
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
         path, commit = models.locate(base, revision)
         mark = models.fingerprint(path)
-        config = models.read_config(path)
-        check_architecture(config)
+        kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
         store = (Store.open if begun else Store.create)(root / FOLDER)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
-        store.set_base(Base(mark, source, commit, str(path), config.get("model_type", ""), now))
+        store.set_base(Base(mark, source, commit, str(path), kind, now))
         if not (root / SETTINGS).exists():
-            (root / SETTINGS).write_text(default_toml(), encoding="utf-8")
+            text = default_toml(pipelines.DEFAULTS if pipelines.is_pipeline(path) else None)
+            (root / SETTINGS).write_text(text, encoding="utf-8")
         return cls(root, store)
 
     @classmethod
@@ -113,6 +115,7 @@ class Workspace(Context):
         return self.store.move_base(path=str(folder), source=str(folder))
 
     add_task = intake.add_task
+    add_image_task = image_intake.add_image_task
     calibrate = teaching.calibrate
     train = teaching.train
     score = evaluation.score
@@ -123,6 +126,7 @@ class Workspace(Context):
     gate = gating.gate
     promote = gating.promote
     rollback = gating.rollback
+    sample = sampling.sample
     export = transfer.export
     routed = transfer.routed
     import_adapters = transfer.import_adapters

@@ -102,3 +102,20 @@ def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def squares(folder, labels, count, seed):
+    """A folder of 20 x 20 images a label: noise with a square of that colour in it."""
+    import numpy as np
+    from PIL import Image
+
+    colours = {"red": (230, 40, 40), "blue": (40, 40, 230), "green": (40, 200, 40)}
+    draw = np.random.default_rng(seed)
+    for label in labels:
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = draw.integers(60, 200, (20, 20, 3)).astype(np.uint8)
+            x, y = draw.integers(2, 8, 2)
+            pixels[y : y + 10, x : x + 10] = colours[label]
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    return folder

@@ -18,7 +18,8 @@ ROWS = (
     ("workspace",),
     ("blaming", "differing", "forecasting", "gating"),
     ("remerging",),
-    ("teaching", "combining", "transfer", "intake", "integrity"),
+    ("image_intake",),
+    ("teaching", "combining", "transfer", "intake", "integrity", "sampling"),
     ("trials", "rehearsal"),
     ("merge_inputs",),
     ("answering",),
@@ -29,7 +30,8 @@ ROWS = (
     ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups", "grams"),
-    ("classification", "scoring", "consolidation", "distillation", "blockwise", "routing"),
+    ("classification", "scoring", "diffusion"),
+    ("consolidation", "distillation", "blockwise", "routing"),
     ("training",),
     ("stages",),
     ("gradients", "generation", "harness"),
@@ -44,8 +46,9 @@ ROWS = (
     ("merging", "metrics"),
     ("engine",),
     ("kinds",),
-    ("config", "records", "refs", "registry", "sandbox"),
-    ("architectures", "extras", "errors", "plain"),
+    ("architectures",),
+    ("pipelines",),
+    ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -63,7 +66,8 @@ LIGHT_PARTS = {
     "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying", "merge_inputs",
     "context", "kinds", "auditing", "blaming", "differing", "remerging", "answering", "changes",
     "comparing", "plain", "reporting", "models", "store", "config", "architectures",
-    "records", "refs", "registry", "sandbox", "extras", "errors",
+    "records", "refs", "registry", "sandbox", "extras", "errors", "image_intake", "sampling",
+    "pipelines",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from encoders import IMAGES, LAYERED, TEXT, WORDS, encoder, sentences
+from encoders import IMAGES, LAYERED, TEXT, WORDS, encoder, sentences, squares
 
 from lori_manager.adapters import lori
 from lori_manager.adapters.heads import fresh_head, head_attached
@@ -20,7 +20,7 @@ from lori_manager.errors import DamagedObject, InvalidInput, NotFound
 from lori_manager.labelling import Labelling
 from lori_manager.layerwise import merge_layerwise
 from lori_manager.models import head_names, load_base, load_skeleton, load_tokenizer
-from lori_manager.tasks.labelled import encode_labelled, parse_labelled
+from lori_manager.tasks.labelled import LabelledImage, encode_labelled, parse_labelled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = ("a", "b", "c")
@@ -242,18 +242,24 @@ def test_the_longest_text_fits_a_model_whose_positions_are_shifted(roberta):
         assert np.isfinite(labelling.logits(labelling.batch([cut])).numpy()).all()
 
 
-@pytest.mark.parametrize("kind", [k for k in LAYERED if k in TEXT])
-def test_layerwise_gives_back_what_all_members_do(folders, kind):
+@pytest.mark.parametrize("kind", LAYERED)
+def test_layerwise_gives_back_what_all_members_do(folders, kind, tmp_path):
     base = load_base(folders(kind), "fp32", "cpu")
     adapter = random_adapter(base)
-    rows = encoded(base, sentence_texts(24))
+    rows = encoded(base, sentence_texts(24)) if kind in TEXT else images(tmp_path, 24)
     merged = merge_layerwise(base, [adapter, adapter], [0.5, 0.5], [rows, rows])
-    given = Labelling(base).batch(encoded(base)).inputs
+    labelling = Labelling(base)
+    given = labelling.place(labelling.batch(rows[:3])).inputs
     heads = {"t": adapter.heads["t"]}
     ours = logits(base, replace(merged, heads=heads), given)
     theirs = logits(base, adapter, given)
     nothing = logits(base, replace(random_adapter(base, 0.0), heads=heads), given)
     assert (ours - theirs).abs().max() < 0.05 * (theirs - nothing).abs().max()
+
+
+def images(folder, count):
+    paths = sorted(squares(folder / "images", ("red",), count, 0).rglob("*.png"))
+    return [LabelledImage(str(i), 0, path.read_bytes) for i, path in enumerate(paths)]
 
 
 def test_layers_that_read_relative_positions_are_not_merged_by_inputs(folders):

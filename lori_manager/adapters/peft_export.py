@@ -98,7 +98,7 @@ def write_peft(
     if head is not None:
         config["modules_to_save"] = sorted(head_modules)
     with staged_directory(directory, CONFIG_FILE, overwrite) as staged:
-        tensors = _tensors(updates, rank, dtype)
+        tensors = padded_tensors(updates, rank, dtype)
         if head is not None:
             tensors |= {KEY_PREFIX + name: t.to(dtype) for name, t in head.tensors.items()}
             labels = dict(enumerate(head.labels))
@@ -130,7 +130,7 @@ def _config(
         "lora_alpha": rank,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "target_modules": _targets(set(updates), all_modules),
+        "target_modules": target_modules(set(updates), all_modules),
         "fan_in_fan_out": any(name in updates for name in transposed),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -141,7 +141,7 @@ def _config(
     }
 
 
-def _targets(modules: set[str], all_modules: Collection[str]) -> list[str]:
+def target_modules(modules: set[str], all_modules: Collection[str]) -> list[str]:
     """`target_modules`: last parts where these mean exactly `modules`, else the full names."""
     for targets in ({last_part(name) for name in modules}, modules):
         if {name for name in all_modules if named_by(targets, name)} == modules:
@@ -149,9 +149,16 @@ def _targets(modules: set[str], all_modules: Collection[str]) -> list[str]:
     raise ValueError("the full name of an updated module is the ending of another module's name")
 
 
-def _tensors(
-    updates: Mapping[str, LowRankUpdate], rank: int, dtype: torch.dtype
+def padded_tensors(
+    updates: Mapping[str, LowRankUpdate], rank: int, dtype: torch.dtype, prefix: str = KEY_PREFIX
 ) -> dict[str, Tensor]:
+    """PEFT's names -> factors at that rank, the scaling multiplied into B.
+
+    Args:
+        prefix: of the names.
+    Raises:
+        InvalidInput: values that are not finite in `dtype`.
+    """
     tensors = {}
     for name, update in updates.items():
         padded = update.padded(rank)
@@ -165,7 +172,7 @@ def _tensors(
                     f"{factor} of module {name!r} is not finite in {dtype}: "
                     "choose a dtype of larger range, or train the adapter again"
                 )
-            tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] = stored
+            tensors[f"{prefix}{name}.{factor}.weight"] = stored
     return tensors
 
 

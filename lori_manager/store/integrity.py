@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -28,6 +30,28 @@ def needed(connection: Connection) -> dict[str, list[str]]:
     adapters = select(t.adapters.c.digest, t.adapters.c.line, t.adapters.c.version)
     for row in connection.execute(adapters.order_by(t.adapters.c.id)):
         by_digest[row.digest].append(f"{row.line}@{row.version}")
+    return by_digest
+
+
+def _of_images(connection: Connection) -> list[tuple[str, str]]:
+    """(digest of the rows, `watercolour#1 train`) of all splits whose rows name images."""
+    named = (t.splits.c.task == t.tasks.c.name) & (t.splits.c.task_revision == t.tasks.c.revision)
+    chosen = select(t.splits, t.tasks.c.options).join(t.tasks, named).order_by(t.splits.c.id)
+    return [
+        (row.digest, f"{row.task}#{row.task_revision} {row.name}")
+        for row in connection.execute(chosen)
+        if "images" in row.options
+    ]
+
+
+def _all_needed(database: Database, objects: ObjectStore) -> dict[str, list[str]]:
+    """As `needed`, with the images that rows name."""
+    with database.read() as connection:
+        by_digest, splits = needed(connection), _of_images(connection)
+    for digest, subject in splits:
+        with contextlib.suppress(LoriError):  # told where the rows' own file is checked
+            for line in objects.get(digest).splitlines():
+                by_digest[json.loads(line)["image"]].append(subject)
     return by_digest
 
 
@@ -64,8 +88,7 @@ def _of_blobs(database: Database) -> Iterator[Finding]:
 
 
 def _of_objects(database: Database, objects: ObjectStore) -> Iterator[Finding]:
-    with database.read() as connection:
-        by_digest = needed(connection)
+    by_digest = _all_needed(database, objects)
     for digest, subjects in by_digest.items():
         try:
             objects.check(digest)
@@ -73,8 +96,7 @@ def _of_objects(database: Database, objects: ObjectStore) -> Iterator[Finding]:
             kind = "missing" if isinstance(e, MissingObject) else "damaged"
             yield from (Finding(kind, subject, f"{subject}: {e}") for subject in subjects)
     found = list(objects.digests())
-    with database.read() as connection:  # again: rows may have come for the newest files
-        by_digest = needed(connection)
+    by_digest = _all_needed(database, objects)  # again: rows may have come for the newest files
     for digest in found:
         if digest not in by_digest:
             yield Finding("orphan", digest, f"no row needs {objects.path(digest)}")

@@ -7,9 +7,10 @@ It is kept as any other row is: the text is its prompt, the label its completion
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lori_manager.errors import BadData
 from lori_manager.tasks.rows import Row, bad_row, parse_row, shown
@@ -51,6 +52,30 @@ class LabelledText:
         return slice(0, 1)
 
 
+@dataclass(frozen=True, eq=False)
+class LabelledImage:
+    """One row as an image encoder sees it.
+
+    Attributes:
+        digest: of the stored image.
+        label: its place among the task's labels.
+        read: gives the image's bytes.
+        length: one, as a row of text has its tokens.
+        truncated: nothing is.
+        read_from: the first place, of the class token.
+    """
+
+    digest: str
+    label: int
+    read: Callable[[], bytes] = field(repr=False)
+    length: ClassVar[int] = 1
+    truncated: ClassVar[int] = 0
+    read_from: ClassVar[slice] = slice(0, 1)
+
+
+Labelled = LabelledText | LabelledImage
+
+
 def parse_labelled(obj: Mapping[str, Any], where: str) -> Row:
     """Turn one decoded JSON object with `text` and `label` into a checked row.
 
@@ -66,11 +91,7 @@ def parse_labelled(obj: Mapping[str, Any], where: str) -> Row:
     if not isinstance(text, str) or not text.strip():
         problem = f"`text` must be text that is more than white space, found {shown(text)}"
         raise bad_row(where, problem, _FORM)
-    if isinstance(label, int):  # and true or false, which are whole numbers to Python
-        label = json.dumps(label)
-    if not isinstance(label, str) or label != label.strip() or not label.isprintable() or not label:
-        problem = f"`label` must be a printable word or a whole number, found {shown(label)}"
-        raise bad_row(where, problem, "mend it")
+    label = label_of(label, where)
     pair = told.get(PAIR)
     if pair is not None and not isinstance(pair, str):
         raise bad_row(where, f"`{PAIR}` must be text, found {shown(pair)}", _FORM)
@@ -79,6 +100,16 @@ def parse_labelled(obj: Mapping[str, Any], where: str) -> Row:
         problem = f"the field `{min(clash)}` beside `text` and `label`"
         raise bad_row(where, problem, "a row of an encoder's task has no such field: leave it out")
     return parse_row({**told, "prompt": text, "completion": label}, where)
+
+
+def label_of(value: object, where: str) -> str:
+    """A decoded JSON value as a label; BadData for what is none."""
+    if isinstance(value, int):  # and true or false, which are whole numbers to Python
+        value = json.dumps(value)
+    if isinstance(value, str) and value and value == value.strip() and value.isprintable():
+        return value
+    problem = f"`label` must be a printable word or a whole number, found {shown(value)}"
+    raise bad_row(where, problem, "mend it")
 
 
 def asked_of(row: Row) -> str:
@@ -106,6 +137,23 @@ def labels_of(splits: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
     if len(labels) < 2:
         raise BadData(f"every row has the label {labels[0]!r}: expected two labels or more")
     return labels
+
+
+def labelled_images(
+    rows: Sequence[Row], labels: Sequence[str], get: Callable[[str], bytes]
+) -> list[LabelledImage]:
+    """Rows of images with labels, see `image_intake`, as an encoder takes them.
+
+    Args:
+        labels: of the task; a row's is one of them.
+        get: digest -> the stored bytes.
+    """
+    places = {label: i for i, label in enumerate(labels)}
+    found = []
+    for row in rows:
+        digest = str(row.extra["image"])
+        found.append(LabelledImage(digest, places[row.completion], partial(get, digest)))
+    return found
 
 
 def encode_labelled(
