@@ -148,7 +148,7 @@ class Context:
     def check_text(self, what: str) -> None:
         """Refuse what is only possible with a base that reads text, as `check_language` does."""
         if self.architecture not in (CAUSAL, TEXT_ENCODER):
-            raise self._unfit(what, "a base that reads text")
+            raise self._unfit(what, "a language model or a text encoder")
 
     def _unfit(self, what: str, wanted: str) -> InvalidInput:
         base = f"{self.architecture.article} {self.architecture.title}"

@@ -165,7 +165,9 @@ def test_what_is_learned_is_not_scored(ws, folder, tmp_path):
 
 
 def test_text_and_image_bases_refuse_each_others_tasks(ws, folder, tmp_path):
-    expected = "a task of text needs a base that reads text; the base of this workspace is an image"
+    expected = (
+        "needs a language model or a text encoder; the base of this workspace is an image encoder"
+    )
     with pytest.raises(InvalidInput, match=expected):
         ws.add_task("colour", eval="none.jsonl")
     with pytest.raises(InvalidInput, match="scorer `exact_match` reads tokens, which an image"):

@@ -49,7 +49,7 @@ def test_the_road_of_a_text_encoder(road, tmp_path):
 def test_what_needs_words_is_one_sentence_and_no_traceback(road):
     road("train", "colour", "size", *SETTINGS)
     told = road.refuses("merge", "--tasks", "colour,size", "--dry-run", code=2)
-    expected = "a dry run needs a causal language model; the base of this workspace is a text encod"
+    expected = "needs a causal language model; the base of this workspace is a text encoder"
     assert expected in told
     told = road.refuses("merge", "--tasks", "colour,size", "--method", "routed", code=2)
-    assert "`--method routed` needs a causal language model" in told
+    assert "`--method routed` reads probe prompts and needs a causal language model" in told
