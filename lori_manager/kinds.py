@@ -17,7 +17,7 @@ LORI = "lori"
 # Settings that some kinds have no use for; all others count for every kind.
 LOW_RANK = frozenset({"rank", "alpha", "targets"})
 _LORI_ALONE = frozenset(
-    {"sparsity", "scope", "projection", "nullspace_energy", "nullspace_scale",
+    {"sparsity", "scope", "init", "projection", "nullspace_energy", "nullspace_scale",
      "calibration_steps", "calibration_rows", "dense_learning_rate"}
 )  # fmt: skip
 PARTIAL = LOW_RANK | _LORI_ALONE
@@ -39,6 +39,7 @@ class Kind:
         export: in which form `lori export` writes it.
         served: who can serve that without lori.
         base_bits: of the base that it trains on, None where that is free.
+        continues: whether a training may begin at an adapter.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Kind:
     export: str = "PEFT LoRA"
     served: str = "vLLM, PEFT"
     base_bits: int | None = None
+    continues: bool = True
 
 
 KINDS = {
@@ -59,8 +61,46 @@ KINDS = {
         Kind(LORI, "LoRI", "arXiv:2504.07448", 1e-2, PARTIAL),
         Kind("lora", "LoRA", "arXiv:2106.09685", 5e-4),
         Kind("rslora", "rsLoRA", "arXiv:2312.03732", 5e-4),
+        Kind(
+            "pissa", "PiSSA", "arXiv:2404.02948", 2e-4,
+            options={"svd": "auto", "niter": 8}, continues=False,
+        ),
+        Kind(
+            "adalora", "AdaLoRA", "arXiv:2303.10512", 2e-3,
+            options={"init_rank": 0, "tinit": 0.15, "tfinal": 0.35, "deltaT": 0, "beta1": 0.85,
+                     "beta2": 0.85, "orthogonal": 0.5},
+            continues=False,
+        ),
+        Kind("qlora", "QLoRA", "arXiv:2305.14314", 5e-4, base_bits=4),
+        Kind(
+            "dora", "DoRA", "arXiv:2402.09353", 5e-4,
+            low_rank=False, export="PEFT DoRA", served="PEFT",
+        ),
+        Kind(
+            "ia3", "(IA)3", "arXiv:2205.05638", 5e-3, frozenset(),
+            {"outputs": "", "inputs": ""}, low_rank=False, export="PEFT IA3", served="PEFT",
+        ),
+        Kind(
+            "svfit", "SVFit", "arXiv:2409.05926", 3e-2, frozenset({"targets"}),
+            {"values": 256, "svd": "auto"},
+        ),
+        Kind(
+            "full", "full fine-tuning", "arXiv:1801.06146", 5e-5, frozenset(),
+            {"modules": "all"},
+            low_rank=False, export="folder of lori's own, whole model", served="vLLM (whole), lori",
+        ),
+        Kind(
+            "bottleneck", "bottleneck adapters", "arXiv:1902.00751", 1e-3, frozenset(),
+            {"placement": "houlsby", "reduction": 16, "activation": "relu"},
+            low_rank=False, export="folder of lori's own", served="lori",
+        ),
+        Kind(
+            "prefix", "prefix tuning", "arXiv:2101.00190", 1e-2, frozenset(),
+            {"num_virtual_tokens": 20, "projection": False, "hidden": 0},
+            low_rank=False, export="PEFT prefix tuning", served="PEFT",
+        ),
     )
-}
+}  # fmt: skip
 
 
 def kind_of(name: str) -> Kind:

@@ -14,7 +14,8 @@ from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
-from lori_manager.kinds import LORI, kind_of, resolved
+from lori_manager.kinds import KINDS, LORI, kind_of, resolved
+from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lori_manager.adapters.heads import HeadTraining
-    from lori_manager.adapters.kind import Training
     from lori_manager.engine.head import SoftTargets
     from lori_manager.engine.weights import AdapterWeights, Block, Head, Stored
     from lori_manager.training import StepsOf, TrainResult
 
 
-_NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
+NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class TrainOptions:
     replay: int = 0
     replay_general: int = 240
     general_text: str | None = None
+    compared: str | None = None  # digest of the comparison of kinds that this belongs to
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -81,6 +82,7 @@ def calibrate(
     if config.kind != LORI:
         raise InvalidInput(f"a mask is for kind `{LORI}`, and the settings say `{config.kind}`")
     task = ws.trainable(name)
+    config = placed(ws, task, config).config
     block = start_of(ws, task, config, line or name).block
     return _calibrated_mask(ws, task, block, config, None, None)
 
@@ -95,15 +97,10 @@ def _calibrated_mask(
     beside: AdapterWeights | None = None,
 ) -> Mask:
     """The mask of a task on a block's A, made and stored."""
-    import torch
-
-    from lori_manager.adapters import lori
-    from lori_manager.adapters.kind import Training
+    from lori_manager.calibrating import grown_mask
     from lori_manager.engine import mask as masks
     from lori_manager.engine.codec import encode_mask
-    from lori_manager.engine.weights import Block
     from lori_manager.tasks.batches import permutation
-    from lori_manager.training import fit, no_weights
 
     split = "calibration" if "calibration" in task.splits else "train"
     phase = f"calibrating {task.name}"
@@ -111,28 +108,12 @@ def _calibrated_mask(
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
-    zero = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in block.B.items()}
-    empty = Block(zero, block.scaling, block.projection, block.tensors)
-    layers = lori.trainable_layers(base.model, empty, None, beside)
-    with (
-        _head_of(ws, task, base, config, None) as head,
-        lori.in_training(base, layers, beside) as parameters,
-    ):
-        training = _with_head(Training(parameters, no_weights), head, config)
-        result = fit(
-            base,
-            training.parameters,
-            encoded,
-            config,
-            steps=config.calibration_steps,
-            peak=config.dense_learning_rate,
-            phase=phase,
-            checkpoint=checkpoint,
-            on_progress=ws.on_progress,
-            training=training,
+    with _head_of(ws, task, base, config, None) as head:
+        mask, result = grown_mask(
+            base, block, encoded, config, exclude=exclude, beside=beside, head=head, phase=phase,
+            checkpoint=checkpoint, on_progress=ws.on_progress,
             steps_of=_steps_of(ws, base, config, phase),
-        )
-    mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope, exclude)
+        )  # fmt: skip
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
         reason = (
@@ -205,18 +186,6 @@ def _head_of(
         head = fresh_head(base, task.labels, config.seed)
     with head_attached(base, head) as training:
         yield training
-
-
-def _with_head(training: Training, head: HeadTraining | None, config: Config) -> Training:
-    """What trains, the head with it at a rate of its own."""
-    if head is None:
-        return training
-    parameters = {**training.parameters, **head.parameters}
-    return replace(
-        training,
-        parameters=parameters,
-        rates={**training.rates, **dict.fromkeys(head.parameters, config.head_learning_rate)},
-    )
 
 
 def _heads(
@@ -307,8 +276,8 @@ def train(
 
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
-    _check_kind(config, options)
-    if not kind_of(config.kind).low_rank:
+    _check_kind(config, options, sequence)
+    if ws.makes_images and not kind_of(config.kind).low_rank:
         ws.check_language(f"kind `{config.kind}`")
     if not names:
         raise InvalidInput("name at least one task to train")
@@ -353,7 +322,7 @@ def train(
     if sequence is not None:
         ws.check_line(sequence, sequence=True)
     # What does not change the result may differ when an interrupted command is given again.
-    settings = {k: v for k, v in config.to_json().items() if k not in _NOT_DECIDING}
+    settings = {k: v for k, v in config.to_json().items() if k not in NOT_DECIDING}
     plan = {
         "sequence": sequence,
         "tasks": [t.ref for t in tasks],
@@ -363,13 +332,15 @@ def train(
     }
     with _running(ws, plan) as (run, folder):
         done = {a.stage: a for a in ws.store.run_adapters(run)}
+        placement = Placed(config)
         if sequence is not None:
+            placement = placed(ws, tasks[0], config)  # one A, so its first task decides
             if not done:  # a name is claimed for good, so only settings that can be used claim it
                 shapes = models.load_skeleton(ws.base_folder).linear_shapes
                 if config.kind == LORI:
-                    fresh_block(shapes, config, sequence)
+                    fresh_block(shapes, placement.config, sequence)
                 else:
-                    models.resolve_targets(shapes, config.targets)
+                    models.resolve_targets(shapes, placement.config.targets)
             _claim_sequence(ws, sequence, tasks, done)
             score_missing(ws, BASE, tasks, config)
         results: list[Trained] = []
@@ -383,8 +354,10 @@ def train(
                     if sequence is not None and results
                     else (ws.adapter(options.start) if options.start else None)
                 )
+                if sequence is None:
+                    placement = placed(ws, task, config, parent)
                 adapter, mask, capacity = _train_stage(
-                    ws, task, config, options, parent, sequence, run, stage, folder
+                    ws, task, placement, options, parent, sequence, run, stage, folder
                 )
             else:
                 ws.on_message(f"{adapter.ref} is there already, going on")
@@ -398,7 +371,7 @@ def train(
 def _train_stage(
     ws: Context,
     task: Task,
-    config: Config,
+    placement: Placed,
     options: TrainOptions,
     parent: Adapter | None,
     sequence: str | None,
@@ -409,6 +382,7 @@ def _train_stage(
     """Train and store one adapter."""
     from lori_manager.engine.codec import encode
 
+    config = placement.config
     line = sequence or options.line or task.name
     checkpoint = folder / f"{stage}-training.safetensors"
     encoded = _rows_of(ws, task, "train", config)
@@ -449,7 +423,8 @@ def _train_stage(
                 "first_loss": result.losses[0],
                 "last_loss": result.losses[-1],
             }
-            | learned.facts,
+            | learned.facts
+            | placement.facts,
         ),
         encode(learned.weights, {"base": base} | learned.meta),
     )
@@ -489,6 +464,7 @@ def _learn_lori(
 ) -> _Learned:
     """Mask and train the values of B on a frozen A."""
     from lori_manager.adapters import lori
+    from lori_manager.adapters.heads import with_head
     from lori_manager.adapters.kind import Training
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.training import fit, no_weights, steps_for
@@ -507,7 +483,7 @@ def _learn_lori(
         _head_of(ws, task, base, config, held) as head,
         lori.in_training(base, layers, beside) as parameters,
     ):
-        training = _with_head(Training(parameters, no_weights), head, config)
+        training = with_head(Training(parameters, no_weights), head, config.head_learning_rate)
         result = fit(
             base,
             training.parameters,
@@ -550,6 +526,7 @@ def _learn_kind(
     checkpoint: Path,
 ) -> _Learned:
     """Train whatever the kind trains."""
+    from lori_manager.adapters.heads import with_head
     from lori_manager.adapters.kind import module_of
     from lori_manager.adapters.lori import DTYPES
     from lori_manager.training import fit, steps_for
@@ -562,7 +539,9 @@ def _learn_kind(
         _head_of(ws, task, base, config, start) as head,
         module_of(config.kind).training(base, config, steps=steps, start=start) as own,
     ):
-        training = _with_head(own, head, config)
+        training = with_head(own, head, config.head_learning_rate)
+        for note in training.notes:
+            ws.on_message(note)
         result = fit(
             base,
             training.parameters,
@@ -579,11 +558,11 @@ def _learn_kind(
         )
         heads = _heads(task, head, start, config)
         weights = replace(training.weights(DTYPES[config.store_dtype]), heads=heads)
-    return _Learned(weights, config.kind, result)
+    return _Learned(weights, config.kind, result, facts=dict(training.facts))
 
 
-def _check_kind(config: Config, options: TrainOptions) -> None:
-    """Refuse what is for LoRI alone where another kind is trained."""
+def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> None:
+    """Refuse what is for LoRI alone, and a start for kinds that begin at the base."""
     if config.kind == LORI:
         return
     given = {
@@ -596,6 +575,11 @@ def _check_kind(config: Config, options: TrainOptions) -> None:
     for flag, value in given.items():
         if value:
             raise InvalidInput(f"{flag} is for kind `{LORI}`: leave it out with `{config.kind}`")
+    if not KINDS[config.kind].continues and (options.start or sequence):
+        raise InvalidInput(
+            f"a training of kind `{config.kind}` begins at the base: leave --from and --sequence "
+            "out"
+        )
 
 
 @contextmanager
@@ -608,7 +592,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
     run = ws.store.open_run(plan)
     folder = ws.store.root / "runs" / run.id
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _held(folder / "lock", "the same training")
+    lock = held_lock(folder / "lock", "the same training")
     line = None
     finished = False
     try:
@@ -616,7 +600,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             name = plan["sequence"]
             locks = ws.store.root / "locks"
             locks.mkdir(mode=0o700, exist_ok=True)
-            line = _held(locks / f"{name}.lock", f"sequence {name!r}")
+            line = held_lock(locks / f"{name}.lock", f"sequence {name!r}")
         yield run.id, folder
         finished = True
     except LoriError:
@@ -634,7 +618,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             line.release()
 
 
-def _held(path: Path, what: str) -> FileLock:
+def held_lock(path: Path, what: str) -> FileLock:
     """A lock held by this process; Conflict where another has it."""
     from filelock import FileLock, Timeout
 

@@ -15,7 +15,7 @@ import torch
 
 from lori_manager import models
 from lori_manager.engine.layers import linear_shape
-from lori_manager.engine.update import LowRankUpdate
+from lori_manager.engine.update import Change, Rescaled
 from lori_manager.errors import InvalidInput, NotFound, WrongBase
 from lori_manager.models import StoredTensor
 
@@ -32,14 +32,16 @@ class Part:
     Attributes:
         name: in the new file.
         source: where its bytes come from.
-        update: what is added to it, None for a copy.
+        update: what becomes of it, None for a copy.
         transposed: it is stored (in_features, out_features), as GPT-2's Conv1D is.
+        difference: what is added to it, of its own shape.
     """
 
     name: str
     source: StoredTensor
-    update: LowRankUpdate | None = None
+    update: Change | None = None
     transposed: bool = False
+    difference: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Plan:
     copies: dict[str, Path]
 
 
-def plan_full(base: Path, updates: Mapping[str, LowRankUpdate]) -> Plan:
+def plan_full(base: Path, updates: Mapping[str, Change]) -> Plan:
     """Find every update's tensor in the base's files, of which only the headers are read.
 
     A tensor keeps its name, dtype, shape and place. An output head that is tied to the
@@ -111,6 +113,11 @@ def plan_full(base: Path, updates: Mapping[str, LowRankUpdate]) -> Plan:
             _check_stored(name, part.source, tuple(weights[name].shape))
             transposed = name in skeleton.transposed
             changed[part.name] = replace(part, update=update, transposed=transposed)
+        if isinstance(update, Rescaled) and update.bias:
+            keys = stored.get(f"{name}.bias", [])
+            for part in (part for shard in whole for part in shard.parts if part.name in keys):
+                _check_stored(name, part.source, update.shape[:1])
+                changed[part.name] = replace(part, update=update)
     made = tuple(
         replace(shard, parts=tuple(changed.get(part.name, part) for part in shard.parts))
         for shard in whole
@@ -123,6 +130,43 @@ def plan_full(base: Path, updates: Mapping[str, LowRankUpdate]) -> Plan:
         texts[INDEX] = _json(index)
     if tied:
         texts[CONFIG] = _untied_config(base, [parameters[name][0] for name in tied])
+    return Plan(made, texts, _copies(base, {*texts, *(shard.name for shard in made)}))
+
+
+def plan_differences(base: Path, differences: Mapping[str, torch.Tensor]) -> Plan:
+    """Find the tensors of parameters in the base's files, of which only the headers are read.
+
+    Args:
+        base: a model folder with safetensors weights, in one file or several.
+        differences: parameter name -> what is added, of its shape; of tied ones one name
+            stands for all. Not modified.
+    Raises:
+        NotFound, WrongBase: see `plan_full`.
+        InvalidInput: a tensor that nothing can be added to.
+    """
+    shards, index = _read(base)
+    model: Any = models.load_skeleton(base).model
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stored = _stored(model, shards)
+    changed: dict[str, torch.Tensor] = {}
+    for name, difference in differences.items():
+        if shapes.get(name) != tuple(difference.shape):
+            raise WrongBase(
+                f"the base, a {type(model).__name__}, has {shapes.get(name, 'no parameter')} as "
+                f"{name!r}, the difference {tuple(difference.shape)}: it was made for another model"
+            )
+        keys = [key for p in (name, *_mates(model, [name])) for key in stored.get(p, ())]
+        if not keys:
+            placed = (key for keys in stored.values() for key in keys)
+            raise WrongBase(_nowhere(base, name.rpartition(".")[0], shards, placed))
+        changed |= dict.fromkeys(keys, difference)
+        for part in (part for shard in shards for part in shard.parts if part.name in keys):
+            _check_stored(name, part.source, shapes[name])
+    made = tuple(
+        replace(shard, parts=tuple(replace(p, difference=changed.get(p.name)) for p in shard.parts))
+        for shard in shards
+    )
+    texts = {} if index is None else {INDEX: _json(index)}
     return Plan(made, texts, _copies(base, {*texts, *(shard.name for shard in made)}))
 
 
@@ -150,7 +194,7 @@ def _read(base: Path) -> tuple[list[Shard], dict[str, Any] | None]:
     return shards, index
 
 
-def _weight(model: Any, name: str, update: LowRankUpdate) -> Any:
+def _weight(model: Any, name: str, update: Change) -> Any:
     """The weight of the linear module that the update is for, without values."""
     try:
         module = model.get_submodule(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lori_manager.adapters.peft_export import padded_tensors, target_modules
+from lori_manager.adapters.peft_export import padded_tensors, target_names
 from lori_manager.adapters.peft_format import CARD_FILE, FINGERPRINT_KEY
 from lori_manager.adapters.staging import staged_directory
 from lori_manager.engine.update import LowRankUpdate
@@ -53,7 +53,7 @@ def write_diffusers(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": target_modules(set(updates), all_modules),
+        "target_modules": target_names(set(updates), all_modules),
     }
     metadata = {
         "format": "pt",

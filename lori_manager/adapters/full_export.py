@@ -17,9 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lori_manager.adapters.checkpoint import CONFIG, DTYPES, Part, Plan, Shard, plan_full
+from lori_manager.adapters.checkpoint import (
+    CONFIG,
+    DTYPES,
+    Part,
+    Plan,
+    Shard,
+    plan_differences,
+    plan_full,
+)
 from lori_manager.adapters.resuming import Kept, resumed_directory
-from lori_manager.engine.update import LowRankUpdate
+from lori_manager.engine.update import Change, LowRankUpdate, Rescaled
 from lori_manager.errors import InvalidInput, WrongBase
 from lori_manager.store.files import storing
 
@@ -34,7 +42,7 @@ _MB = 10**6
 
 def write_full(
     base: Path,
-    updates: Mapping[str, LowRankUpdate],
+    updates: Mapping[str, Change],
     directory: Path,
     *,
     fingerprint: str,
@@ -42,9 +50,9 @@ def write_full(
 ) -> None:
     """Write base + update: the base's files, tensor by tensor, with what they say in between.
 
-    Every tensor keeps its dtype; a sum is made in float32 and rounded once. In memory are
-    the update and a few blocks of some MB. Started again after an interruption, it goes on
-    behind the last whole file.
+    Every tensor keeps its dtype; what becomes of it is made in float32 and rounded once. In
+    memory are the update and a few blocks of some MB. Started again after an interruption, it
+    goes on behind the last whole file.
 
     Args:
         base: the base's folder.
@@ -60,7 +68,36 @@ def write_full(
         InvalidInput: a sum that nothing can hold, or a tensor that nothing can be added to.
     """
     plan = plan_full(base, updates)
-    with resumed_directory(directory, CONFIG, _digest(plan, updates, fingerprint)) as kept:
+    _write_plan(plan, directory, _digest(plan, updates, fingerprint), told)
+
+
+def write_differences(
+    base: Path,
+    differences: Mapping[str, Tensor],
+    directory: Path,
+    *,
+    fingerprint: str,
+    told: Callable[[int, int], None] | None = None,
+) -> None:
+    """As `write_full`, of base + dense differences by parameter name.
+
+    Raises:
+        As `write_full`.
+    """
+    plan = plan_differences(base, differences)
+    h = hashlib.sha256(_digest(plan, {}, fingerprint).encode())
+    for name, difference in sorted(differences.items()):
+        values = difference.detach().cpu().contiguous()
+        h.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
+        h.update(values.flatten().view(torch.uint8).numpy().data)
+    _write_plan(plan, directory, h.hexdigest(), told)
+
+
+def _write_plan(
+    plan: Plan, directory: Path, digest: str, told: Callable[[int, int], None] | None
+) -> None:
+    """Write all files of a plan, or go on with it."""
+    with resumed_directory(directory, CONFIG, digest) as kept:
         for name, file in plan.copies.items():
             (kept.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, kept.folder / name)
@@ -85,7 +122,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _digest(plan: Plan, updates: Mapping[str, LowRankUpdate], fingerprint: str) -> str:
+def _digest(plan: Plan, updates: Mapping[str, Change], fingerprint: str) -> str:
     """Of all that the files depend on.
 
     Raises:
@@ -93,9 +130,10 @@ def _digest(plan: Plan, updates: Mapping[str, LowRankUpdate], fingerprint: str) 
     """
     h = hashlib.sha256(fingerprint.encode())
     for name, update in sorted(updates.items()):
-        h.update(json.dumps([name, update.scaling, update.shape, update.rank]).encode())
-        for factor in (update.A, update.B):
-            values = factor.detach().float().cpu().contiguous()
+        kind, tensors = _described(update)
+        h.update(json.dumps([name, *kind]).encode())
+        for tensor in tensors:
+            values = tensor.detach().float().cpu().contiguous()
             if not bool(torch.isfinite(values).all()):
                 raise InvalidInput(f"the update of module {name!r} is not finite: train it again")
             h.update(values.numpy().data)
@@ -107,6 +145,16 @@ def _digest(plan: Plan, updates: Mapping[str, LowRankUpdate], fingerprint: str) 
             h.update(f"{name} {hashlib.file_digest(f, 'sha256').hexdigest()}".encode())
     h.update(json.dumps(plan.texts).encode())
     return h.hexdigest()
+
+
+def _described(update: Change) -> tuple[list[object], list[Tensor]]:
+    """Plain values that tell what an update is, and its tensors."""
+    if isinstance(update, LowRankUpdate):
+        return [update.scaling, update.shape, update.rank], [update.A, update.B]
+    kind, tensors = ([], []) if update.update is None else _described(update.update)
+    vectors = [update.rows, update.columns]
+    told = [update.shape, update.bias, *(v is not None for v in vectors)]
+    return [*kind, *told], [*tensors, *(v for v in vectors if v is not None)]
 
 
 def _write_shards(
@@ -232,17 +280,19 @@ def _header(shard: Shard) -> bytes:
 
 
 def _blocks(part: Part) -> Iterator[memoryview]:
-    """The bytes of a tensor with its update added, block by block."""
-    source, update = part.source, part.update
-    if update is None:
+    """The bytes of a tensor with its change, block by block."""
+    if part.difference is not None:
+        yield from _shifted(part, part.difference)
+        return
+    source, change = part.source, part.update
+    if change is None:
         sizes = [min(_BYTES, source.nbytes - at) for at in range(0, source.nbytes, _BYTES)]
         for raw in _read(part, sizes):
             yield raw.numpy().data
         return
     dtype = DTYPES[source.dtype]
-    A, B = update.A.detach().float().cpu(), update.B.detach().float().cpu()
-    left, right = (A.T, B.T) if part.transposed else (B, A)
-    rows, columns = source.shape
+    update, down, across = _in_place(part, change)
+    rows, columns = source.shape if len(source.shape) == 2 else (source.shape[0], 1)
     count = max(1, min(rows // _ROWS, -(-rows * columns // _VALUES)))
     bounds = [rows * i // count for i in range(count + 1)]
     heights = [end - begin for begin, end in pairwise(bounds)]
@@ -251,18 +301,59 @@ def _blocks(part: Part) -> Iterator[memoryview]:
     sizes = [height * columns * dtype.itemsize for height in heights]
     for begin, height, raw in zip(bounds, heights, _read(part, sizes), strict=False):
         weight = raw.view(dtype).view(height, columns)
-        delta = torch.mm(left[begin : begin + height], right, out=deltas[:height])
-        delta.mul_(update.scaling)
         total = sums[:height].copy_(weight)
-        total.add_(delta)
+        if update is not None:
+            left, right = update.B, update.A
+            delta = torch.mm(left[begin : begin + height], right, out=deltas[:height])
+            delta.mul_(update.scaling)
+            total.add_(delta)
+        if down is not None:
+            total.mul_(down[begin : begin + height, None])
+        if across is not None:
+            total.mul_(across)
         weight.copy_(total)
-        # float16 alone has so small a range that a sensible update can leave it
-        if dtype == torch.float16 and not bool(torch.isfinite(weight).all()):
-            raise InvalidInput(
-                f"base and update make tensor {part.name!r} larger than float16 holds: "
-                "convert the base to bfloat16 or float32"
-            )
+        _check_range(weight, part.name)
         yield raw.numpy().data
+
+
+def _in_place(
+    part: Part, change: Change
+) -> tuple[LowRankUpdate | None, Tensor | None, Tensor | None]:
+    """An update, and factors down and across, of the tensor as it lies; float32 on the CPU."""
+    scaled = change if isinstance(change, Rescaled) else None
+    update = change if isinstance(change, LowRankUpdate) else change.update
+    down, across = (None, None) if scaled is None else (scaled.rows, scaled.columns)
+    if len(part.source.shape) == 1:  # a bias
+        update, across = None, None
+    if part.transposed:
+        down, across = across, down
+    if update is not None:
+        A, B = update.A.detach().float().cpu(), update.B.detach().float().cpu()
+        update = LowRankUpdate(*((B.T, A.T) if part.transposed else (A, B)), update.scaling)
+    wide = [None if t is None else t.detach().float().cpu() for t in (down, across)]
+    return update, wide[0], wide[1]
+
+
+def _shifted(part: Part, difference: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor with a difference of its shape added, block by block."""
+    dtype = DTYPES[part.source.dtype]
+    flat = difference.detach().cpu().flatten()
+    bounds = [*range(0, len(flat), _VALUES), len(flat)]
+    sizes = [(end - begin) * dtype.itemsize for begin, end in pairwise(bounds)]
+    for begin, raw in zip(bounds, _read(part, sizes), strict=False):
+        weight = raw.view(dtype)
+        weight.copy_(weight.float() + flat[begin : begin + len(weight)].float())
+        _check_range(weight, part.name)
+        yield raw.numpy().data
+
+
+def _check_range(weight: Tensor, name: str) -> None:
+    """float16 alone has so small a range that a sensible update can leave it."""
+    if weight.dtype == torch.float16 and not bool(torch.isfinite(weight).all()):
+        raise InvalidInput(
+            f"base and update make tensor {name!r} larger than float16 holds: convert the base "
+            "to bfloat16 or float32"
+        )
 
 
 def _read(part: Part, sizes: list[int]) -> Iterator[Tensor]:

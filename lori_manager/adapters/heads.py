@@ -6,11 +6,12 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from lori_manager.adapters.kind import Training
 from lori_manager.engine.layers import attached
 from lori_manager.engine.weights import Head
 from lori_manager.errors import DamagedObject
@@ -46,6 +47,17 @@ class HeadTraining:
         """As it is now, its values in that dtype."""
         values = {n: p.detach().to("cpu", dtype).contiguous() for n, p in self.parameters.items()}
         return Head(self.labels, values)
+
+
+def with_head(training: Training, head: HeadTraining | None, rate: float) -> Training:
+    """What trains, the head with it at a peak learning rate of its own; None adds nothing."""
+    if head is None:
+        return training
+    return replace(
+        training,
+        parameters={**training.parameters, **head.parameters},
+        rates={**training.rates, **dict.fromkeys(head.parameters, rate)},
+    )
 
 
 def fresh_head(base: BaseModel, labels: Sequence[str], seed: int) -> Head:

@@ -1,4 +1,8 @@
-"""LoRA: h = W x + (alpha / r) B A x with both factors trained (arXiv:2106.09685), by PEFT."""
+"""LoRA: h = W x + (alpha / r) B A x with both factors trained (arXiv:2106.09685).
+
+PEFT makes the factors; the products are `LoraLinear`'s, which copies and scales no output of
+the base.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from peft import LoraConfig
 from lori_manager.adapters.kind import Training
 from lori_manager.adapters.peft_layers import NAME, injected
 from lori_manager.config import Config
+from lori_manager.engine.layers import LoraLinear, attached
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights, Block, KindWeights, Stored
 from lori_manager.errors import InvalidInput
@@ -32,7 +37,7 @@ def training(
 def low_rank_training(
     base: BaseModel, config: Config, start: Stored | None, **peft: Any
 ) -> Iterator[Training]:
-    """Train both factors of PEFT's LoRA layers.
+    """Train both factors, begun as PEFT begins them.
 
     Args:
         base, config, start: see `KindModule`. With a start its modules and rank count.
@@ -47,21 +52,27 @@ def low_rank_training(
     peft_config = LoraConfig(r=rank, lora_alpha=config.alpha, lora_dropout=0.0, **peft)  # type: ignore[arg-type]
     root = bool(peft.get("use_rslora"))
     scaling = config.alpha / (math.sqrt(rank) if root else rank)
+    own = {name: base.model.get_submodule(name) for name in names}
     with injected(base, peft_config, names, config.seed) as layers:
         for name, update in begun.items():
-            _put(layers[name], update, scaling)
+            put_update(layers[name], update, scaling)
 
         def weights(dtype: torch.dtype) -> AdapterWeights:
             A = {n: layer.lora_A[NAME].weight for n, layer in layers.items()}
             B = {n: layer.lora_B[NAME].weight for n, layer in layers.items()}
-            return AdapterWeights((Block(_kept(B, dtype), scaling, tensors=_kept(A, dtype)),))
+            return AdapterWeights((Block(kept(B, dtype), scaling, tensors=kept(A, dtype)),))
 
         parameters = {
             f"{name}.{part}": getattr(layer, f"lora_{part}")[NAME].weight
             for name, layer in layers.items()
             for part in "AB"
         }
-        yield Training(parameters, weights)
+        trained = {
+            name: LoraLinear(own[name], parameters[f"{name}.A"], parameters[f"{name}.B"], scaling)
+            for name in layers
+        }
+        with attached(base.model, trained):
+            yield Training(parameters, weights)
 
 
 def _begun(start: Stored | None) -> Mapping[str, LowRankUpdate]:
@@ -75,12 +86,13 @@ def _begun(start: Stored | None) -> Mapping[str, LowRankUpdate]:
     return start.updates()
 
 
-def _put(layer: Any, update: LowRankUpdate, scaling: float) -> None:
+def put_update(layer: Any, update: LowRankUpdate, scaling: float) -> None:
     """The update as the layer's factors; what its rank leaves over of the layer's stays."""
     with torch.no_grad():
         layer.lora_A[NAME].weight[: update.rank].copy_(update.A)
         layer.lora_B[NAME].weight[:, : update.rank].copy_(update.B * (update.scaling / scaling))
 
 
-def _kept(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def kept(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The values in that dtype, on the CPU."""
     return {name: v.detach().to("cpu", dtype).contiguous() for name, v in values.items()}

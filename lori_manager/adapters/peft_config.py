@@ -25,6 +25,7 @@ _READ = frozenset(
         "r",
         "lora_alpha",
         "use_rslora",
+        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "init_lora_weights",
@@ -59,7 +60,6 @@ _MERGE_FIRST = "merge it with PEFT and extract a plain LoRA, or train one withou
 
 # Why a field that is set cannot be imported, and what to do.
 _REFUSED = {
-    "use_dora": f"DoRA rescales the base's weights, which no low-rank update does; {_MERGE_FIRST}",
     "modules_to_save": "it replaces whole modules of the base; train without modules_to_save",
     "trainable_token_indices": "it trains rows of the embeddings; train without it",
     "layer_replication": "it repeats layers of the base; apply it to the base first",
@@ -91,6 +91,7 @@ class LoraSettings:
     rank: int
     alpha: float
     rslora: bool
+    dora: bool
     rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
     alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
 
@@ -118,7 +119,7 @@ def lora_settings(config: Mapping[str, Any]) -> LoraSettings:
         raise ImportRefused("adapter_config.json has no peft_type: not a PEFT adapter")
     if config["peft_type"] != "LORA":
         raise ImportRefused(
-            f"peft_type is {shown(config['peft_type'])}: only LORA adapters can be imported"
+            f"peft_type is {shown(config['peft_type'])}: only LORA and IA3 adapters can be imported"
         )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise ImportRefused(
@@ -139,14 +140,12 @@ def lora_settings(config: Mapping[str, Any]) -> LoraSettings:
             "train with bias='none'"
         )
     _check_init(config.get("init_lora_weights", True))
-    rslora = config.get("use_rslora", False)
-    if not isinstance(rslora, bool):
-        raise ImportRefused(f"use_rslora must be true or false, got {shown(rslora)}")
     return LoraSettings(
         # PEFT's own defaults, for files that leave them out.
         rank=_rank("r", config.get("r", 8)),
         alpha=_alpha("lora_alpha", config.get("lora_alpha", 8)),
-        rslora=rslora,
+        rslora=_switch(config, "use_rslora"),
+        dora=_switch(config, "use_dora"),
         rank_pattern=tuple(
             (p, _rank("rank_pattern", v)) for p, v in _patterns(config, "rank_pattern")
         ),
@@ -199,6 +198,13 @@ def _check_init(init: object) -> None:
         f"init_lora_weights is {shown(init)}: it is relative to a base that this "
         f"initialisation changed; {advice}"
     )
+
+
+def _switch(config: Mapping[str, Any], field: str) -> bool:
+    value = config.get(field, False)
+    if not isinstance(value, bool):
+        raise ImportRefused(f"{field} must be true or false, got {shown(value)}")
+    return value
 
 
 def _rank(field: str, value: object) -> int:

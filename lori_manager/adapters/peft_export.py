@@ -46,8 +46,9 @@ def write_peft(
     head: Head | None = None,
     head_modules: Collection[str] = (),
     task_type: str | None = "CAUSAL_LM",
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write updates as one PEFT LoRA that reproduces them.
+    """Write updates as one PEFT LoRA, or DoRA, that reproduces them.
 
     Every module gets the largest rank (zero rows of A and columns of B) and
     lora_alpha = r, with each update's scaling multiplied into its B: no pattern
@@ -73,6 +74,7 @@ def write_peft(
             what the base must be loaded with to have as many labels.
         head_modules: names of the modules that it is made of.
         task_type: PEFT's word for what the model does; None where it has none.
+        magnitudes: of every updated module's rows, (out_features,): then it is a DoRA.
     Raises:
         ValueError: no updates, an unknown module, or another dtype.
         InvalidInput: a target that is an output head; values that are not finite in `dtype`.
@@ -93,55 +95,90 @@ def write_peft(
             "embeddings; train without targeting it"
         )
     rank = max(update.rank for update in updates.values())
-    config = _config(updates, rank, base_name, revision, all_modules, transposed)
-    config["task_type"] = task_type
-    if head is not None:
-        config["modules_to_save"] = sorted(head_modules)
-    with staged_directory(directory, CONFIG_FILE, overwrite) as staged:
-        tensors = padded_tensors(updates, rank, dtype)
-        if head is not None:
-            tensors |= {KEY_PREFIX + name: t.to(dtype) for name, t in head.tensors.items()}
-            labels = dict(enumerate(head.labels))
-            told = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-            (staged / LABELS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        (staged / CARD_FILE).write_text(
-            _card(label, base_name, revision, rank, updates, head), encoding="utf-8"
+    config = {
+        **shared_config("LORA", base_name, revision),
+        "task_type": task_type,
+        "modules_to_save": sorted(head_modules) or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": target_names(set(updates), all_modules),
+        "fan_in_fan_out": any(name in updates for name in transposed),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": magnitudes is not None,
+    }
+    tensors = padded_tensors(updates, rank, dtype)
+    for name, values in (magnitudes or {}).items():
+        tensors[f"{KEY_PREFIX}{name}.lora_magnitude_vector"] = finite(
+            values, dtype, f"lora_magnitude_vector of module {name!r}"
         )
+    files = {}
+    serving = f"- Serve: vLLM with `--max-lora-rank` of {rank} or more\n"
+    if head is not None:
+        tensors |= {KEY_PREFIX + name: finite(t, dtype, name) for name, t in head.tensors.items()}
+        labels = dict(enumerate(head.labels))
+        told = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+        files[LABELS_FILE] = json.dumps(told, indent=2) + "\n"
+        serving = (
+            f"- Labels: {', '.join(head.labels)}; load the base with `id2label` and `label2id` of "
+            f"{LABELS_FILE}\n"
+        )
+    elif magnitudes is not None:
+        serving = ""
+    method = "LoRA" if magnitudes is None else "DoRA"
+    card = model_card(
+        label,
+        base_name,
+        revision,
+        f"A {method} of rank {rank} on {len(updates)} modules",
+        serving,
+    )
+    save_peft(
+        directory, config, tensors, card, fingerprint=fingerprint, overwrite=overwrite, files=files
+    )
+
+
+def save_peft(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    card: str,
+    *,
+    fingerprint: str,
+    overwrite: bool = False,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write configuration, tensors, model card and other `files` as one directory.
+
+    See `write_peft`.
+    """
+    with staged_directory(directory, CONFIG_FILE, overwrite) as staged:
+        for name, content in (files or {}).items():
+            (staged / name).write_text(content, encoding="utf-8")
+        (staged / CARD_FILE).write_text(card, encoding="utf-8")
         (staged / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(
             tensors, staged / WEIGHTS_FILE, metadata={"format": "pt", FINGERPRINT_KEY: fingerprint}
         )
 
 
-def _config(
-    updates: Mapping[str, LowRankUpdate],
-    rank: int,
-    base_name: str,
-    revision: str | None,
-    all_modules: Collection[str],
-    transposed: Collection[str],
-) -> dict[str, Any]:
+def shared_config(peft_type: str, base_name: str, revision: str | None) -> dict[str, Any]:
+    """The fields that PEFT's configurations of all types have."""
     return {
-        "peft_type": "LORA",
+        "peft_type": peft_type,
+        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "revision": revision,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": target_modules(set(updates), all_modules),
-        "fan_in_fan_out": any(name in updates for name in transposed),
-        "lora_dropout": 0.0,
-        "bias": "none",
         "modules_to_save": None,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
     }
 
 
-def target_modules(modules: set[str], all_modules: Collection[str]) -> list[str]:
+def target_names(modules: set[str], all_modules: Collection[str]) -> list[str]:
     """`target_modules`: last parts where these mean exactly `modules`, else the full names."""
     for targets in ({last_part(name) for name in modules}, modules):
         if {name for name in all_modules if named_by(targets, name)} == modules:
@@ -165,24 +202,30 @@ def padded_tensors(
         # Folded in float64: float32 would round the scaling itself before multiplying.
         B = padded.B.detach().cpu().double() * padded.scaling
         for factor, values in (("lora_A", padded.A), ("lora_B", B)):
-            # Copied: safetensors refuses memory that two tensors share, as a shared A does.
-            stored = values.detach().to("cpu", dtype, copy=True).contiguous()
-            if not bool(torch.isfinite(stored).all()):
-                raise InvalidInput(
-                    f"{factor} of module {name!r} is not finite in {dtype}: "
-                    "choose a dtype of larger range, or train the adapter again"
-                )
-            tensors[f"{prefix}{name}.{factor}.weight"] = stored
+            tensors[f"{prefix}{name}.{factor}.weight"] = finite(
+                values, dtype, f"{factor} of module {name!r}"
+            )
     return tensors
 
 
-def _card(
-    label: str,
-    base_name: str,
-    revision: str | None,
-    rank: int,
-    updates: Mapping[str, LowRankUpdate],
-    head: Head | None,
+def finite(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """A copy to write, in that dtype on the CPU.
+
+    Raises:
+        InvalidInput: a value that is not finite in it; names `what`.
+    """
+    # Copied: safetensors refuses memory that two tensors share, as a shared A does.
+    stored = values.detach().to("cpu", dtype, copy=True).contiguous()
+    if not bool(torch.isfinite(stored).all()):
+        raise InvalidInput(
+            f"{what} is not finite in {dtype}: choose a dtype of larger range, or train the "
+            "adapter again"
+        )
+    return stored
+
+
+def model_card(
+    label: str, base_name: str, revision: str | None, what: str, serving: str = ""
 ) -> str:
     """A model card; the base is named in its header where it looks like a hub id."""
     header = ["library_name: peft", "tags: [lora, lori]"]
@@ -192,13 +235,7 @@ def _card(
     base = f"{base_name}, revision {revision}" if revision else base_name
     return (
         "---\n" + "\n".join(header) + f"\n---\n\n# {title}\n\n"
-        f"A LoRA of rank {rank} on {len(updates)} modules, written by lori.\n\n"
+        f"{what}, written by lori.\n\n"
         f"- Base model: `{' '.join(base.split())}`\n"
-        "- Load: `PeftModel.from_pretrained(base, directory)`\n"
-        + (
-            f"- Serve: vLLM with `--max-lora-rank` of {rank} or more\n"
-            if head is None
-            else f"- Labels: {', '.join(head.labels)}; load the base with `id2label` and "
-            f"`label2id` of {LABELS_FILE}\n"
-        )
+        "- Load: `PeftModel.from_pretrained(base, directory)`\n" + serving
     )

@@ -13,6 +13,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 
+# safetensors' names of the dtypes that factors come in.
+FLOATS = ("F32", "BF16", "F16")
+
 KEY_PREFIX = "base_model.model."
 # In the metadata of the weights: PEFT warns of configuration keys that it does not know.
 FINGERPRINT_KEY = "lori_base_fingerprint"

@@ -1,4 +1,4 @@
-"""A PEFT LoRA directory as an adapter of ours, or one line that says why not.
+"""A PEFT LoRA, DoRA or IA3 directory as an adapter of ours, or one line that says why not.
 
 The files come from strangers: they are parsed as JSON and safetensors, never
 unpickled, and every name, shape, dtype and value is checked against the base.
@@ -17,21 +17,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lori_manager.adapters.ia3_import import ia3_vectors
 from lori_manager.adapters.peft_config import LoraSettings, is_target, lora_settings, shown
 from lori_manager.adapters.peft_format import (
     CONFIG_FILE,
     FINGERPRINT_KEY,
+    FLOATS,
     HEADS,
     KEY_PREFIX,
     PICKLE_FILE,
     WEIGHTS_FILE,
     last_part,
 )
-from lori_manager.engine.weights import AdapterWeights, Block
+from lori_manager.engine.weights import AdapterWeights, Block, KindWeights, Stored
 from lori_manager.errors import DamagedObject, ImportRefused
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-_DTYPES = ("F32", "BF16", "F16")
+_MAGNITUDE = re.compile(
+    r"(?P<module>.+)\.lora_(?P<factor>magnitude_vector)(?:\.(?P<adapter>[^.]+?)(?:\.weight)?)?"
+)
 
 _BASE_WEIGHT = (
     "a weight of the base itself; if it is unchanged, save again with save_embedding_layers=False"
@@ -39,7 +43,7 @@ _BASE_WEIGHT = (
 
 # The first that occurs in a tensor's name says what the tensor is.
 _FOREIGN_TENSORS = (
-    ("lora_magnitude_vector", "a DoRA magnitude, which no low-rank update can express"),
+    ("lora_magnitude_vector", "a DoRA magnitude, and use_dora is not set"),
     ("lora_embedding_", "an adapter of the embeddings; train without targeting them"),
     ("modules_to_save", "a whole module of the base; train without modules_to_save"),
     ("original_module", "a whole module of the base; train without modules_to_save"),
@@ -57,19 +61,21 @@ class ImportedAdapter:
     """What a PEFT directory holds, in our words.
 
     Attributes:
-        weights: one block per distinct scaling; A and B are the file's tensors bit for bit,
-            in their own dtypes, and B has no mask.
-        rank: the largest rank of any module.
+        weights: of a LoRA or DoRA one block per distinct scaling; A and B are the file's
+            tensors bit for bit, in their own dtypes, and B has no mask. Of an IA3 its kind's.
+        rank: the largest rank of any module, 0 of an IA3.
         alpha: `lora_alpha` as written. The scalings that count are the blocks'.
         config: the parsed `adapter_config.json`.
         notes: what the user should hear, one sentence each.
+        magnitudes: of a DoRA, module name -> (out_features,).
     """
 
-    weights: AdapterWeights
+    weights: Stored
     rank: int
     alpha: float
     config: dict[str, Any]
     notes: list[str]
+    magnitudes: dict[str, Tensor] | None = None
 
 
 def read_peft(
@@ -80,7 +86,7 @@ def read_peft(
     fingerprint: str,
     assume_base: bool = False,
 ) -> ImportedAdapter:
-    """Read a PEFT LoRA made for this base.
+    """Read a PEFT LoRA, DoRA or IA3 made for this base.
 
     Ranks may differ per module (`rank_pattern`), so may alphas; rsLoRA is
     understood. The tensors decide which modules are updated, and the
@@ -99,13 +105,22 @@ def read_peft(
         DamagedObject: a file is cut short, malformed or holds values that are not finite.
     """
     try:
-        config = _read_config(directory)
-        settings = lora_settings(config)
-        tensors, metadata = _read_header(directory / WEIGHTS_FILE)
-        notes = _check_base(config, metadata, base_names, fingerprint, assume_base)
+        config = read_config(directory)
+        settings = None if config.get("peft_type") == "IA3" else lora_settings(config)
+        tensors, metadata = read_header(directory / WEIGHTS_FILE)
+        notes = check_base(config, metadata, base_names, fingerprint, assume_base)
+        if settings is None:
+            keys = ia3_vectors(config, tensors, shapes)
+            vectors = _values(directory / WEIGHTS_FILE, keys, "ia3_l")
+            changes = {name: v.flatten().float() - 1 for name, v in vectors.items()}
+            return ImportedAdapter(KindWeights("ia3", {}, changes), 0, 0.0, config, notes)
         factors = _match(tensors, shapes, settings, config)
         left = [n for n in shapes if n not in factors and is_target(config, n)]
         weights = _load(directory / WEIGHTS_FILE, factors, settings)
+        magnitudes = None
+        if settings.dora:
+            keys = {module: named["magnitude_vector"] for module, named in factors.items()}
+            magnitudes = _values(directory / WEIGHTS_FILE, keys, "lora_magnitude_vector")
     except (ImportRefused, DamagedObject) as error:
         raise type(error)(f"{directory}: {error}") from error
     if (directory / PICKLE_FILE).exists():
@@ -115,12 +130,17 @@ def read_peft(
             f"{len(left)} modules that target_modules means have no tensors and stay as in "
             f"the base, the first is {min(left)}."
         )
-    if _is_zero(weights):
+    if magnitudes is None and _is_zero(weights):
         notes.append("The update is zero everywhere: the adapter changes nothing.")
-    return ImportedAdapter(weights, weights.rank, settings.alpha, config, notes)
+    return ImportedAdapter(weights, weights.rank, settings.alpha, config, notes, magnitudes)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """`adapter_config.json` of a PEFT directory whose weights are safetensors.
+
+    Raises:
+        ImportRefused: no such directory, or its weights are a pickle. DamagedObject.
+    """
     path = directory / CONFIG_FILE
     try:
         if not path.is_file():
@@ -144,7 +164,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Tensor name -> dtype and shape, and the metadata, before any value is read."""
     try:
         # Checks lengths and offsets; what it does not check is the names.
@@ -169,7 +189,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_base(
+def check_base(
     config: Mapping[str, Any],
     metadata: Mapping[str, str],
     base_names: Collection[str],
@@ -212,12 +232,16 @@ def _match(
     settings: LoraSettings,
     config: Mapping[str, Any],
 ) -> dict[str, dict[str, str]]:
-    """Module -> {"A": tensor name, "B": tensor name}, all checked but the values."""
+    """Module -> {"A": tensor name, "B": tensor name}, all checked but the values.
+
+    A DoRA's modules have a "magnitude_vector" too.
+    """
     factors: dict[str, dict[str, str]] = {}
     adapters = set()
     foreign = []
     for key in sorted(tensors):
-        named = _FACTOR.fullmatch(key.removeprefix(KEY_PREFIX))
+        short = key.removeprefix(KEY_PREFIX)
+        named = _FACTOR.fullmatch(short) or (_MAGNITUDE.fullmatch(short) if settings.dora else None)
         if named is None:
             foreign.append(key)
             continue
@@ -264,22 +288,25 @@ def _check_module(
             f"module {shown(module, 120)} is not a linear module of this base: "
             "import it into a workspace of its own base"
         )
-    missing = {"A", "B"} - set(keys)
-    if missing:
-        raise ImportRefused(f"module {module} has no lora_{missing.pop()}: save the adapter again")
     out_features, in_features = shapes[module]
     rank = settings.rank_of(module)
-    for factor, expected in (("A", [rank, in_features]), ("B", [out_features, rank])):
+    wanted = {"A": [rank, in_features], "B": [out_features, rank]}
+    if settings.dora:
+        wanted["magnitude_vector"] = [out_features]
+    missing = sorted(set(wanted) - set(keys))
+    if missing:
+        raise ImportRefused(f"module {module} has no lora_{missing[0]}: save the adapter again")
+    for factor, expected in wanted.items():
         found = tensors[keys[factor]]
         if found["shape"] != expected:
             raise ImportRefused(
                 f"lora_{factor} of module {module} has shape {shown(found['shape'])}, expected "
                 f"{expected} from this base and the rank {rank} in {CONFIG_FILE}"
             )
-        if found["dtype"] not in _DTYPES:
+        if found["dtype"] not in FLOATS:
             raise ImportRefused(
                 f"lora_{factor} of module {module} is {shown(found['dtype'])}, expected one of "
-                f"{', '.join(_DTYPES)}: convert it and save again"
+                f"{', '.join(FLOATS)}: convert it and save again"
             )
 
 
@@ -289,22 +316,31 @@ def _load(
     """Blocks grouped by scaling, so that no tensor has to be multiplied by it."""
     A: dict[float, dict[str, Tensor]] = {}
     B: dict[float, dict[str, Tensor]] = {}
+    for factor, blocks in (("A", A), ("B", B)):
+        keys = {module: named[factor] for module, named in factors.items()}
+        values = _values(path, keys, f"lora_{factor}")
+        for module in sorted(factors):
+            blocks.setdefault(settings.scaling_of(module), {})[module] = values[module]
+    return AdapterWeights(tuple(Block(B=B[s], scaling=s, tensors=A[s]) for s in A))
+
+
+def _values(path: Path, keys: Mapping[str, str], what: str) -> dict[str, Tensor]:
+    """Module -> the values of the tensor that it stands for, all finite."""
+    found = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for module in sorted(factors):
-                scaling = settings.scaling_of(module)
-                for factor, block in (("A", A), ("B", B)):
-                    # Copied: the file's own memory map would break if the file changed.
-                    values = file.get_tensor(factors[module][factor]).clone()
-                    if not bool(torch.isfinite(values).all()):
-                        raise DamagedObject(
-                            f"lora_{factor} of module {module} has values that are not finite: "
-                            "take an earlier checkpoint"
-                        )
-                    block.setdefault(scaling, {})[module] = values
+            for name in sorted(keys):
+                # Copied: the file's own memory map would break if the file changed.
+                values = file.get_tensor(keys[name]).clone()
+                if not bool(torch.isfinite(values).all()):
+                    raise DamagedObject(
+                        f"{what} of module {name} has values that are not finite: take an "
+                        "earlier checkpoint"
+                    )
+                found[name] = values
     except (SafetensorError, OSError) as error:
         raise DamagedObject(f"{WEIGHTS_FILE} cannot be read: {error}; copy it again") from error
-    return AdapterWeights(tuple(Block(B=B[s], scaling=s, tensors=A[s]) for s in A))
+    return found
 
 
 def _is_zero(weights: AdapterWeights) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig, inject_adapter_in_model
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from lori_manager.engine.layers import attached, product_dtype
+from lori_manager.engine.fp8 import Fp8Linear
+from lori_manager.engine.layers import attached, linear_weight, product_dtype
+from lori_manager.errors import InvalidInput
 from lori_manager.models import BaseModel
 
 NAME = "default"
@@ -31,6 +34,28 @@ class InPrecision(nn.Module):
         return y.to(x.dtype)
 
 
+def unpacked_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer, packed in 4 bits or not, (out_features, in_features) float32.
+
+    Raises:
+        InvalidInput: it is in e4m3.
+    """
+    check_wide({"": layer})
+    if hasattr(layer, "compute_dtype"):
+        return dequantize_module_weight(layer).detach().float()
+    return linear_weight(layer).detach().float()
+
+
+def check_wide(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse a base in e4m3, which PEFT's layers do not take.
+
+    Raises:
+        InvalidInput: there is such a layer.
+    """
+    if any(isinstance(layer, Fp8Linear) for layer in layers.values()):
+        raise InvalidInput("only kind `lori` trains over a base in fp8: give precision bf16")
+
+
 @contextmanager
 def injected(
     base: BaseModel, peft_config: PeftConfig, names: Sequence[str], seed: int
@@ -44,9 +69,12 @@ def injected(
         seed: of what PEFT draws.
     Yields:
         Module name -> PEFT's layer.
+    Raises:
+        InvalidInput: the base is in e4m3.
     """
     model = base.model
     own = {name: model.get_submodule(name) for name in names}
+    check_wide(own)
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     peft_config.target_modules = set(names)  # type: ignore[attr-defined]
     layers: dict[str, Any] = {}

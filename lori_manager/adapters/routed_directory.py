@@ -131,11 +131,13 @@ def read_routed(
         router, names = _router(config, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise DamagedObject(f"{directory}: the router is malformed: {e}; copy it again") from e
-    members = [
-        read_peft(directory / name, shapes=shapes, base_names=(), fingerprint=fingerprint)
-        for name in names
-    ]
-    return routed_adapter([m.weights for m in members], router), names
+    members = []
+    for name in names:
+        found = read_peft(directory / name, shapes=shapes, base_names=(), fingerprint=fingerprint)
+        if not isinstance(found.weights, AdapterWeights) or found.magnitudes is not None:
+            raise ImportRefused(f"{directory / name} is no plain LoRA, and a routed member must be")
+        members.append(found.weights)
+    return routed_adapter(members, router), names
 
 
 def _router(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Router, list[str]]:

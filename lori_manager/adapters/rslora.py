@@ -1,4 +1,4 @@
-"""rsLoRA: LoRA with the factor alpha / sqrt(r) (arXiv:2312.03732), by PEFT."""
+"""rsLoRA: LoRA with the factor alpha / sqrt(r) (arXiv:2312.03732), trained as `lora` is."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def import_(
     ctx: typer.Context,
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR", help="PEFT LoRA folders.", show_default=False),
+        typer.Argument(metavar="DIR", help="PEFT adapter folders.", show_default=False),
     ],
     assume_base: Annotated[
         bool,
@@ -64,7 +64,7 @@ def import_(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Bring in PEFT LoRAs, a line each.
+    """Bring in PEFT LoRAs, DoRAs and IA3s, a line each.
 
     Each becomes version 1 of a line named after its folder. What cannot be imported
     faithfully is refused with its reason, the rest is imported; the exit code is then
@@ -79,6 +79,8 @@ def import_(
             told = f"refused: {one.reason}"
         else:
             told = f"{one.adapter.ref} at rank {one.adapter.rank}"
+            if not one.adapter.rank:
+                told = f"{one.adapter.ref} of kind {one.adapter.method}"
             told += "".join(f"; {note}" for note in one.notes)
         typer.echo(output.one_line(f"{one.directory}: {told}"))
     refused = sum(one.adapter is None for one in found)

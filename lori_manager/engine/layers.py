@@ -1,6 +1,6 @@
 """Layers that add B A x to a frozen linear layer, and how they get into a model.
 
-`LoriLinear` trains, `LowRankLinear` only applies. Both wrap the layer they stand
+`LoriLinear` and `LoraLinear` train, `LowRankLinear` only applies. All wrap the layer they stand
 for, so that taking them out again leaves the very same model.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lori_manager.engine.fp8 import Fp8Linear
-from lori_manager.engine.products import plus_low_rank
+from lori_manager.engine.products import plus_low_rank, plus_trained
 from lori_manager.engine.siblings import Factors, Group
 from lori_manager.engine.update import LowRankUpdate
 
@@ -37,9 +37,12 @@ def linear_weight(layer: nn.Module) -> Tensor:
     """The weight of a plain linear layer as (out_features, in_features), a view."""
     weight = layer.weight
     shape = linear_shape(layer)
-    if not isinstance(weight, Tensor) or shape is None:
-        raise ValueError(f"{type(layer).__name__} has no plain weight matrix")
-    return weight if tuple(weight.shape) == shape else weight.t()
+    if isinstance(weight, Tensor) and shape is not None:
+        # By its class: the shape of a square weight does not tell how it lies.
+        out = weight if isinstance(layer, nn.Linear | Fp8Linear) else weight.t()
+        if tuple(out.shape) == shape:
+            return out
+    raise ValueError(f"{type(layer).__name__} has no plain weight matrix")
 
 
 def product_dtype(layer: nn.Module) -> torch.dtype:
@@ -163,6 +166,30 @@ class LoriLinear(nn.Module):
             return x.dtype == self.A.dtype
         weight = getattr(self.base, "weight", None)
         return isinstance(weight, Tensor) and weight.dtype == x.dtype == self.A.dtype
+
+
+class LoraLinear(nn.Module):
+    """h = W x + scaling * B A x with both factors trained, in their own dtype.
+
+    The products are in the dtype of the base's own.
+    Shapes: x (..., in_features), A (rank, in_features), B (out_features, rank).
+    Source: arXiv:2106.09685.
+    """
+
+    def __init__(self, base: nn.Module, A: nn.Parameter, B: nn.Parameter, scaling: float) -> None:
+        super().__init__()
+        self.base = base
+        self.A = A
+        self.B = B
+        self.scaling = scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        # Rows, so that y is no view: a view out of a custom function takes nothing in place.
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = self.base(rows)
+        y = plus_trained(y, rows.to(y.dtype), self.A, self.B, self.scaling)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class LowRankLinear(nn.Module):

@@ -1,6 +1,6 @@
 """The products of a LoRI layer with their gradients: what is frozen costs no memory.
 
-Both functions keep z = A x for the backward and not x, and add with one fused call
+They keep z = A x for the backward and not x, where A is frozen, and add with one fused call
 into what is there already.
 """
 
@@ -45,6 +45,16 @@ def plus_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     Shapes: y (n, out), x (n, in), A (rank, in), B (out, rank). A is frozen.
     """
     out: Tensor = _PlusLowRank.apply(y, x, A, B)  # type: ignore[no-untyped-call]
+    return out
+
+
+def plus_trained(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y + scaling (x A') B', in the place of y, with gradients for both factors.
+
+    Shapes: y (n, out), x (n, in), A (rank, in), B (out, rank). The factors may be wider than
+    y, in whose dtype the products are; x is in that dtype too.
+    """
+    out: Tensor = _PlusTrained.apply(y, x, A, B, scaling)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -108,6 +118,26 @@ class _PlusLowRank(torch.autograd.Function):
         z, A, B = ctx.saved_tensors
         dx = dy.mm(B).mm(A) if ctx.needs_input_grad[1] else None
         return dy, dx, None, dy.t().mm(z)
+
+
+class _PlusTrained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        a, b = A.to(y.dtype), (B * scaling).to(y.dtype)
+        z = F.linear(x, a)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, z, a, b)
+        ctx.scaling, ctx.wide = scaling, B.dtype
+        return y.addmm_(z, b.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, a, b = ctx.saved_tensors
+        dz = dy.mm(b)
+        dx = dz.mm(a) if ctx.needs_input_grad[1] else None
+        dB = dy.t().mm(z).to(ctx.wide) * ctx.scaling
+        return dy, dx, dz.t().mm(x).to(ctx.wide), dB, None
 
 
 def _parts(Bs: Sequence[Tensor]) -> list[tuple[slice, slice]]:

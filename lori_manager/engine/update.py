@@ -61,6 +61,33 @@ class LowRankUpdate:
         return LowRankUpdate(A, B, self.scaling)
 
 
+@dataclass(frozen=True)
+class Rescaled:
+    """diag(rows) (W + update) diag(columns): what a weight becomes, where that is no sum.
+
+    Shapes: rows (out_features,), columns (in_features,); None is ones, or no update.
+
+    Attributes:
+        bias: whether `rows` scale the layer's bias too.
+    """
+
+    shape: tuple[int, int]
+    update: LowRankUpdate | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = [(self.rows, self.shape[0]), (self.columns, self.shape[1])]
+        if any(t is not None and tuple(t.shape) != (n,) for t, n in sizes) or (
+            self.update is not None and self.update.shape != self.shape
+        ):
+            raise ValueError(f"rows, columns or update do not fit a weight of {self.shape}")
+
+
+Change = LowRankUpdate | Rescaled
+
+
 def concat_updates(updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> LowRankUpdate:
     """The exact weighted sum of updates, by putting their factors side by side.
 

@@ -257,7 +257,6 @@ def refused(bed, directory, kind=ImportRefused, **changes):
 
 
 SWITCHES = [
-    ("use_dora", True, "DoRA"),
     ("modules_to_save", ["lm_head"], "replaces whole modules"),
     ("trainable_token_indices", [1, 2], "rows of the embeddings"),
     ("layer_replication", [[0, 2], [1, 2]], "repeats layers"),
@@ -344,11 +343,9 @@ def test_a_converted_pissa_adapter_is_imported_as_the_lora_that_it_is(llama, too
     assert tools.difference(llama.merged(updates), plain) <= 1e-5
 
 
-def test_dora_lm_head_and_embedding_adapters_made_by_peft_are_refused(llama, tools, tmp_path):
+def test_lm_head_and_embedding_adapters_made_by_peft_are_refused(llama, tools, tmp_path):
     dora = peft_model(llama, r=2, target_modules=["q_proj"], use_dora=True)
-    save(dora, tmp_path / "dora", tools)
-    assert "DoRA" in refused(llama, tmp_path / "dora")
-    tools.edit_config(tmp_path / "dora", use_dora=False)
+    save(dora, tmp_path / "dora", tools, use_dora=False)
     assert "is a DoRA magnitude" in refused(llama, tmp_path / "dora")
     head = peft_model(llama, r=2, target_modules=["q_proj", "lm_head"])
     message = refused(llama, save(head, tmp_path / "head", tools))

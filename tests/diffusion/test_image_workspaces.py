@@ -43,6 +43,33 @@ def _copy(folder, target):
     shutil.copytree(folder, target)
 
 
+def test_parts_whose_tensors_have_one_name_are_told_apart(tmp_path):
+    from safetensors.torch import save_file
+
+    marks = set()
+    for number, (unet, vae, text) in enumerate(
+        [
+            ({"w": 1}, {"w": 2}, {"w": 3}),
+            ({"w": 9}, {"w": 2}, {"w": 3}),
+            ({"w": 1}, {"w": 9}, {"w": 3}),
+            ({"w": 1}, {"w": 2}, {"w": 9}),
+            ({"w": 2}, {"w": 1}, {"w": 3}),
+            ({"a": 1, "b": 2}, {"c": 3}, {"w": 3}),
+            ({"a": 1}, {"b": 2, "c": 3}, {"w": 3}),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        for name, tensors in (("unet/diffusion_pytorch_model", unet),
+                              ("vae/diffusion_pytorch_model", vae),
+                              ("text_encoder/model", text)):  # fmt: skip
+            file = folder / f"{name}.safetensors"
+            file.parent.mkdir(parents=True)
+            save_file({key: torch.tensor([value]) for key, value in tensors.items()}, file)
+        (folder / pipelines.INDEX).write_text("{}")
+        marks.add(models.fingerprint(folder))
+    assert len(marks) == 7
+
+
 def test_settings_of_the_scheduler_are_part_of_what_a_score_is_known_by(pipeline, tmp_path):
     before = models.encoding_digest(pipeline, 512)
     assert before == models.encoding_digest(pipeline, 64)
@@ -121,7 +148,7 @@ def test_only_cross_attention_is_trained_and_scores_are_kept(taught):
 
 def test_training_lowers_the_loss_on_what_was_learned(styles):
     pictures = styles.pictures(styles.store.task("water"), "train")
-    config = styles.settings.config.replace(steps=40, learning_rate=0.02)
+    config = styles.settings.config.replace(steps=25, learning_rate=0.02)
     (trained,) = styles.train(["water"], config)
     base = styles.pipeline(config)
     before = held_out_losses(base, pictures, 8, 64)
@@ -157,6 +184,21 @@ def test_an_interrupted_training_ends_at_the_same_digest(styles, kind):
     assert ("training oil", 3) not in steps
     assert ("training oil", 5) in steps
     assert cut.adapter.digest == whole.adapter.digest
+
+
+@pytest.mark.parametrize("kind", ["rslora", "pissa", "adalora", "svfit"])
+def test_other_low_rank_kinds_train_and_are_exported(styles, tmp_path, kind):
+    config = styles.settings.config.replace(kind=kind, steps=8)
+    (trained,) = styles.train(["water"], config)
+    assert trained.adapter.method == kind
+    assert trained.scores[0].task == "water"
+    styles.export(trained.adapter.ref, tmp_path / "out")
+    assert (tmp_path / "out" / WEIGHTS_FILE).is_file()
+
+
+def test_a_may_begin_with_the_singular_vectors(styles):
+    (trained,) = styles.train(["water"], styles.settings.config.replace(init="svd", steps=1))
+    assert trained.adapter.method == "lori-s"
 
 
 def test_other_targets_may_be_named(styles):
@@ -195,6 +237,13 @@ REFUSED = {
     "nullspace": lambda ws: ws.train(
         ["oil"], ws.settings.config.replace(projection="nullspace")
     ),
+    "place": lambda ws: ws.place("oil"),
+    "plop": lambda ws: ws.train(["oil"], ws.settings.config.replace(targets=("plop",))),
+    "suggest": lambda ws: ws.suggest("oil"),
+    "bench": lambda ws: ws.bench(["oil@1"]),
+    "compare": lambda ws: ws.compare_kinds("oil", ["lori", "lora"]),
+    "kind": lambda ws: ws.train(["oil"], ws.settings.config.replace(kind="prefix")),
+    "qlora": lambda ws: ws.train(["oil"], ws.settings.config.replace(kind="qlora")),
     "replay": lambda ws: ws.train(["oil"], options=_replay(), sequence=None),
 }  # fmt: skip
 

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lori_manager.engine.layers import (
+    LoraLinear,
     LoriLinear,
     LowRankLinear,
     attached,
     linear_shape,
+    linear_weight,
     low_rank_layers,
 )
 from lori_manager.engine.update import LowRankUpdate
@@ -37,6 +39,44 @@ def bits(tensor):
     return tensor.detach().contiguous().view(torch.int32).flatten().tolist()
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_weight_of_a_square_layer_is_turned_the_right_way(kind):
+    torch.manual_seed(0)
+    layer = Conv1D(IN, IN) if kind == "conv" else nn.Linear(IN, IN)
+    x = drawn(4, IN, dtype=torch.float32)
+    assert torch.allclose(F.linear(x, linear_weight(layer), layer.bias), layer(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "bare", "conv"])
+def test_both_factors_train_with_the_gradients_of_the_plain_formula(kind):
+    base = frozen(kind)
+    x = drawn(2, 4, IN, seed=3).requires_grad_()
+    A, B = (nn.Parameter(drawn(*s, seed=5)) for s in ((RANK, IN), (OUT, RANK)))
+    layer = LoraLinear(base, A, B, 0.7)
+    plain = base(x) + 0.7 * (x @ A.t()) @ B.t()
+    assert torch.allclose(layer(x), plain, atol=1e-12)
+    seen = drawn(2, 4, OUT, seed=4)
+    found, expected = (torch.autograd.grad((y * seen).sum(), (x, A, B)) for y in (layer(x), plain))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_float32_factors_train_over_a_bf16_layer_in_float32():
+    base = frozen("bare").to(torch.bfloat16)
+    x = drawn(4, IN, dtype=torch.bfloat16).requires_grad_()
+    A, B = (nn.Parameter(drawn(*s, dtype=torch.float32)) for s in ((RANK, IN), (OUT, RANK)))
+    y = LoraLinear(base, A, B, 2.0)(x)
+    y.float().square().sum().backward()
+    wide = [t.detach().float().requires_grad_() for t in (x, A, B)]
+    exact = F.linear(wide[0], base.weight.float()) + 2.0 * wide[0] @ wide[1].t() @ wide[2].t()
+    exact.square().sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    for found, other in zip((x, A, B), wide, strict=True):
+        assert found.grad.dtype == found.dtype
+        error = torch.linalg.norm(found.grad.float() - other.grad)
+        assert error < 0.02 * torch.linalg.norm(other.grad)
+
+
 MASK = drawn(OUT, RANK, seed=9) > 0.3
 
 
@@ -44,6 +84,12 @@ def test_shapes_of_linear_layers_are_out_by_in_and_of_others_none():
     assert linear_shape(frozen()) == linear_shape(frozen("conv")) == (OUT, IN)
     assert linear_shape(nn.LayerNorm(3)) is None
     assert linear_shape(nn.Embedding(3, 4)) is None
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Linear(4, 3), Conv1D(4, 4), Conv1D(3, 4)])
+def test_a_weight_is_out_by_in_also_where_it_is_square(layer):
+    x = torch.randn(5, 4)
+    assert torch.allclose(x @ linear_weight(layer).t() + layer.bias, layer(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv"])
