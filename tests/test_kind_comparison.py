@@ -140,6 +140,22 @@ def test_interrupted_it_goes_on_to_the_same_adapters(done, ws, where):
             assert ws.adapter(ref).digest == whole.adapter(ref).digest
 
 
+def test_a_training_that_was_stored_and_not_noted_is_found_again(ws, monkeypatch):
+    def refuse(digest, step, note=ws.store.add_kind_step):
+        if step.step == "train":
+            raise Stopped
+        note(digest, step)
+
+    monkeypatch.setattr(ws.store, "add_kind_step", refuse)
+    with pytest.raises(Stopped):
+        ws.compare_kinds("colour", ["lora"], seeds=1, search=SEARCH)
+    monkeypatch.undo()
+    found, seen = phases(ws, lambda: ws.compare_kinds("colour", ["lora"], seeds=1, search=SEARCH))
+    assert seen == []
+    assert found.kinds[0].adapters == ("colour.lora@1",)
+    assert len(ws.store.adapters("colour.lora")) == 1
+
+
 def test_a_spent_budget_begins_nothing_and_says_what_is_missing(ws, monkeypatch):
     from lori_manager import kind_comparison
 
@@ -259,6 +275,13 @@ def test_several_seeds_never_say_more_than_the_rows_alone():
     assert change == pytest.approx((b - a).mean())
     assert p >= rows.p
     assert low <= rows.low <= change <= rows.high <= high
+
+
+def test_few_rows_that_all_changed_are_no_certainty():
+    change, low, high, p = change_between(np.zeros((3, 5)), np.ones((3, 5)))
+    assert change == high == 1
+    assert p == pytest.approx(2 * 2**-5)
+    assert low < 1
 
 
 def test_seeds_that_disagree_widen_the_interval():

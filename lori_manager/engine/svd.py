@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lori_manager.engine.decompose import svd
+
 FULL = "full"
 RANDOMISED = "randomised"
 
@@ -56,7 +58,7 @@ def top_svd(W: Tensor, rank: int, method: str) -> Spectrum:
         raise ValueError(f"expected a rank in 1..{min(W.shape)} and a method, got {rank}, {method}")
     wide = W.detach().float()
     if method == FULL:
-        U, s, Vh = torch.linalg.svd(wide, full_matrices=False)
+        U, s, Vh = svd(wide)
         V = Vh.mT
     else:
         width = min(rank + _OVERSAMPLING, *W.shape)
