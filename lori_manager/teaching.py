@@ -277,7 +277,8 @@ def train(
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
     _check_kind(config, options, sequence)
-    if ws.makes_images and not kind_of(config.kind).low_rank:
+    kind = kind_of(config.kind)
+    if not (kind.encoders if ws.architecture.encoder else kind.low_rank or not ws.makes_images):
         ws.check_language(f"kind `{config.kind}`")
     if not names:
         raise InvalidInput("name at least one task to train")

@@ -121,7 +121,23 @@ def test_labels_are_frozen_with_the_task_and_sorted(untaught):
     assert untaught.architecture.title == "text encoder"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+ABLE = [name for name, kind in KINDS.items() if kind.encoders]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - set(ABLE)))
+def test_kinds_that_do_not_train_on_encoders_say_so(ws, kind):
+    with pytest.raises(InvalidInput, match=f"kind `{kind}` needs a causal language model"):
+        ws.train(["colour"], brief(ws, kind=kind))
+
+
+@pytest.mark.parametrize("kind", [name for name in ABLE if not KINDS[name].low_rank])
+def test_an_export_of_what_is_no_low_rank_update_is_refused(ws, kind, tmp_path):
+    ws.train(["colour"], brief(ws, kind=kind))
+    with pytest.raises(InvalidInput, match=f"an export of kind `{kind}` needs a causal"):
+        ws.export("colour@1", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ABLE)
 def test_every_kind_that_trains_on_encoders_carries_a_head_and_goes_on(untaught, tmp_path, kind):
     whole = copied(untaught, tmp_path / "whole")
     config = brief(whole, kind=kind)
