@@ -55,8 +55,8 @@ class TrainResult:
     """What a run leaves behind.
 
     Attributes:
-        losses: mean cross-entropy in nats per completion token, one a step; of images, mean
-            squared error.
+        losses: mean cross-entropy in nats per completion token, or per row that has a label; of
+            images, mean squared error. One a step.
         tokens: real tokens that went through the model, padding left out; of images, images.
         seconds: time in the loop, over all sessions of a resumed run.
         parameters: how many values trained.
@@ -157,15 +157,19 @@ def fit(
     trained = list(parameters.values())
     if not rows or not any(p.numel() for p in trained):
         raise InvalidInput("nothing to train: expected rows and at least one parameter")
+    training = training or Training(parameters, no_weights)
+    peaks = [training.rates.get(name, peak) for name in parameters]
     optimizer = torch.optim.AdamW(
-        trained,
+        [
+            {"params": [p for p, own in zip(trained, peaks, strict=True) if own == one]}
+            for one in dict.fromkeys(peaks)
+        ],
         lr=peak,
         betas=(0.9, 0.999),
         weight_decay=config.weight_decay,
         fused=True if base.device.type == "cuda" else None,
     )
     order = training_order([r.length for r in rows], config.batch, steps, config.seed)
-    training = training or Training(parameters, no_weights)
     state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
@@ -197,9 +201,8 @@ def fit(
     steps_of = steps_of or completion_steps(base, config, soft)
     with steps_of(training, batches, state.step) as gradients:
         for step, parts in enumerate(batches, start=state.step):
-            rate = learning_rate(step, steps, peak, config.schedule, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group, own in zip(optimizer.param_groups, dict.fromkeys(peaks), strict=True):
+                group["lr"] = learning_rate(step, steps, own, config.schedule, config.warmup)
             loss = gradients.of(parts)
             if config.clip:
                 nn.utils.clip_grad_norm_(trained, config.clip)

@@ -30,20 +30,24 @@ ROWS = (
     ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups", "grams", "calibrating"),
-    ("training", "scoring", "consolidation", "distillation", "blockwise", "routing", "diffusion"),
+    ("classification", "scoring", "diffusion"),
+    ("consolidation", "distillation", "blockwise", "routing"),
+    ("training",),
     ("stages",),
     ("gradients", "generation", "harness", "feature_norms", "checkpoints"),
     ("graphs",),
+    ("labelling",),
     ("forward",),
     ("adapters",),
     ("models", "packing", "acceleration", "metering"),
     ("tasks",),
-    ("pipelines",),
     ("store",),
     ("comparing", "placement", "settings_file"),
     ("merging", "metrics"),
     ("engine",),
     ("kinds",),
+    ("architectures",),
+    ("pipelines",),
     ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain", "rates"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
@@ -63,8 +67,8 @@ LIGHT_PARTS = {
     "settings_file", "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding",
     "replaying", "merge_inputs", "context", "kinds", "auditing", "blaming", "differing",
     "remerging", "answering", "changes", "comparing", "plain", "reporting", "models", "store",
-    "config", "records", "refs", "registry", "sandbox", "extras", "errors", "image_intake",
-    "sampling", "pipelines",
+    "config", "architectures", "records", "refs", "registry", "sandbox", "extras", "errors",
+    "image_intake", "sampling", "pipelines",
 }  # fmt: skip
 
 
