@@ -83,7 +83,7 @@ class Images:
         """
         if digest not in self._known:
             rows = self._objects.get(digest).splitlines()
-            self._known[digest] = tuple(json.loads(row)["image"] for row in rows)
+            self._known[digest] = tuple(dict.fromkeys(json.loads(row)["image"] for row in rows))
         return self._known[digest]
 
     def needed(self, rows: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
