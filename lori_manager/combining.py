@@ -161,6 +161,9 @@ def merge(
             f"method {chosen.name!r} reads probe rows itself: `--weights search` goes with "
             "methods that do not"
         )
+    if weights == SEARCH or chosen is None or chosen.facts.get("needs") is not None:
+        reads = f"`--weights {SEARCH}`" if weights == SEARCH else f"`--method {method or 'auto'}`"
+        ws.check_language(f"{reads} reads probe prompts and")
     inputs = MergeInputs(ws, members, config, rows, text)
     kept: dict[str, Any] = {"weights": shares, "options": given}
     if text is not None:

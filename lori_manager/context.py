@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lori_manager import models
+from lori_manager import models, pipelines
 from lori_manager.config import PRECISIONS, Config, Settings, load_settings
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, NotFound, WrongBase
 from lori_manager.kinds import KINDS
@@ -21,8 +21,10 @@ from lori_manager.store.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lori_manager.diffusion.pipeline import DiffusionBase
     from lori_manager.engine.weights import AdapterWeights, Stored
     from lori_manager.tasks.encoding import Encoded
+    from lori_manager.tasks.images import Picture
     from lori_manager.tasks.rows import Row
     from lori_manager.tasks.scorers import Scorer
     from lori_manager.training import Progress
@@ -53,6 +55,7 @@ class Context:
     on_progress: Callable[[Progress], None] = _ignore
     on_message: Callable[[str], None] = _ignore
     _model: models.BaseModel | None = None
+    _pipeline: DiffusionBase | None = None
     _rows: dict[tuple[str, int], tuple[list[Row], list[Encoded]]] = field(default_factory=dict)
     _scorers: dict[str, Scorer] = field(default_factory=dict)
 
@@ -109,20 +112,70 @@ class Context:
         return models.score_precision(config)
 
     @cached_property
+    def makes_images(self) -> bool:
+        """Whether the base is a diffusion pipeline, whose tasks are images with captions."""
+        return self.store.base().model_type == pipelines.MODEL_TYPE
+
+    def check_language(self, what: str) -> None:
+        """Refuse what is only possible with a language model.
+
+        Args:
+            what: a command or an option.
+        Raises:
+            InvalidInput: the base is a diffusion pipeline.
+        """
+        if self.makes_images:
+            raise InvalidInput(
+                f"{what} needs a language model; the base of this workspace is a diffusion pipeline"
+            )
+
+    @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer."""
+        """The base's tokenizer; InvalidInput where the base is a diffusion pipeline."""
+        self.check_language("reading text")
         return models.load_tokenizer(self.base_folder)
 
     def base_model(self, config: Config) -> models.BaseModel:
         """The loaded base; kept for later calls with the same precision and bits."""
         from lori_manager.acceleration import accelerate
 
+        self.check_language("this")
         wanted = models.resolve_precision(config.precision), config.base_bits
         if self._model is None or (self._model.precision, self._model.base_bits) != wanted:
             self._model = None  # before the next is loaded: memory may hold one alone
             self._model = models.load_base(self.base_folder, wanted[0], base_bits=wanted[1])
             accelerate(self._model, config.kernels)
         return self._model
+
+    def pipeline(self, config: Config) -> DiffusionBase:
+        """The loaded diffusion pipeline; kept for later calls with the same precision.
+
+        Raises:
+            InvalidInput: the base is a language model, or settings that are for one.
+        """
+        from lori_manager.diffusion.pipeline import check_precision, load_pipeline
+
+        if not self.makes_images:
+            raise InvalidInput("images need a diffusion pipeline as the base: this is a language "
+                               "model")  # fmt: skip
+        wanted = models.resolve_precision(config.precision)
+        check_precision(wanted, config.base_bits)
+        if self._pipeline is None or self._pipeline.precision != wanted:
+            self._pipeline = None  # before the next is loaded: memory may hold one alone
+            self._pipeline = load_pipeline(self.base_folder, wanted)
+        return self._pipeline
+
+    def model(self, config: Config) -> Any:
+        """What adapters act on: the language model, or the pipeline with its UNet."""
+        return self.pipeline(config) if self.makes_images else self.base_model(config)
+
+    def pictures(self, task: Task, split: str) -> list[Picture]:
+        """A split's images with their captions, as frozen when the task was added."""
+        from lori_manager.tasks.images import picture
+        from lori_manager.tasks.rows import rows_from_jsonl
+
+        rows = rows_from_jsonl(self.store.objects.get(task.splits[split].digest))
+        return [picture(row, self.store.objects.get) for row in rows]
 
     def scorer(self, task: Task) -> Scorer:
         """What scores the task's rows; a function of the user's own is read once.
@@ -131,7 +184,10 @@ class Context:
             NotFound, InvalidInput: see `find_scorer`.
         """
         from lori_manager.tasks.choosing import find_scorer, request_scorer
+        from lori_manager.tasks.scorers import NoiseLoss
 
+        if task.images is not None:
+            return NoiseLoss()
         if task.requests is not None:
             return request_scorer(task.requests, task.scorer_version, self.root)
         if task.scorer not in self._scorers:

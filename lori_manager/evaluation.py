@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lori_manager.config import Config
 from lori_manager.context import Context
@@ -145,25 +145,28 @@ def run_weights(
         weights: not routed; None is the base alone.
     """
     from lori_manager.adapters.applying import applied
-    from lori_manager.scoring import score_rows
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     with applied(base, weights):
         for task in tasks:
-            rows, encoded = ws.rows(task, "eval")
             progress = counted_progress(ws, f"scoring {subject} on {task.name}")
-            yield (
-                task,
-                *score_rows(
-                    base,
-                    rows,
-                    encoded,
-                    ws.scorer(task),
-                    config.score_batch,
-                    progress,
-                    config.packing,
-                ),
-            )
+            yield task, *_outcomes(ws, base, task, config, progress)
+
+
+def _outcomes(
+    ws: Context, base: Any, task: Task, config: Config, progress: Callable[[int, int], None]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Outcomes and weights of a task's eval rows by the model as it now is."""
+    scorer = ws.scorer(task)
+    if scorer.reads == "noise":
+        from lori_manager.diffusion.noise_loss import held_out_losses
+
+        pictures = ws.pictures(task, "eval")
+        return held_out_losses(base, pictures, scorer.draws, config.score_batch, progress), None
+    from lori_manager.scoring import score_rows
+
+    rows, encoded = ws.rows(task, "eval")
+    return score_rows(base, rows, encoded, scorer, config.score_batch, progress, config.packing)
 
 
 def _run_routed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from lori_manager.graphs import Graphed, plan_sizes
 from lori_manager.tasks.batches import Sizes
 from lori_manager.tasks.encoding import Encoded
 
+T = TypeVar("T")
 
-def micro_batches(rows: list[Encoded], size: int) -> list[list[Encoded]]:
+
+def micro_batches(rows: list[T], size: int) -> list[list[T]]:
     """A step's rows in parts of up to `size`; 0 is all at once."""
     size = size or len(rows)
     return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -70,6 +70,7 @@ def add_task(
     from lori_manager.tasks.splits import make_splits
 
     check_name(name, "task")
+    ws.check_language("a task of text")
     entry = ws.settings.tasks.get(name, {})
     given = {"train": train, "eval": eval, "calibration": calibration, "probe": probe}
     if eval is not None and train is None:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lori_manager import pipelines
 from lori_manager.errors import InvalidInput, NotFound, WrongBase, first_line
 
 if TYPE_CHECKING:
@@ -36,19 +37,25 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The local folder of a base and, for a hub id, the commit that it is.
 
     Args:
-        source: a folder with config.json and safetensors weights, or a hub id.
+        source: a folder with config.json and safetensors weights, a diffusers pipeline's
+            folder, or a hub id of either.
         revision: branch, tag or commit on the hub; refused for a folder.
     Raises:
         NotFound: neither a usable folder nor something the hub gave.
-        InvalidInput: a revision for a folder.
+        InvalidInput: a revision for a folder, a pipeline that is not of the known kind.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise InvalidInput(f"`--revision` is for hub ids; {source!r} is a folder")
         folder = folder.resolve()
-        if not (folder / "config.json").is_file():
-            raise NotFound(f"{folder} holds no config.json: expected a transformers model folder")
+        if pipelines.is_pipeline(folder):
+            pipelines.check_pipeline(folder)
+        elif not (folder / "config.json").is_file():
+            raise NotFound(
+                f"{folder} holds no config.json: expected a transformers model folder, or a "
+                f"diffusers pipeline with {pipelines.INDEX}"
+            )
         weight_files(folder)
         return folder, None
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -57,12 +64,22 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=[pipelines.INDEX]))
+        files, left_out = _HUB_FILES, None
+        if pipelines.is_pipeline(path):
+            files, left_out = pipelines.HUB_FILES, pipelines.HUB_VARIANTS
+        path = Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=files, ignore_patterns=left_out
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         raise NotFound(
             f"base {source!r} is neither a folder nor available on the hub ({first_line(e)}); "
             "give a path, or check the name and the network"
         ) from e
+    if pipelines.is_pipeline(path):
+        pipelines.check_pipeline(path)
     weight_files(path)
     return path, path.name
 
@@ -70,9 +87,12 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, those of its index where it has one.
 
+    Of a pipeline, those of all its parts.
     Raises:
         NotFound: none there. Pickled weights are never loaded.
     """
+    if pipelines.is_pipeline(folder):
+        return pipelines.weight_files(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -93,7 +113,7 @@ def fingerprint(folder: Path, cache: Path | None = None) -> str:
     """SHA-256 over the base's weights by tensor: name, dtype, shape, bytes.
 
     The same weights in other shards, in another order or beside other metadata
-    give the same fingerprint.
+    give the same fingerprint. A pipeline's tensors are told apart by their part.
 
     Args:
         folder: the model folder.
@@ -111,7 +131,8 @@ def fingerprint(folder: Path, cache: Path | None = None) -> str:
             logger.debug("%s is unreadable; reading the weights again", cache)
     tensors: dict[str, bytes] = {}
     for file in files:
-        tensors.update(_tensor_hashes(file))
+        part = f"{file.parent.name}/" if pipelines.is_pipeline(folder) else ""
+        tensors |= {part + name: part.encode() + h for name, h in _tensor_hashes(file).items()}
     h = hashlib.sha256()
     for name in sorted(tensors):
         h.update(tensors[name])
@@ -301,6 +322,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def model_type(folder: Path) -> str:
+    """What kind of model a folder holds, as its config.json says; of pipelines there is one."""
+    if pipelines.is_pipeline(folder):
+        return pipelines.MODEL_TYPE
+    return str(read_config(folder).get("model_type", ""))
+
+
 def encoding_digest(folder: Path, max_length: int) -> str:
     """SHA-256 of what, beside weights and frozen rows, decides the tokens a model reads and says.
 
@@ -309,9 +337,11 @@ def encoding_digest(folder: Path, max_length: int) -> str:
     part of it, since rows are frozen as it wrote them; nor is who saved the files when.
 
     Args:
-        folder: the base's.
+        folder: the base's. Of a pipeline, see `pipelines.reading_digest`.
         max_length: tokens a row.
     """
+    if pipelines.is_pipeline(folder):
+        return pipelines.reading_digest(folder)
     h = hashlib.sha256(str(max_length).encode())
     for path in sorted(p for pattern in _READING for p in folder.glob(pattern)):
         content = path.read_bytes()
@@ -384,7 +414,10 @@ class Skeleton:
 
 
 def load_skeleton(folder: Path) -> Skeleton:
-    """Build the model's modules on the meta device, in well under a second."""
+    """Build the model's modules on the meta device, in well under a second; a pipeline's UNet."""
+    if pipelines.is_pipeline(folder):
+        unet = pipelines.bare_unet(folder)
+        return Skeleton(unet, linear_shapes(unet), frozenset())
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -401,7 +434,8 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Full name -> (out_features, in_features) of every linear layer but the head."""
     from lori_manager.engine.layers import linear_shape
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
     shapes = {name: linear_shape(module) for name, module in model.named_modules()
               if module is not head}  # fmt: skip
     return {name: shape for name, shape in shapes.items() if shape is not None}

@@ -63,6 +63,12 @@ class Task:
         return told
 
     @property
+    def images(self) -> JSON | None:
+        """How the rows' images were read, where they are images; None of text."""
+        told: JSON | None = self.options.get("images")
+        return told
+
+    @property
     def trainable(self) -> bool:
         """Whether there are rows to train on; a task may be for scoring only."""
         return "train" in self.splits
@@ -135,6 +141,12 @@ class Adapter(NewAdapter):
     def ref(self) -> str:
         """`safety@3`."""
         return f"{self.line}@{self.version}"
+
+    @property
+    def compared(self) -> str | None:
+        """The digest of the comparison of kinds that it was trained for, None for others."""
+        found: str | None = self.config.get("options", {}).get("compared")
+        return found
 
 
 @dataclass(frozen=True)
@@ -283,6 +295,28 @@ class Forecasted:
         names = ("task", "task_revision", "scorer", "scorer_version")
         same = all(getattr(self.expected, name) == getattr(score, name) for name in names)
         return same and (self.precision, self.encoding) == (score.precision, score.encoding)
+
+
+@dataclass(frozen=True)
+class KindComparison:
+    """Several kinds of adapters against one another on one task, known by its plan."""
+
+    digest: str  # of the plan
+    task: str
+    task_revision: int
+    plan: JSON  # kinds, seeds, settings, and how learning rates are searched
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class KindStep:
+    """One finished step of a comparison of kinds."""
+
+    entry: str  # which of the kinds
+    step: str  # "search" or "train"
+    point: str  # the rate that was tried, or the seed that was trained
+    adapter: str | None  # its ref, where one was stored
+    facts: JSON  # what was measured
 
 
 @dataclass(frozen=True)

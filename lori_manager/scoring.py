@@ -108,6 +108,8 @@ def score_rows(
     Returns:
         float32 (rows,) outcomes; float32 (rows,) weights or None.
     """
+    if scorer.reads == "noise":
+        raise ValueError("images are scored by `held_out_losses`")
     if scorer.reads == "text":
         said = completions(base, encoded, scorer.new_tokens(encoded), batch, on_batch)
         found = _judged(scorer, said, rows)

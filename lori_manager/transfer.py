@@ -33,6 +33,8 @@ class Imported:
 def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) -> Path:
     """Write an adapter as a PEFT directory, or the base with it merged in.
 
+    For a UNet, the PEFT directory is one that diffusers' loaders read.
+
     A routed adapter is a PEFT directory a member, with the router beside them. What is no
     low-rank update is written as its kind says. A whole model is written as a stream;
     interrupted and called again, it goes on.
@@ -51,6 +53,7 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
     adapter = ws.adapter(ref)
     target = Path(directory)
     if full:
+        ws.check_language("`--format full`")
         ws.check_single(adapter)
         weights = ws.stored(adapter)
         progress = counted_progress(ws, f"writing {adapter.ref}, MB", rate=False)
@@ -65,6 +68,11 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
             writer.write_full(weights, ws.base_folder, target, **whole)
         else:
             write_full(ws.base_folder, weights.updates(), target, **whole)
+        return target
+    if ws.makes_images:
+        from lori_manager.adapters.diffusers_export import write_diffusers
+
+        write_diffusers(ws.weights(adapter).updates(), target, **_told(ws, adapter))
         return target
     weights = ws.stored(adapter)
     told = _told(ws, adapter)
@@ -121,14 +129,17 @@ def _member_names(ws: Context, adapter: Adapter) -> list[str]:
 def import_adapters(
     ws: Context, directories: Sequence[str | Path], *, assume_base: bool = False
 ) -> list[Imported]:
-    """Bring in PEFT LoRAs, DoRAs and IA3s, each as version 1 of a line named after its folder.
+    """Bring in PEFT's LoRAs, DoRAs, IA3s, prefixes and what `export` writes of its own form.
+
+    Each is version 1 of a line named after its folder.
 
     What cannot be imported faithfully is refused with its reason; the rest is
     imported.
     """
-    from lori_manager.adapters.peft_import import read_peft
+    from lori_manager.adapters.importing import read_adapter
     from lori_manager.engine.codec import encode
-    from lori_manager.engine.weights import KindWeights
+
+    ws.check_language("importing PEFT adapters")
 
     skeleton = models.load_skeleton(ws.base_folder)
     base = ws.store.base()
@@ -140,18 +151,14 @@ def import_adapters(
             ws.check_line(line)
             if any(known.name == line for known in ws.store.lines()):
                 raise Conflict(f"line {line!r} exists; rename the folder or the line")
-            found = read_peft(
+            found = read_adapter(
                 directory,
-                shapes=skeleton.linear_shapes,
+                skeleton,
+                folder=ws.base_folder,
                 base_names=[n for n in names if n],
                 fingerprint=base.fingerprint,
                 assume_base=assume_base,
             )
-            weights = found.weights
-            if found.magnitudes is not None and not isinstance(weights, KindWeights):
-                from lori_manager.adapters.dora import from_magnitudes
-
-                weights = from_magnitudes(weights, found.magnitudes, ws.base_folder)
             adapter = ws.store.add_adapter(
                 NewAdapter(
                     line=line,
@@ -160,17 +167,17 @@ def import_adapters(
                     task_revision=None,
                     mask=None,
                     parents=(),
-                    method=weights.kind if isinstance(weights, KindWeights) else "peft-lora",
-                    rank=found.rank,
+                    method=found.method,
+                    rank=found.weights.rank,
                     projection=None,
                     base=base.fingerprint,
-                    config={"peft": found.config},
+                    config=found.config,
                     versions=library_versions(),
                     facts={"source": directory.name},
                 ),
-                encode(weights, {"base": base.fingerprint}),
+                encode(found.weights, {"base": base.fingerprint}),
             )
-            out.append(Imported(directory, adapter, notes=tuple(found.notes)))
+            out.append(Imported(directory, adapter, notes=found.notes))
         except LoriError as e:
             out.append(Imported(directory, None, str(e)))
     return out

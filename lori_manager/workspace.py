@@ -18,9 +18,13 @@ from lori_manager import (
     evaluation,
     forecasting,
     gating,
+    image_intake,
     intake,
     integrity,
     models,
+    pipelines,
+    placing,
+    sampling,
     teaching,
     transfer,
 )
@@ -33,11 +37,14 @@ from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
     from lori_manager.auditing import Audit, AuditRun
+    from lori_manager.benching import Bench
     from lori_manager.blaming import Blame
     from lori_manager.config import Config
     from lori_manager.differing import Diff
     from lori_manager.reporting.changed_rows import Answers
     from lori_manager.reporting.contents import Report
+    from lori_manager.reporting.kind_comparisons import KindsCompared
+    from lori_manager.suggesting import Suggestion
 
 FOLDER = ".lori"
 
@@ -62,14 +69,15 @@ class Workspace(Context):
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
         path, commit = models.locate(base, revision)
         mark = models.fingerprint(path)
-        config = models.read_config(path)
+        kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
         store = (Store.open if begun else Store.create)(root / FOLDER)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
-        store.set_base(Base(mark, source, commit, str(path), config.get("model_type", ""), now))
+        store.set_base(Base(mark, source, commit, str(path), kind, now))
         if not (root / SETTINGS).exists():
-            (root / SETTINGS).write_text(default_toml(), encoding="utf-8")
+            text = default_toml(pipelines.DEFAULTS if pipelines.is_pipeline(path) else None)
+            (root / SETTINGS).write_text(text, encoding="utf-8")
         return cls(root, store)
 
     @classmethod
@@ -111,6 +119,9 @@ class Workspace(Context):
         return self.store.move_base(path=str(folder), source=str(folder))
 
     add_task = intake.add_task
+    add_image_task = image_intake.add_image_task
+    place = placing.place
+    apply_placement = placing.apply_placement
     calibrate = teaching.calibrate
     train = teaching.train
     score = evaluation.score
@@ -121,6 +132,7 @@ class Workspace(Context):
     gate = gating.gate
     promote = gating.promote
     rollback = gating.rollback
+    sample = sampling.sample
     export = transfer.export
     routed = transfer.routed
     import_adapters = transfer.import_adapters
@@ -181,6 +193,24 @@ class Workspace(Context):
         from lori_manager.blaming import blame
 
         return blame(self, ref, task, halve=halve, general=general, config=config)
+
+    def compare_kinds(self, task: str, kinds: Sequence[str], **options: Any) -> KindsCompared:
+        """Several kinds of adapters on one task; see `kind_comparison.compare_kinds`."""
+        from lori_manager.kind_comparison import compare_kinds
+
+        return compare_kinds(self, task, kinds, **options)
+
+    def suggest(self, task: str, **options: Any) -> Suggestion:
+        """Settings for a task out of short trainings; see `suggesting.suggest`."""
+        from lori_manager.suggesting import suggest
+
+        return suggest(self, task, **options)
+
+    def bench(self, refs: Sequence[str], **options: Any) -> Bench:
+        """What adapters cost at use; see `benching.bench`."""
+        from lori_manager.benching import bench
+
+        return bench(self, refs, **options)
 
     def report(
         self,

@@ -100,7 +100,7 @@ def write_peft(
         "use_rslora": False,
         "use_dora": magnitudes is not None,
     }
-    tensors = _tensors(updates, rank, dtype)
+    tensors = padded_tensors(updates, rank, dtype)
     for name, values in (magnitudes or {}).items():
         tensors[f"{KEY_PREFIX}{name}.lora_magnitude_vector"] = finite(
             values, dtype, f"lora_magnitude_vector of module {name!r}"
@@ -154,16 +154,23 @@ def target_names(modules: set[str], all_modules: Collection[str]) -> list[str]:
     raise ValueError("the full name of an updated module is the ending of another module's name")
 
 
-def _tensors(
-    updates: Mapping[str, LowRankUpdate], rank: int, dtype: torch.dtype
+def padded_tensors(
+    updates: Mapping[str, LowRankUpdate], rank: int, dtype: torch.dtype, prefix: str = KEY_PREFIX
 ) -> dict[str, Tensor]:
+    """PEFT's names -> factors at that rank, the scaling multiplied into B.
+
+    Args:
+        prefix: of the names.
+    Raises:
+        InvalidInput: values that are not finite in `dtype`.
+    """
     tensors = {}
     for name, update in updates.items():
         padded = update.padded(rank)
         # Folded in float64: float32 would round the scaling itself before multiplying.
         B = padded.B.detach().cpu().double() * padded.scaling
         for factor, values in (("lora_A", padded.A), ("lora_B", B)):
-            tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] = finite(
+            tensors[f"{prefix}{name}.{factor}.weight"] = finite(
                 values, dtype, f"{factor} of module {name!r}"
             )
     return tensors

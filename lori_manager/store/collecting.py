@@ -48,14 +48,15 @@ def collect(
 def _objects(
     database: Database, objects: Objects, grace: timedelta, dry_run: bool
 ) -> Iterator[Freed]:
-    before = now() - grace
+    before, images = now() - grace, _Images(objects)
     with database.read() as connection:
-        kept = integrity.needed(connection, hidden_since=before)
+        kept = {*integrity.needed(connection, hidden_since=before), *images.needed(connection)}
     old = [d for d in objects.digests() if d not in kept and _older(objects.age(d), grace)]
     for start in range(0, len(old), _AT_ONCE):
         batch, done = old[start : start + _AT_ONCE], []
         with database.read() if dry_run else database.write() as connection:
-            kept = integrity.needed(connection, hidden_since=before, digests=batch)
+            needed = integrity.needed(connection, hidden_since=before, digests=batch)
+            kept = {*needed, *images.needed(connection)}
             names = _names(connection, batch)
             for digest in batch:
                 if digest in kept or not _older(objects.age(digest), grace):
@@ -68,6 +69,26 @@ def _objects(
                 if not dry_run:
                     objects.remove(digest)
         yield from done
+
+
+class _Images:
+    """The images that rows of tasks name, each file of rows read once."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._named: dict[str, set[str]] = {}
+
+    def needed(self, connection: Connection) -> set[str]:
+        """All of them.
+
+        Raises:
+            DamagedObject: a file of rows cannot be read, so nobody knows what it needs.
+        """
+        rows = [digest for digest, _ in integrity.image_rows(connection)]
+        for digest in rows:
+            if digest not in self._named:
+                self._named[digest] = integrity.named_images(self._objects.get(digest))
+        return set().union(*(self._named[digest] for digest in rows))
 
 
 def _names(connection: Connection, digests: Sequence[str]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -55,6 +56,36 @@ def needed(
     return by_digest
 
 
+def named_images(rows: bytes) -> set[str]:
+    """Digests of the images that frozen rows name, a JSON object a line."""
+    return {json.loads(line)["image"] for line in rows.splitlines()}
+
+
+def image_rows(connection: Connection) -> list[tuple[str, str]]:
+    """(digest of the rows, `watercolour#1 train`) of all splits whose rows name images."""
+    named = (t.splits.c.task == t.tasks.c.name) & (t.splits.c.task_revision == t.tasks.c.revision)
+    chosen = select(t.splits, t.tasks.c.options).join(t.tasks, named).order_by(t.splits.c.id)
+    return [
+        (row.digest, f"{row.task}#{row.task_revision} {row.name}")
+        for row in connection.execute(chosen)
+        if "images" in row.options
+    ]
+
+
+def _all_needed(database: Database, objects: Objects) -> dict[str, list[str]]:
+    """As `needed`, with the images that rows name."""
+    with database.read() as connection:
+        by_digest, splits = needed(connection), image_rows(connection)
+    for digest, subject in splits:
+        try:
+            named = named_images(objects.get(digest))
+        except LoriError:  # told where the rows' own file is checked
+            continue
+        for image in named:
+            by_digest[image].append(subject)
+    return by_digest
+
+
 def verify(database: Database, objects: Objects) -> Iterator[Finding]:
     """Everything that is wrong, without changing anything and in short transactions."""
     parts = (_of_database(database), _of_blobs(database), _of_objects(database, objects))
@@ -92,8 +123,7 @@ def _fault(objects: Objects, digest: str) -> LoriError | None:
 
 
 def _of_objects(database: Database, objects: Objects) -> Iterator[Finding]:
-    with database.read() as connection:
-        by_digest = needed(connection)
+    by_digest = _all_needed(database, objects)
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing and reading let go of Python's lock
         checks = pool.map(lambda digest: _fault(objects, digest), by_digest)
         for subjects, fault in zip(by_digest.values(), checks, strict=True):
@@ -101,8 +131,7 @@ def _of_objects(database: Database, objects: Objects) -> Iterator[Finding]:
                 kind = "missing" if isinstance(fault, MissingObject) else "damaged"
                 yield from (Finding(kind, name, f"{name}: {fault}") for name in subjects)
     found = list(objects.digests())
-    with database.read() as connection:  # again: rows may have come for the newest files
-        by_digest = needed(connection)
+    by_digest = _all_needed(database, objects)  # again: rows may have come for the newest files
     for digest in found:
         if digest not in by_digest:
             yield Finding(

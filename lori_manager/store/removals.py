@@ -123,6 +123,14 @@ def _needs(
         if (child, number) not in leaving:
             made = "merged" if origin == "merged" else "continued"
             needs.append(f"{child}@{number}, which was {made} from it")
+    compared = (
+        select(t.kind_comparisons.c.task)
+        .join(t.kind_steps, t.kind_steps.c.comparison == t.kind_comparisons.c.id)
+        .where(t.kind_steps.c.line == line, t.kind_steps.c.version == version)
+        .distinct()
+    )
+    for task in connection.execute(compared).scalars():
+        needs.append(f"the comparison of kinds on {task}")
     open_runs = select(t.runs).where(t.runs.c.open_plan.is_not(None)).order_by(t.runs.c.id)
     own = select(t.adapters.c.run).where(t.adapters.c.line == line, t.adapters.c.version == version)
     run = connection.execute(own).scalar_one_or_none()

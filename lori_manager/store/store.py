@@ -21,6 +21,8 @@ from lori_manager.records import (
     Forecasted,
     Freed,
     JournalEntry,
+    KindComparison,
+    KindStep,
     Line,
     Mask,
     NewAdapter,
@@ -43,6 +45,7 @@ from lori_manager.store import (
     forecasts,
     integrity,
     journal,
+    kind_comparisons,
     lines,
     masks,
     removals,
@@ -178,6 +181,9 @@ class Store:
         with self._db.write() as c:
             for split in splits.values():
                 self.objects.size(split.digest)  # a row never precedes its file
+                if "images" in options:
+                    for image in integrity.named_images(self.objects.get(split.digest)):
+                        self.objects.size(image)
             return tasks.add(
                 c,
                 name,
@@ -607,6 +613,28 @@ class Store:
                 outcomes=outcomes,
                 weights=weights,
             )
+
+    # comparisons of kinds
+
+    def open_kind_comparison(self, task: Task, plan: Mapping[str, Any]) -> KindComparison:
+        """The comparison of an equal plan, to go on with, or a new one."""
+        with self._db.write() as c:
+            return kind_comparisons.start(c, task, plan)
+
+    def kind_comparisons(self) -> list[KindComparison]:
+        """All comparisons of kinds, oldest first."""
+        with self._db.read() as c:
+            return kind_comparisons.every(c)
+
+    def add_kind_step(self, digest: str, step: KindStep) -> None:
+        """Note a finished step of a comparison; one that is noted already stays as it is."""
+        with self._db.write() as c:
+            kind_comparisons.add_step(c, digest, step)
+
+    def kind_steps(self, digest: str) -> list[KindStep]:
+        """The finished steps of a comparison, in their order."""
+        with self._db.read() as c:
+            return kind_comparisons.steps(c, digest)
 
     # aliases
 

@@ -37,6 +37,11 @@ class Encoded:
     truncated: int = 0
     taught: NDArray[np.int64] | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
 
 def encode_rows(
     tokenizer: Tokenizer, rows: Sequence[Row], *, max_length: int, context: int | None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from lori_manager import pipelines
 from lori_manager.errors import BadData
 from lori_manager.extras import check_extra
 from lori_manager.metrics import refusal
@@ -214,7 +215,34 @@ class Refusal:
         return float(refusal.is_refusal(text)), 1.0
 
 
-Scorer = TokenScorer | TextScorer | RequestScorer
+@dataclass(frozen=True)
+class NoiseLoss:
+    """Of an image: how well the UNet finds the noise put on it, at frozen timesteps.
+
+    Not in the registry, since no row of text can be scored by it.
+
+    Attributes:
+        draws: of noise for each image, spread over the scheduler's timesteps.
+    """
+
+    draws: ClassVar[int] = 8
+    reads: ClassVar[Literal["noise"]] = "noise"
+    version: ClassVar[int] = 1
+    binary: ClassVar[bool] = False
+    higher_is_better: ClassVar[bool] = False
+    unit: ClassVar[str] = "mean squared error"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Images are checked where they are read."""
+
+    def ready(self, run_code: bool) -> str:
+        """InvalidInput where the extra `diffusion` is not installed."""
+        pipelines.check_library("`noise_loss`")
+        return ""
+
+
+NOISE_LOSS = "noise_loss"
+Scorer = TokenScorer | TextScorer | RequestScorer | NoiseLoss
 scorers: Registry[Scorer] = Registry("scorer")
 
 

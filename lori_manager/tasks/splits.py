@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -84,6 +85,39 @@ def make_splits(
         else:
             notes.append(f"no probe rows: {total} train rows are too few, or are all alike")
     return PreparedSplits(splits, notes)
+
+
+def hold_out(
+    rows: Sequence[Row], share: float, seed: int, alike: Callable[[Row], str]
+) -> tuple[list[Row], list[Row]]:
+    """Rows to learn and rows to be scored on, by a seeded draw that no order changes.
+
+    Args:
+        rows: of one source.
+        share: of the rows that are scored on, at least one.
+        seed: of the draw.
+        alike: what rows have in common that must stay on one side.
+    Returns:
+        (train, eval), each in the order of `rows`.
+    Raises:
+        InvalidInput: a share outside (0, 1). BadData: fewer than two kinds of rows.
+    """
+    if not 0 < share < 1:
+        raise InvalidInput(f"the share of eval rows must be above 0 and below 1, got {share}")
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(alike(row), []).append(row)
+    drawn = sorted(groups, key=lambda g: hashlib.sha256(f"{seed}|{g}".encode()).digest())
+    if len(drawn) < 2:
+        raise BadData(f"{len(rows)} rows, all alike: expected one to learn and one to score on")
+    held: set[str] = set()
+    count = 0
+    for group in drawn[:-1]:
+        if count >= max(1, round(share * len(rows))):
+            break
+        held.add(group)
+        count += len(groups[group])
+    return [row for row in rows if alike(row) not in held], [r for r in rows if alike(r) in held]
 
 
 def _set_aside(rows: list[Row], limit: int) -> tuple[list[Row], list[Row]]:

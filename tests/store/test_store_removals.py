@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import time
@@ -14,6 +15,7 @@ import pytest
 import store_builders as build
 
 from lori_manager.errors import Conflict, InvalidInput, NotFound
+from lori_manager.records import KindStep, Split
 from lori_manager.refs import AdapterRef
 from lori_manager.store.files import MissingObject
 from lori_manager.store.store import Store
@@ -171,6 +173,51 @@ def test_gc_keeps_what_any_row_needs(store: Store) -> None:
     store.add_adapter(build.new_adapter("main"), b"x")
     assert freed(store) == []
     assert list(store.verify()) == []
+
+
+def add_images(store: Store, *contents: bytes) -> list[str]:
+    images = [store.objects.put(content) for content in contents]
+    rows = "".join(json.dumps({"image": image, "prompt": "a cat"}) + "\n" for image in images)
+    split = Split(store.objects.put(rows.encode()), len(images))
+    store.add_task(
+        "cats", scorer="noise_loss", scorer_version="1", description="",
+        splits={"train": split, "eval": split}, options={"images": {"folder": "cats"}},
+    )  # fmt: skip
+    return [*images, split.digest]
+
+
+def test_gc_keeps_the_images_that_rows_name(store: Store) -> None:
+    kept = add_images(store, b"one image", b"another")
+    orphan = store.objects.put(b"an image of no row")
+    assert freed(store) == [("orphan", orphan)]
+    assert all(store.objects.exists(digest) for digest in kept)
+    assert list(store.verify()) == []
+
+
+def test_where_rows_cannot_be_read_gc_frees_no_file_since_they_may_name_it(store: Store) -> None:
+    *images, rows = add_images(store, b"one image")
+    store.objects.remove(rows)
+    with pytest.raises(MissingObject):
+        freed(store)
+    assert all(store.objects.exists(image) for image in images)
+
+
+def test_rows_whose_images_are_not_there_are_not_committed(store: Store) -> None:
+    rows = json.dumps({"image": "0" * 64}).encode() + b"\n"
+    split = Split(store.objects.put(rows), 1)
+    with pytest.raises(MissingObject):
+        store.add_task(
+            "cats", scorer="noise_loss", scorer_version="1", description="",
+            splits={"eval": split}, options={"images": {}},
+        )  # fmt: skip
+    assert store.tasks() == []
+
+
+def test_what_a_comparison_of_kinds_names_is_not_removed(three: Store) -> None:
+    comparison = three.open_kind_comparison(build.add_task(three), {"kinds": ["lora"]})
+    three.add_kind_step(comparison.digest, KindStep("lora", "train", "0", "main@2", {}))
+    with pytest.raises(Conflict, match="needed by the comparison of kinds on safety"):
+        three.remove(refs("main@2"))
 
 
 def test_gc_spares_what_is_young(three: Store) -> None:
