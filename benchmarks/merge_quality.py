@@ -7,7 +7,7 @@
 Every result is one JSON line in the log with the outcome of every row; tables are assembled
 from as many logs as it took. `search` finds each kind's learning rate on probe rows, `train`
 trains one adapter a task, kind and seed with the rates of RATES, `joint` one on all tasks,
-`merge` merges by every method of METHODS; `--specs FILE` runs any other list of specs, a JSON
+`merge` merges them by the methods of MERGES; `--specs FILE` runs any other list of specs, a JSON
 object a line. FOLDER holds a folder a task with train.jsonl and eval.jsonl; the first 3000
 rows train, the last 256 are probe rows, and what is chosen is chosen on those; the first 500
 rows of eval.jsonl are scored. Processes share the GPUs in turn.
@@ -44,6 +44,15 @@ GRID = {
     "lori-s": (2e-3, 5e-3, 1e-2, 2e-2),
     "lori-d": (1e-3, 2e-3, 5e-3),
 }
+
+# Of a spec: `rows` probe rows of each task, `answered` by its adapter, or with their own labels
+# for methods that read those; `pieces` of general text; the rest are the method's options.
+MERGES: tuple[tuple[str, dict], ...] = (
+    ("soups", {"rows": 256, "steps": 120, "rate": 1e-3, "labels": 0.5}),
+    ("soups", {"rows": 256, "steps": 120, "rate": 1e-2, "labels": 0.5}),
+    *(("regmean", {"rows": 256, "answered": True, "shrink": s}) for s in (1.0, 0.9, 0.6, 0.1)),
+    *(("layerwise", {"rows": 256, "answered": True, "shrink": s}) for s in (1.0, 0.9)),
+)
 
 
 def best_rates(results: Iterable[dict]) -> dict[tuple[str, str], float]:
@@ -82,7 +91,13 @@ def joint(tasks: Sequence[str], seeds: int, rates: dict) -> Iterator[dict]:
                "rate": rates[kind, "joint"]}  # fmt: skip
 
 
-PLANS = {"search": search, "train": train, "joint": joint}
+def merge(tasks: Sequence[str], seeds: int, rates: dict) -> Iterator[dict]:
+    for (method, options), kind, seed in itertools.product(MERGES, KINDS[:2], range(seeds)):
+        yield {"what": "merge", "tasks": list(tasks), "kind": kind, "seed": seed, "method": method,
+               "options": options}  # fmt: skip
+
+
+PLANS = {"search": search, "train": train, "joint": joint, "merge": merge}
 
 
 # ---- running

@@ -173,8 +173,20 @@ def compare_svd(shapes: dict[str, tuple[int, int]], args) -> None:
                   "above_smallest": above}, args)  # fmt: skip
             print(f"| {name.rpartition('.')[2]} {'x'.join(map(str, exact.shape))} | {way} "
                   f"| {seconds:.4f} | {relative:.6f} | {above:+.1e} |", flush=True)  # fmt: skip
+    one = {n: s for n, s in shapes.items() if n in list(shapes)[: len(shapes) // args.layers]}
+    layer = random_adapters(one, args.rank, args.svd_members, False, args)
+
+    def at_once() -> AdapterWeights:
+        return load_all().get("svd")(layer, weights, MergeOptions(max_rank=args.rank))
+
+    _, together = least(at_once, args)
+    keep({"what": "svd", "way": "ours, one call", "members": len(members),
+          "modules": len(one), "seconds": together}, args)  # fmt: skip
+    print(f"\nours, the layer's {len(one)} modules in one call: {together:.4f} s")
     for way, pairs in beside.items():
         theirs, mine = (sum(column) for column in zip(*pairs, strict=True))
+        if len(pairs) == len(one) and way != "ours":
+            mine = together
         if way != "ours":
             print(f"\n{way}: {theirs:.3f} s for {len(pairs)} modules, ours {mine:.4f} s, "
                   f"{theirs / mine:.0f} times")  # fmt: skip

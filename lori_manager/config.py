@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 BASE_BITS = (16, 4)
 PROJECTIONS = ("task", "shared", "orthogonal", "nullspace")
 NULLSPACE_SCALES = ("rows", "inputs")
+INITS = ("random", "svd")
 SCHEDULES = ("constant", "linear", "cosine")
 SWITCHES = ("auto", "off")
 PACKING = ("auto", "on", "off")
 CHECKPOINTING = ("off", "on")
 STORE_DTYPES = ("bf16", "fp32")
+PLOP = "plop"
+PLOP_TYPES = 3
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Config:
     sparsity: float = 0.9
     scope: str = "model"
     targets: tuple[str, ...] = ("all-linear",)
+    init: str = "random"
     projection: str = "task"
     nullspace_energy: float = 0.99
     nullspace_scale: str = "rows"
@@ -86,6 +90,8 @@ class Config:
         need(0 <= self.sparsity < 1, "sparsity", "in [0, 1)")
         need(self.scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}")
         need(bool(self.targets) and all(self.targets), "targets", "a list of module names")
+        need(self.init in INITS, "init", f"one of {', '.join(INITS)}")
+        types_to_place(self.targets)
         need(self.projection in PROJECTIONS, "projection", f"one of {', '.join(PROJECTIONS)}")
         need(0 <= self.nullspace_energy < 1, "nullspace_energy", "a share in [0, 1)")
         scales = ", ".join(NULLSPACE_SCALES)
@@ -151,6 +157,26 @@ class Config:
                 raise InvalidInput(f"`targets` must be a list of module names, got {targets!r}")
             values["targets"] = tuple(targets)
         return cls(**values)
+
+
+def types_to_place(targets: Sequence[str]) -> int | None:
+    """How many types of layers `targets` leave to PLoP; None where they name layers.
+
+    Args:
+        targets: "plop" is `PLOP_TYPES` of them, "plop:5" five.
+    Raises:
+        InvalidInput: such a word beside others, or not followed by a number of 1 or more.
+    """
+    words = [target for target in targets if target.partition(":")[0] == PLOP]
+    if not words:
+        return None
+    count = words[0].partition(":")[2] if ":" in words[0] else str(PLOP_TYPES)
+    if len(targets) > 1 or not count.isdecimal() or int(count) < 1:
+        raise InvalidInput(
+            f'`targets` must be names of layers, or "{PLOP}" or "{PLOP}:N" (N types of layers) '
+            f"alone, got {', '.join(targets)}"
+        )
+    return int(count)
 
 
 def _check_type(key: str, value: object, default: object) -> None:
@@ -346,7 +372,10 @@ COMMENTS = {
     "rank": "rank of B A; alpha / rank is the update's scaling",
     "sparsity": "share of B frozen at zero; 0.9 is LoRI-S of the paper",
     "scope": "where the mask's threshold is set: " + ", ".join(SCOPES),
-    "targets": '"all-linear" (every linear layer but the head) or names like ["q_proj", "v_proj"]',
+    "targets": '"all-linear" (every linear layer but the head), names like ["q_proj", "v_proj"], '
+    'or "plop" ("plop:N"): the 3 (N) types of layers that `lori place` chooses for the task',
+    "init": "A is random, see `projection`; svd: each module's leading right singular vectors, "
+    "which are kept in the file",
     "projection": "A is random, one a task (task) or one for all (shared); orthogonal: to the A of "
     "every other task; nullspace: off the inputs of the tasks taught before",
     "nullspace_energy": "of an earlier task's inputs, the share in the directions that A avoids",

@@ -26,6 +26,10 @@ class InvalidInput(LoriError):
     exit_code = 2
 
 
+class Diverged(InvalidInput):
+    """A training whose loss or values stopped being finite."""
+
+
 class AuditFailed(LoriError):
     """A task on the audited line fell further than allowed."""
 

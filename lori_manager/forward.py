@@ -91,7 +91,7 @@ class Forward:
         """
         self._soft = soft
         self.base = base
-        self._head = base.head()
+        self._split = base.head() is not None
         wanted = packing == "on" or (packing == "auto" and base.device.type != "cpu")
         self.packed = wanted and can_pack(base)
 
@@ -115,9 +115,13 @@ class Forward:
 
     def loss(self, batch: DeviceBatch) -> Tensor:
         """Sum of the cross-entropy over completion tokens, a scalar in nats, with gradient."""
-        if self._head is None:
+        if not self._split:
             return logits_loss(self._logits(batch), batch.targets, self._soft)
-        return head_loss(self._hidden(batch), *self._head, batch.targets, self._soft)
+        hidden = self._hidden(batch)
+        W, b = self._head()
+        if W.requires_grad or (b is not None and b.requires_grad):  # it trains, too
+            return logits_loss(nn.functional.linear(hidden, W, b), batch.targets, self._soft)
+        return head_loss(hidden, W, b, batch.targets, self._soft)
 
     def run(self, batch: DeviceBatch) -> None:
         """The decoder alone, for what hooks see in it."""
@@ -125,9 +129,9 @@ class Forward:
 
     def scores(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
         """(hits, nll) of every wanted place, without gradients; see `head_scores`."""
-        if self._head is None:
+        if not self._split:
             return logits_scores(self._logits(batch), batch.targets)
-        return head_scores(self._hidden(batch), *self._head, batch.targets)
+        return head_scores(self._hidden(batch), *self._head(), batch.targets)
 
     def likeliest(self, batch: DeviceBatch, count: int) -> tuple[Tensor, Tensor]:
         """Without gradients: the likeliest next tokens at every wanted place.
@@ -135,12 +139,19 @@ class Forward:
         Returns:
             ids (n, count) int64 and their probabilities (n, count) float32, of all tokens.
         """
-        if self._head is None:
+        if not self._split:
             logits = widened(self._logits(batch))
         else:
-            logits = widened(nn.functional.linear(self._hidden(batch), *self._head))
+            logits = widened(nn.functional.linear(self._hidden(batch), *self._head()))
         found = logits.topk(min(count, logits.shape[1]), dim=1)
         return found.indices, (found.values - logits.logsumexp(1, keepdim=True)).exp().float()
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they are after the decoder has run: they may train."""
+        head = self.base.head()
+        if head is None:
+            raise ValueError("the model's head is not apart from it")
+        return head
 
     def _hidden(self, batch: DeviceBatch) -> Tensor:
         out: Tensor = self.base.decoder(**_inputs(batch)).last_hidden_state

@@ -21,6 +21,7 @@ from lori_manager.records import Adapter, Task
 
 if TYPE_CHECKING:
     from lori_manager.engine.weights import AdapterWeights, Block
+    from lori_manager.models import BaseModel
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,11 @@ def check_projection(
         InvalidInput.
     """
     kind = config.projection
+    if config.init == "svd" and kind in APART:
+        raise InvalidInput(
+            f"--init svd takes A from the base's weights, and `projection` {kind} makes another "
+            "one: leave one of them out"
+        )
     if protect and kind in APART:
         raise InvalidInput(
             f"--protect keeps clear of the parents' entries of B; with `projection` {kind} every "
@@ -97,11 +103,12 @@ def start_of(
     """
     from lori_manager.adapters import lori
 
-    shapes = ws.base_model(config).linear_shapes
+    base = ws.base_model(config)
+    shapes = base.linear_shapes
     weights = None if parent is None else ws.weights(parent)
     if config.projection not in APART:
         if weights is None:
-            return Start(lori.fresh_block(shapes, config, line))
+            return Start(_first(base, config, line, kept))
         return Start(lori.continued_block(weights, config))
     # On one line, an A that comes beside others is neither theirs nor another task's.
     label = line if weights is None else f"{line}/{task.name}/{len(weights.blocks)}"
@@ -123,6 +130,19 @@ def start_of(
             _keep(kept, *found)
     block, how = found
     return Start(block, weights, {"A": how["A"]} if how else {}, how)
+
+
+def _first(base: BaseModel, config: Config, line: str, kept: Path | None) -> Block:
+    """The block from the base; where its A is no seeded one, the training keeps it in `kept`."""
+    from lori_manager.adapters import lori
+
+    found = None if kept is None or config.init != "svd" else _kept(kept)
+    if found is not None:
+        return found[0]
+    block = lori.first_block(base, config, line)
+    if kept is not None:
+        _keep(kept, block, {})
+    return block
 
 
 def _first_row(ws: Context, label: str, rank: int) -> int:

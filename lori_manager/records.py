@@ -135,6 +135,12 @@ class Adapter(NewAdapter):
         """`safety@3`."""
         return f"{self.line}@{self.version}"
 
+    @property
+    def compared(self) -> str | None:
+        """The digest of the comparison of kinds that it was trained for, None for others."""
+        found: str | None = self.config.get("options", {}).get("compared")
+        return found
+
 
 @dataclass(frozen=True)
 class Line:
@@ -254,6 +260,28 @@ class Forecasted:
         names = ("task", "task_revision", "scorer", "scorer_version")
         same = all(getattr(self.expected, name) == getattr(score, name) for name in names)
         return same and (self.precision, self.encoding) == (score.precision, score.encoding)
+
+
+@dataclass(frozen=True)
+class KindComparison:
+    """Several kinds of adapters against one another on one task, known by its plan."""
+
+    digest: str  # of the plan
+    task: str
+    task_revision: int
+    plan: JSON  # kinds, seeds, settings, and how learning rates are searched
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class KindStep:
+    """One finished step of a comparison of kinds."""
+
+    entry: str  # which of the kinds
+    step: str  # "search" or "train"
+    point: str  # the rate that was tried, or the seed that was trained
+    adapter: str | None  # its ref, where one was stored
+    facts: JSON  # what was measured
 
 
 @dataclass(frozen=True)

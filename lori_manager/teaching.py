@@ -15,6 +15,7 @@ from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, resolved
+from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from lori_manager.training import TrainResult
 
 
-_NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
+NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class TrainOptions:
     replay: int = 0
     replay_general: int = 240
     general_text: str | None = None
+    compared: str | None = None  # digest of the comparison of kinds that this belongs to
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -80,6 +82,7 @@ def calibrate(
     if config.kind != LORI:
         raise InvalidInput(f"a mask is for kind `{LORI}`, and the settings say `{config.kind}`")
     task = ws.trainable(name)
+    config = placed(ws, task, config).config
     block = start_of(ws, task, config, line or name).block
     return _calibrated_mask(ws, task, block, config, None, None)
 
@@ -94,37 +97,20 @@ def _calibrated_mask(
     beside: AdapterWeights | None = None,
 ) -> Mask:
     """The mask of a task on a block's A, made and stored."""
-    import torch
-
-    from lori_manager.adapters import lori
+    from lori_manager.calibrating import grown_mask
     from lori_manager.engine import mask as masks
     from lori_manager.engine.codec import encode_mask
-    from lori_manager.engine.weights import Block
     from lori_manager.tasks.batches import permutation
-    from lori_manager.training import fit
 
     split = "calibration" if "calibration" in task.splits else "train"
     _, encoded = ws.rows(task, split, config.max_length)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
-    zero = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in block.B.items()}
-    empty = Block(zero, block.scaling, block.projection, block.tensors)
-    base = ws.base_model(config)
-    layers = lori.trainable_layers(base.model, empty, None, beside)
-    with lori.in_training(base, layers, beside) as parameters:
-        result = fit(
-            base,
-            parameters,
-            encoded,
-            config,
-            steps=config.calibration_steps,
-            peak=config.dense_learning_rate,
-            phase=f"calibrating {task.name}",
-            checkpoint=checkpoint,
-            on_progress=ws.on_progress,
-        )
-    mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope, exclude)
+    mask, result = grown_mask(
+        ws.base_model(config), block, encoded, config, exclude=exclude, beside=beside,
+        phase=f"calibrating {task.name}", checkpoint=checkpoint, on_progress=ws.on_progress,
+    )  # fmt: skip
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
         reason = (
@@ -276,7 +262,7 @@ def train(
     if sequence is not None:
         ws.check_line(sequence, sequence=True)
     # What does not change the result may differ when an interrupted command is given again.
-    settings = {k: v for k, v in config.to_json().items() if k not in _NOT_DECIDING}
+    settings = {k: v for k, v in config.to_json().items() if k not in NOT_DECIDING}
     plan = {
         "sequence": sequence,
         "tasks": [t.ref for t in tasks],
@@ -286,13 +272,15 @@ def train(
     }
     with _running(ws, plan) as (run, folder):
         done = {a.stage: a for a in ws.store.run_adapters(run)}
+        placement = Placed(config)
         if sequence is not None:
+            placement = placed(ws, tasks[0], config)  # one A, so its first task decides
             if not done:  # a name is claimed for good, so only settings that can be used claim it
                 shapes = models.load_skeleton(ws.base_folder).linear_shapes
                 if config.kind == LORI:
-                    fresh_block(shapes, config, sequence)
+                    fresh_block(shapes, placement.config, sequence)
                 else:
-                    models.resolve_targets(shapes, config.targets)
+                    models.resolve_targets(shapes, placement.config.targets)
             _claim_sequence(ws, sequence, tasks, done)
             score_missing(ws, BASE, tasks, config)
         results: list[Trained] = []
@@ -306,8 +294,10 @@ def train(
                     if sequence is not None and results
                     else (ws.adapter(options.start) if options.start else None)
                 )
+                if sequence is None:
+                    placement = placed(ws, task, config, parent)
                 adapter, mask, capacity = _train_stage(
-                    ws, task, config, options, parent, sequence, run, stage, folder
+                    ws, task, placement, options, parent, sequence, run, stage, folder
                 )
             else:
                 ws.on_message(f"{adapter.ref} is there already, going on")
@@ -321,7 +311,7 @@ def train(
 def _train_stage(
     ws: Context,
     task: Task,
-    config: Config,
+    placement: Placed,
     options: TrainOptions,
     parent: Adapter | None,
     sequence: str | None,
@@ -332,6 +322,7 @@ def _train_stage(
     """Train and store one adapter."""
     from lori_manager.engine.codec import encode
 
+    config = placement.config
     line = sequence or options.line or task.name
     checkpoint = folder / f"{stage}-training.safetensors"
     _, encoded = ws.rows(task, "train", config.max_length)
@@ -372,7 +363,8 @@ def _train_stage(
                 "first_loss": result.losses[0],
                 "last_loss": result.losses[-1],
             }
-            | learned.facts,
+            | learned.facts
+            | placement.facts,
         ),
         encode(learned.weights, {"base": base} | learned.meta),
     )
@@ -469,6 +461,8 @@ def _learn_kind(
     steps = steps_for(len(rows), config)
     start = None if parent is None else ws.stored(parent)
     with module_of(config.kind).training(base, config, steps=steps, start=start) as training:
+        for note in training.notes:
+            ws.on_message(note)
         result = fit(
             base,
             training.parameters,
@@ -483,7 +477,7 @@ def _learn_kind(
             training=training,
         )
         weights = training.weights(DTYPES[config.store_dtype])
-    return _Learned(weights, config.kind, result)
+    return _Learned(weights, config.kind, result, facts=dict(training.facts))
 
 
 def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> None:
@@ -517,7 +511,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
     run = ws.store.open_run(plan)
     folder = ws.store.root / "runs" / run.id
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _held(folder / "lock", "the same training")
+    lock = held_lock(folder / "lock", "the same training")
     line = None
     finished = False
     try:
@@ -525,7 +519,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             name = plan["sequence"]
             locks = ws.store.root / "locks"
             locks.mkdir(mode=0o700, exist_ok=True)
-            line = _held(locks / f"{name}.lock", f"sequence {name!r}")
+            line = held_lock(locks / f"{name}.lock", f"sequence {name!r}")
         yield run.id, folder
         finished = True
     except LoriError:
@@ -543,7 +537,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             line.release()
 
 
-def _held(path: Path, what: str) -> FileLock:
+def held_lock(path: Path, what: str) -> FileLock:
     """A lock held by this process; Conflict where another has it."""
     from filelock import FileLock, Timeout
 

@@ -21,7 +21,7 @@ from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
 from lori_manager.engine.head import SoftTargets
 from lori_manager.engine.weights import Stored
-from lori_manager.errors import InvalidInput
+from lori_manager.errors import Diverged, InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.gradients import Gradients, Late, checkpointed, micro_batches
 from lori_manager.models import BaseModel
@@ -123,7 +123,7 @@ def fit(
         soft: what the rows' `taught` refer to, where a teacher says what is right.
         training: whose parameters these are, where its kind wants more than AdamW's steps.
     Raises:
-        InvalidInput: the loss or a value stopped being finite.
+        Diverged: the loss or a value stopped being finite.
     """
     trained = list(parameters.values())
     if not rows or not any(p.numel() for p in trained):
@@ -140,6 +140,7 @@ def fit(
     state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
+    took = 0.0
 
     def state_now(step: int) -> _State:
         return _State(phase, step, steps, losses, tokens, before + time.monotonic() - start)
@@ -147,7 +148,7 @@ def fit(
     def read(late: Late) -> None:
         losses.append(late.value())
         if not math.isfinite(losses[-1]):
-            raise InvalidInput(
+            raise Diverged(
                 f"the loss is {losses[-1]} at step {len(losses)} of {phase}: lower the "
                 f"learning rate (now {peak:g}) or check the rows"
             )
@@ -182,8 +183,10 @@ def fit(
                 training.after_step(step + 1)
             tokens += sum(len(r.ids) for part in parts for r in part)
             waiting.append(Late(loss))
+            # Of what takes long to save, no more than a tenth of the time goes into it.
+            pause = max(config.checkpoint_seconds, 9 * took if config.checkpoint_seconds else 0)
             due = checkpoint is not None and step + 1 < steps and (
-                time.monotonic() - saved >= config.checkpoint_seconds
+                time.monotonic() - saved >= pause
             )  # fmt: skip
             # On a GPU a step's loss is read when the next step has been launched.
             keep = 0 if due or step + 1 == steps or loss.device.type == "cpu" else 1
@@ -191,12 +194,14 @@ def fit(
             while len(waiting) > keep:
                 read(waiting.popleft())
             if checkpoint is not None and due:
+                began = time.monotonic()
                 _save_state(checkpoint, state_now(step + 1), training, optimizer)
                 saved = time.monotonic()
+                took = saved - began
             for done in range(known, len(losses)):
                 tell(done + 1)
     if not all(bool(torch.isfinite(p).all()) for p in trained):
-        raise InvalidInput(
+        raise Diverged(
             f"values are not finite after step {steps} of {phase}: lower the learning rate "
             f"(now {peak:g}) or check the rows"
         )

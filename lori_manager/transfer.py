@@ -121,14 +121,15 @@ def _member_names(ws: Context, adapter: Adapter) -> list[str]:
 def import_adapters(
     ws: Context, directories: Sequence[str | Path], *, assume_base: bool = False
 ) -> list[Imported]:
-    """Bring in PEFT LoRAs, DoRAs and IA3s, each as version 1 of a line named after its folder.
+    """Bring in PEFT's LoRAs, DoRAs, IA3s, prefixes and what `export` writes of its own form.
+
+    Each is version 1 of a line named after its folder.
 
     What cannot be imported faithfully is refused with its reason; the rest is
     imported.
     """
-    from lori_manager.adapters.peft_import import read_peft
+    from lori_manager.adapters.importing import read_adapter
     from lori_manager.engine.codec import encode
-    from lori_manager.engine.weights import KindWeights
 
     skeleton = models.load_skeleton(ws.base_folder)
     base = ws.store.base()
@@ -140,18 +141,14 @@ def import_adapters(
             ws.check_line(line)
             if any(known.name == line for known in ws.store.lines()):
                 raise Conflict(f"line {line!r} exists; rename the folder or the line")
-            found = read_peft(
+            found = read_adapter(
                 directory,
-                shapes=skeleton.linear_shapes,
+                skeleton,
+                folder=ws.base_folder,
                 base_names=[n for n in names if n],
                 fingerprint=base.fingerprint,
                 assume_base=assume_base,
             )
-            weights = found.weights
-            if found.magnitudes is not None and not isinstance(weights, KindWeights):
-                from lori_manager.adapters.dora import from_magnitudes
-
-                weights = from_magnitudes(weights, found.magnitudes, ws.base_folder)
             adapter = ws.store.add_adapter(
                 NewAdapter(
                     line=line,
@@ -160,17 +157,17 @@ def import_adapters(
                     task_revision=None,
                     mask=None,
                     parents=(),
-                    method=weights.kind if isinstance(weights, KindWeights) else "peft-lora",
-                    rank=found.rank,
+                    method=found.method,
+                    rank=found.weights.rank,
                     projection=None,
                     base=base.fingerprint,
-                    config={"peft": found.config},
+                    config=found.config,
                     versions=library_versions(),
                     facts={"source": directory.name},
                 ),
-                encode(weights, {"base": base.fingerprint}),
+                encode(found.weights, {"base": base.fingerprint}),
             )
-            out.append(Imported(directory, adapter, notes=tuple(found.notes)))
+            out.append(Imported(directory, adapter, notes=found.notes))
         except LoriError as e:
             out.append(Imported(directory, None, str(e)))
     return out

@@ -21,6 +21,7 @@ from lori_manager import (
     intake,
     integrity,
     models,
+    placing,
     teaching,
     transfer,
 )
@@ -33,11 +34,14 @@ from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
     from lori_manager.auditing import Audit, AuditRun
+    from lori_manager.benching import Bench
     from lori_manager.blaming import Blame
     from lori_manager.config import Config
     from lori_manager.differing import Diff
     from lori_manager.reporting.changed_rows import Answers
     from lori_manager.reporting.contents import Report
+    from lori_manager.reporting.kind_comparisons import KindsCompared
+    from lori_manager.suggesting import Suggestion
 
 FOLDER = ".lori"
 
@@ -111,6 +115,8 @@ class Workspace(Context):
         return self.store.move_base(path=str(folder), source=str(folder))
 
     add_task = intake.add_task
+    place = placing.place
+    apply_placement = placing.apply_placement
     calibrate = teaching.calibrate
     train = teaching.train
     score = evaluation.score
@@ -181,6 +187,24 @@ class Workspace(Context):
         from lori_manager.blaming import blame
 
         return blame(self, ref, task, halve=halve, general=general, config=config)
+
+    def compare_kinds(self, task: str, kinds: Sequence[str], **options: Any) -> KindsCompared:
+        """Several kinds of adapters on one task; see `kind_comparison.compare_kinds`."""
+        from lori_manager.kind_comparison import compare_kinds
+
+        return compare_kinds(self, task, kinds, **options)
+
+    def suggest(self, task: str, **options: Any) -> Suggestion:
+        """Settings for a task out of short trainings; see `suggesting.suggest`."""
+        from lori_manager.suggesting import suggest
+
+        return suggest(self, task, **options)
+
+    def bench(self, refs: Sequence[str], **options: Any) -> Bench:
+        """What adapters cost at use; see `benching.bench`."""
+        from lori_manager.benching import bench
+
+        return bench(self, refs, **options)
 
     def report(
         self,

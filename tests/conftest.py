@@ -16,6 +16,19 @@ CHAT = (
 
 
 @pytest.fixture(scope="session")
+def cache_for_tests(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(cache_for_tests):
+    """No test reads or fills the cache of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORI_CACHE", str(cache_for_tests))
+        yield
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder with a random Llama of two layers and a tokenizer whose tokens are bytes."""
     import torch

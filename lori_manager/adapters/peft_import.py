@@ -105,10 +105,10 @@ def read_peft(
         DamagedObject: a file is cut short, malformed or holds values that are not finite.
     """
     try:
-        config = _read_config(directory)
+        config = read_config(directory)
         settings = None if config.get("peft_type") == "IA3" else lora_settings(config)
-        tensors, metadata = _read_header(directory / WEIGHTS_FILE)
-        notes = _check_base(config, metadata, base_names, fingerprint, assume_base)
+        tensors, metadata = read_header(directory / WEIGHTS_FILE)
+        notes = check_base(config, metadata, base_names, fingerprint, assume_base)
         if settings is None:
             keys = ia3_vectors(config, tensors, shapes)
             vectors = _values(directory / WEIGHTS_FILE, keys, "ia3_l")
@@ -135,7 +135,12 @@ def read_peft(
     return ImportedAdapter(weights, weights.rank, settings.alpha, config, notes, magnitudes)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """`adapter_config.json` of a PEFT directory whose weights are safetensors.
+
+    Raises:
+        ImportRefused: no such directory, or its weights are a pickle. DamagedObject.
+    """
     path = directory / CONFIG_FILE
     try:
         if not path.is_file():
@@ -159,7 +164,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Tensor name -> dtype and shape, and the metadata, before any value is read."""
     try:
         # Checks lengths and offsets; what it does not check is the names.
@@ -184,7 +189,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_base(
+def check_base(
     config: Mapping[str, Any],
     metadata: Mapping[str, str],
     base_names: Collection[str],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import sys
@@ -58,12 +59,27 @@ class Session:
 
 
 @contextmanager
+def uncollected() -> Iterator[None]:
+    """No looking for cycles inside, where much is made and little thrown away."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@contextmanager
 def workspace(ctx: typer.Context) -> Iterator[Workspace]:
     """The workspace that the command is for, telling its progress on stderr."""
-    from lori_manager.workspace import Workspace
-
     session: Session = ctx.obj
-    with Teller(quiet=session.quiet) as teller, Workspace.open(session.folder) as opened:
+    with uncollected():
+        from lori_manager.workspace import Workspace
+
+        found = Workspace.open(session.folder)
+    gc.freeze()  # what is loaded stays: no later look for cycles has to go over it
+    with Teller(quiet=session.quiet) as teller, found as opened:
         opened.on_message = teller.message
         opened.on_progress = teller.progress
         yield opened

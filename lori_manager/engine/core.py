@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lori_manager.engine.decompose import qr, svd
 from lori_manager.engine.update import LowRankUpdate
 
 
@@ -35,7 +36,9 @@ class Core:
             if core.shape[0] <= core.shape[1]:
                 return LowRankUpdate(core @ self.V, self.U)
             return LowRankUpdate(self.V, self.U @ core)
-        left, values, right = torch.linalg.svd(core, full_matrices=False)
+        return self._of_rank(rank, *svd(core))
+
+    def _of_rank(self, rank: int, left: Tensor, values: Tensor, right: Tensor) -> LowRankUpdate:
         root = values[:rank].sqrt()
         return LowRankUpdate(
             root[:, None] * (right[:rank] @ self.V), (self.U @ left[:, :rank]) * root
@@ -55,8 +58,8 @@ def core_form(updates: Sequence[LowRankUpdate], dtype: torch.dtype = torch.float
         raise ValueError(f"expected updates of one matrix, got {[u.shape for u in updates]}")
     A = torch.cat([u.A.to(dtype) for u in updates])
     B = torch.cat([u.B.to(dtype) * u.scaling for u in updates], dim=1)
-    U, R = torch.linalg.qr(B)
-    V, S = torch.linalg.qr(A.t())
+    U, R = qr(B)
+    V, S = qr(A.t())
     ends = torch.tensor([0, *(u.rank for u in updates)]).cumsum(0).tolist()
     cores = [R[:, a:b] @ S[:, a:b].t() for a, b in pairwise(ends)]
     return Core(U, V.t(), torch.stack(cores))
@@ -70,10 +73,11 @@ def truncated(update: LowRankUpdate, rank: int) -> tuple[LowRankUpdate, float]:
     if update.rank <= rank:
         return update, 0.0
     core = core_form([update])
-    values = torch.linalg.svdvals(core.cores[0])
-    whole = float(values.square().sum())
-    lost = float(values[rank:].square().sum())
-    return core.update(core.cores[0], rank), (lost / whole) ** 0.5 if whole else 0.0
+    left, values, right = svd(core.cores[0])
+    squares = values.square().cpu()
+    whole, lost = float(squares.sum()), float(squares[rank:].sum())
+    best = core._of_rank(rank, left, values, right)
+    return best, (lost / whole) ** 0.5 if whole else 0.0
 
 
 def truncated_on_inputs(update: LowRankUpdate, root: Tensor, rank: int) -> LowRankUpdate:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lori_manager.engine.core import Core, core_form
+from lori_manager.engine.decompose import qr, svd
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.merging.methods import MergeOptions, module_by_module
@@ -116,7 +117,8 @@ def merge_entries(
         errors.append((lost, total, module))
         return found
 
-    merged = module_by_module(members, weights, merge, options.max_rank)
+    together = options.space == "core"  # the blocks of one full matrix are large enough
+    merged = module_by_module(members, weights, merge, options.max_rank, together=together)
     if errors:
         lost, total = sum(e[0] for e in errors), sum(e[1] for e in errors)
         worst, module = max((_relative(e[0], e[1]), e[2]) for e in errors)
@@ -152,7 +154,7 @@ def shared_frame(updates: Sequence[LowRankUpdate]) -> Core:
 def _axes(stacked: Tensor) -> Tensor:
     """The left singular vectors that count, at least one."""
     vectors: Tensor
-    vectors, values, _ = torch.linalg.svd(stacked, full_matrices=False)
+    vectors, values, _ = svd(stacked)
     count = int((values > 1e-10 * values[0]).sum())  # the factors are float32
     return vectors[:, : max(count, 1)]
 
@@ -220,10 +222,10 @@ def best_factors(
             start += len(block)
         return out, total
 
-    along, _ = transposed_times(torch.linalg.qr(times(random.to(device)))[0])
-    Q = torch.linalg.qr(times(torch.linalg.qr(along)[0]))[0]
+    along, _ = transposed_times(qr(times(random.to(device)))[0])
+    Q = qr(times(qr(along)[0]))[0]
     projected, total = transposed_times(Q)
-    left, values, right = torch.linalg.svd(projected.t(), full_matrices=False)
+    left, values, right = svd(projected.t())
     root = values[:rank].sqrt()
     kept = float(values[:rank].double().square().sum())
     update = LowRankUpdate(root[:, None] * right[:rank], (Q @ left[:, :rank]) * root)

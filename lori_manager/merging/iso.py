@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lori_manager.engine.decompose import singular_values, svd
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods, module_by_module
@@ -19,7 +20,7 @@ COMMON = 0.8
 def flattened(cores: Tensor, weights: Tensor) -> tuple[Tensor, int]:
     """Iso-C: the weighted sum with each of its singular values at their mean."""
     own = weights[:, None, None] * cores
-    left, values, right = torch.linalg.svd(own.sum(0), full_matrices=False)
+    left, values, right = svd(own.sum(0))
     rank = counted(values, largest_norm(own))
     if rank == 0:
         return torch.zeros_like(cores[0]), 0
@@ -28,7 +29,7 @@ def flattened(cores: Tensor, weights: Tensor) -> tuple[Tensor, int]:
 
 def largest_norm(matrices: Tensor) -> Tensor:
     """What singular values of their sum are held against: what cancels leaves rounding."""
-    norm: Tensor = torch.linalg.matrix_norm(matrices, 2).max()
+    norm: Tensor = singular_values(matrices).max()
     return norm
 
 
@@ -36,7 +37,7 @@ def with_task_spaces(cores: Tensor, weights: Tensor) -> tuple[Tensor, int]:
     """Iso-CTS: leading directions of the sum, then of what each task has outside of them."""
     own = weights[:, None, None] * cores
     largest = largest_norm(own)
-    left, values, right = torch.linalg.svd(own.sum(0), full_matrices=False)
+    left, values, right = svd(own.sum(0))
     rank, tasks = counted(values, largest), len(cores)
     if rank == 0:
         return torch.zeros_like(cores[0]), 0
@@ -46,7 +47,7 @@ def with_task_spaces(cores: Tensor, weights: Tensor) -> tuple[Tensor, int]:
     U, S, V = [shared], [values[:common]], [right[:common]]
     for core in own:
         rest = core - shared @ (shared.t() @ core)
-        left, values, right = torch.linalg.svd(rest, full_matrices=False)
+        left, values, right = svd(rest)
         k = min(each, counted(values, largest))
         U.append(left[:, :k])
         S.append(values[:k])

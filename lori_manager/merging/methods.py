@@ -9,9 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from lori_manager.engine.core import truncated
+from lori_manager.engine.decompose import side_by_side
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights, one_block
 from lori_manager.errors import InvalidInput
@@ -136,6 +138,8 @@ def module_by_module(
     weights: Sequence[float],
     merge: Callable[[str, list[LowRankUpdate], list[float]], LowRankUpdate],
     max_rank: int | None = None,
+    *,
+    together: bool = True,
 ) -> AdapterWeights:
     """One block out of what `merge` makes of each module's updates.
 
@@ -147,21 +151,23 @@ def module_by_module(
         merge: called with the module's name, the updates of the members that take part
             (float32) and their weights; gives the module's update.
         max_rank: what comes out is cut to the best update of that rank.
+        together: on a GPU, several modules at a time.
     Raises:
         ValueError: no members, or not one weight per member.
     """
     if not members or len(members) != len(weights):
         raise ValueError(f"got {len(members)} members and {len(weights)} weights")
     updates = [member.updates() for member in members]
-    merged = {}
-    for name in sorted({name for one in updates for name in one}):
+    names = sorted({name for one in updates for name in one})
+
+    def joined(name: str) -> LowRankUpdate:
         having = [(u[name], float(w)) for u, w in zip(updates, weights, strict=True) if name in u]
         part = [(u, w) for u, w in having if w]
         if part:
             found = merge(name, [u for u, _ in part], [w for _, w in part])
         else:
             found = having[0][0].zero()
-        if max_rank is not None:
-            found, _ = truncated(found, max_rank)
-        merged[name] = found
-    return one_block(merged)
+        return found if max_rank is None else truncated(found, max_rank)[0]
+
+    device = next(iter(updates[0].values())).B.device if together else torch.device("cpu")
+    return one_block(dict(zip(names, side_by_side(joined, names, device), strict=True)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lori_manager.engine.core import core_form
+from lori_manager.engine.decompose import svd
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.merging.entries import single
 
@@ -40,7 +41,7 @@ def isometry(matrix: Tensor) -> Tensor:
     Of a matrix that lacks rank only the directions that it has: completing U V' there, as
     a plain SVD does, would add arbitrary ones with the weight of the rest.
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = svd(matrix)
     n = counted(values)
     nearest: Tensor = left[:, :n] @ right[:n]
     return nearest

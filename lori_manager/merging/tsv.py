@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lori_manager.engine.decompose import svd
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.merging.methods import DEFAULTS, MergeOptions, merge_methods, module_by_module
@@ -45,7 +46,7 @@ def merge_tsv(
         def join(cores: Tensor, scales: Tensor) -> tuple[Tensor, int]:
             U, S, V = [], [], []
             for core, scale in zip(cores, scales, strict=True):
-                left, values, right = torch.linalg.svd(core, full_matrices=False)
+                left, values, right = svd(core)
                 k = min(counted(values), max(smaller // len(cores), 1))
                 U.append(left[:, :k])
                 S.append(scale * values[:k])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lori_manager.engine.decompose import svd
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.merging.entries import shared_frame, single
@@ -55,7 +56,7 @@ def merge_wudi(
                 targets.append(core @ row if w > 0 else -(core @ row))
         if not rows:
             return updates[0].zero()
-        left, values, right = torch.linalg.svd(torch.cat(rows, dim=1), full_matrices=False)
+        left, values, right = svd(torch.cat(rows, dim=1))
         count = int((values > 1e-10 * values[0]).sum())
         solved = torch.cat(targets, dim=1) @ right[:count].t() / values[:count]
         return single(frame.update(whole * solved @ left[:, :count].t()))

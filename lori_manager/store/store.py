@@ -20,6 +20,8 @@ from lori_manager.records import (
     Finding,
     Forecasted,
     JournalEntry,
+    KindComparison,
+    KindStep,
     Line,
     Mask,
     NewAdapter,
@@ -40,6 +42,7 @@ from lori_manager.store import (
     forecasts,
     integrity,
     journal,
+    kind_comparisons,
     lines,
     masks,
     runs,
@@ -536,6 +539,28 @@ class Store:
                 outcomes=outcomes,
                 weights=weights,
             )
+
+    # comparisons of kinds
+
+    def open_kind_comparison(self, task: Task, plan: Mapping[str, Any]) -> KindComparison:
+        """The comparison of an equal plan, to go on with, or a new one."""
+        with self._db.write() as c:
+            return kind_comparisons.start(c, task, plan)
+
+    def kind_comparisons(self) -> list[KindComparison]:
+        """All comparisons of kinds, oldest first."""
+        with self._db.read() as c:
+            return kind_comparisons.every(c)
+
+    def add_kind_step(self, digest: str, step: KindStep) -> None:
+        """Note a finished step of a comparison; one that is noted already stays as it is."""
+        with self._db.write() as c:
+            kind_comparisons.add_step(c, digest, step)
+
+    def kind_steps(self, digest: str) -> list[KindStep]:
+        """The finished steps of a comparison, in their order."""
+        with self._db.read() as c:
+            return kind_comparisons.steps(c, digest)
 
     # aliases
 

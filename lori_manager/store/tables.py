@@ -416,3 +416,33 @@ trials = Table(
         name="uq_trials_key",
     ),
 )
+
+# Comparisons of kinds by the digest of their plan, and what is done of each.
+kind_comparisons = Table(
+    "kind_comparisons",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("digest", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("task_revision", Integer, nullable=False),
+    Column("plan", Json, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
+    UniqueConstraint("digest"),
+)
+
+kind_steps = Table(  # rows are only ever added
+    "kind_steps",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("comparison", Integer, ForeignKey("kind_comparisons.id"), nullable=False),
+    Column("entry", Text, nullable=False),
+    Column("step", Text, nullable=False),
+    Column("point", Text, nullable=False),
+    Column("line", Text),
+    Column("version", Integer),
+    Column("facts", Json, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    ForeignKeyConstraint(["line", "version"], ["adapters.line", "adapters.version"]),
+    UniqueConstraint("comparison", "entry", "step", "point", name="uq_kind_steps_key"),
+)

@@ -297,7 +297,7 @@ def test_another_order_gives_the_same_draws_in_the_core(merge):
 
 
 def matrix(x, key=0, rows=3):
-    return Matrix(tuple(x.shape), lambda: iter(x.split(rows)), key)
+    return Matrix(tuple(x.shape), lambda: iter(x.split(rows)), lambda: key)
 
 
 def test_magprune_keeps_by_rank_within_the_row_and_rescales_by_its_probability():

@@ -1,0 +1,71 @@
+"""Decompositions of small and tall matrices: against torch's own, and where they give up."""
+
+import threading
+
+import pytest
+import torch
+
+from lori_manager.engine.decompose import cholesky_qr, qr, side_by_side, singular_values, svd
+
+
+def draw(rows, columns, seed=0, dtype=torch.float64):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(40, 7), (7, 7), (300, 64)])
+def test_cholesky_qr_is_orthonormal_and_gives_the_matrix_again(shape, dtype):
+    matrix = draw(*shape, dtype=dtype) * torch.logspace(0, -4, shape[1], dtype=dtype)
+    Q, R = cholesky_qr(matrix)
+    tight = 1e-6 if dtype == torch.float32 else 1e-12
+    assert Q.dtype == R.dtype == dtype
+    assert torch.allclose(Q.mT @ Q, torch.eye(shape[1], dtype=dtype), atol=tight)
+    assert torch.allclose(Q @ R, matrix, atol=tight, rtol=0)
+    assert torch.equal(R, R.triu())
+    theirs = torch.linalg.qr(matrix)[1]
+    assert torch.allclose(R.abs(), theirs.abs(), atol=10 * tight)
+
+
+def test_cholesky_qr_gives_up_on_dependent_columns():
+    column = draw(30, 1)
+    assert cholesky_qr(torch.cat([column, column], dim=1)) is None
+    assert cholesky_qr(torch.cat([column, column + 1e-13 * draw(30, 1, 1)], dim=1)) is None
+    assert cholesky_qr(torch.zeros(30, 2, dtype=torch.float64)) is None
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (5, 5)])
+def test_what_is_decomposed_is_what_torch_gives(shape):
+    matrix = draw(*shape)
+    left, values, right = svd(matrix)
+    assert torch.allclose(left * values @ right, matrix)
+    assert torch.allclose(singular_values(matrix), torch.linalg.svdvals(matrix))
+    assert torch.allclose(singular_values(torch.stack([matrix, 2 * matrix]))[1], 2 * values)
+    Q, R = qr(matrix)
+    assert torch.allclose(Q @ R, matrix)
+
+
+def test_work_side_by_side_comes_in_order_on_threads_of_a_gpu_alone():
+    seen = set()
+
+    def work(n):
+        seen.add(threading.get_ident())
+        return n * n
+
+    assert list(side_by_side(work, range(20), torch.device("cpu"))) == [n * n for n in range(20)]
+    assert seen == {threading.get_ident()}
+    seen.clear()
+    before = torch.get_num_threads()
+    assert list(side_by_side(work, range(20), torch.device("cuda"))) == [n * n for n in range(20)]
+    assert threading.get_ident() not in seen
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(500, 60), (60, 500), (2000, 1200)])
+def test_on_a_gpu_the_results_are_there_too_and_the_same(shape):
+    matrix = draw(*shape).cuda()
+    Q, R = qr(matrix)
+    left, values, right = svd(matrix)
+    assert {t.device.type for t in (Q, R, left, values, right)} == {"cuda"}
+    assert torch.allclose(Q @ R, matrix)
+    assert torch.allclose(left * values @ right, matrix)
