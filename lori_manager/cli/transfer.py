@@ -27,7 +27,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="peft: a LoRA that PeftModel loads; full: the base with the update merged in.",
+            help="peft: what PeftModel loads; full: the base with the update merged in.",
             autocompletion=complete.among(*FORMATS),
         ),
     ] = "peft",
