@@ -63,6 +63,17 @@ class Task:
         return told
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """What an encoder's head tells, sorted; empty where rows are answered in words."""
+        return tuple(self.options.get("labels", ()))
+
+    @property
+    def images(self) -> JSON | None:
+        """How the rows' images were read, where they are images; None of text."""
+        told: JSON | None = self.options.get("images")
+        return told
+
+    @property
     def trainable(self) -> bool:
         """Whether there are rows to train on; a task may be for scoring only."""
         return "train" in self.splits

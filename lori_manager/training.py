@@ -6,12 +6,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lori_manager import checkpoints
 from lori_manager.adapters.kind import Training
@@ -53,8 +55,9 @@ class TrainResult:
     """What a run leaves behind.
 
     Attributes:
-        losses: mean cross-entropy in nats per completion token, one a step.
-        tokens: real tokens that went through the model, padding left out.
+        losses: mean cross-entropy in nats per completion token, or per row that has a label; of
+            images, mean squared error. One a step.
+        tokens: real tokens that went through the model, padding left out; of images, images.
         seconds: time in the loop, over all sessions of a resumed run.
         parameters: how many values trained.
     """
@@ -63,6 +66,17 @@ class TrainResult:
     tokens: int
     seconds: float
     parameters: int
+
+
+class Steps(Protocol):
+    """What gives the gradients of a training's steps, one after the other."""
+
+    def of(self, parts: Any) -> Tensor:
+        """The mean loss of the next step's rows, its gradient left in the parameters."""
+
+
+# (what trains, the rows of every step left in parts, number of the first of them) -> Steps.
+StepsOf = Callable[[Training, Sequence[Any], int], AbstractContextManager[Steps]]
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
@@ -88,10 +102,27 @@ def steps_for(rows: int, config: Config) -> int:
     return max(1, math.ceil(config.epochs * math.ceil(rows / config.batch)))
 
 
+def completion_steps(base: BaseModel, config: Config, soft: SoftTargets | None = None) -> StepsOf:
+    """Steps on the completions of encoded rows; for `soft` see `fit`."""
+
+    @contextmanager
+    def steps(
+        training: Training, batches: Sequence[Sequence[list[Encoded]]], first: int
+    ) -> Iterator[Steps]:
+        packing = config.packing if training.packs else "off"
+        graphs = config.graphs if training.graphs else "off"
+        trained = list(training.parameters.values())
+        forward = Forward(base, packing=packing, soft=soft)
+        with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
+            yield Gradients(forward, trained, batches, graphs, training.penalty)
+
+    return steps
+
+
 def fit(
     base: BaseModel,
     parameters: Mapping[str, nn.Parameter],
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     config: Config,
     *,
     steps: int,
@@ -101,13 +132,14 @@ def fit(
     on_progress: OnProgress | None = None,
     soft: SoftTargets | None = None,
     training: Training | None = None,
+    steps_of: StepsOf | None = None,
 ) -> TrainResult:
-    """Train parameters of the model on the rows' completions.
+    """Train parameters of the model on the rows' completions, or on what `steps_of` makes of rows.
 
     Args:
         base: the model with its trainable layers in place.
         parameters: name -> parameter; they change in place, nothing else does.
-        rows: encoded training rows.
+        rows: encoded training rows; with `steps_of` anything that has a `length`.
         config: batch, schedule, weight decay, clipping and seed count here.
         steps: optimizer steps.
         peak: learning rate after the warm-up.
@@ -118,21 +150,26 @@ def fit(
         on_progress: called after every step.
         soft: what the rows' `taught` refer to, where a teacher says what is right.
         training: whose parameters these are, where its kind wants more than AdamW's steps.
+        steps_of: gives the gradients; None is `completion_steps`.
     Raises:
         Diverged: the loss or a value stopped being finite.
     """
     trained = list(parameters.values())
     if not rows or not any(p.numel() for p in trained):
         raise InvalidInput("nothing to train: expected rows and at least one parameter")
+    training = training or Training(parameters, no_weights)
+    peaks = [training.rates.get(name, peak) for name in parameters]
     optimizer = torch.optim.AdamW(
-        trained,
+        [
+            {"params": [p for p, own in zip(trained, peaks, strict=True) if own == one]}
+            for one in dict.fromkeys(peaks)
+        ],
         lr=peak,
         betas=(0.9, 0.999),
         weight_decay=config.weight_decay,
         fused=True if base.device.type == "cuda" else None,
     )
-    order = training_order([len(r.ids) for r in rows], config.batch, steps, config.seed)
-    training = training or Training(parameters, no_weights)
+    order = training_order([r.length for r in rows], config.batch, steps, config.seed)
     state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
@@ -160,16 +197,12 @@ def fit(
         micro_batches([rows[i] for i in order[step]], config.micro_batch)
         for step in range(state.step, steps)
     ]
-    packing = config.packing if training.packs else "off"
-    forward = Forward(base, packing=packing, soft=soft)
     waiting: deque[Late] = deque()
-    with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
-        graphs = config.graphs if training.graphs else "off"
-        gradients = Gradients(forward, trained, batches, graphs, training.penalty)
+    steps_of = steps_of or completion_steps(base, config, soft)
+    with steps_of(training, batches, state.step) as gradients:
         for step, parts in enumerate(batches, start=state.step):
-            rate = learning_rate(step, steps, peak, config.schedule, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group, own in zip(optimizer.param_groups, dict.fromkeys(peaks), strict=True):
+                group["lr"] = learning_rate(step, steps, own, config.schedule, config.warmup)
             loss = gradients.of(parts)
             if config.clip:
                 nn.utils.clip_grad_norm_(trained, config.clip)
@@ -177,7 +210,7 @@ def fit(
             torch.autograd.graph.increment_version(trained)  # fused steps do not tell
             if training.after_step is not None:
                 training.after_step(step + 1)
-            tokens += sum(len(r.ids) for part in parts for r in part)
+            tokens += sum(r.length for part in parts for r in part)
             waiting.append(Late(loss))
             # Of what takes long to save, no more than a tenth of the time goes into it.
             pause = max(config.checkpoint_seconds, 9 * took if config.checkpoint_seconds else 0)

@@ -18,10 +18,13 @@ from lori_manager import (
     evaluation,
     forecasting,
     gating,
+    image_intake,
     intake,
     integrity,
     models,
+    pipelines,
     placing,
+    sampling,
     teaching,
     transfer,
 )
@@ -83,14 +86,15 @@ class Workspace(Context):
             reach(server)
         path, commit = models.locate(base, revision)
         mark = models.fingerprint(path)
-        config = models.read_config(path)
+        kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
         store = begun or Store.create(root / FOLDER, server)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
-        store.set_base(Base(mark, source, commit, str(path), config.get("model_type", ""), now))
+        store.set_base(Base(mark, source, commit, str(path), kind, now))
         if not (root / SETTINGS).exists():
-            (root / SETTINGS).write_text(default_toml(), encoding="utf-8")
+            text = default_toml(pipelines.DEFAULTS if pipelines.is_pipeline(path) else None)
+            (root / SETTINGS).write_text(text, encoding="utf-8")
         return cls(root, store)
 
     @classmethod
@@ -132,6 +136,7 @@ class Workspace(Context):
         return self.store.move_base(path=str(folder), source=str(folder))
 
     add_task = intake.add_task
+    add_image_task = image_intake.add_image_task
     place = placing.place
     apply_placement = placing.apply_placement
     calibrate = teaching.calibrate
@@ -144,6 +149,7 @@ class Workspace(Context):
     gate = gating.gate
     promote = gating.promote
     rollback = gating.rollback
+    sample = sampling.sample
     export = transfer.export
     routed = transfer.routed
     import_adapters = transfer.import_adapters

@@ -189,16 +189,22 @@ class Store:
         """Add a task and its line, or a revision where rows or scorer differ from the latest.
 
         Args:
-            splits: must have "eval"; their files are in `objects` already.
+            splits: must have "eval"; their files are in `objects` already, and so are the
+                images that their rows name.
         Returns:
             The new revision, or the latest one, unchanged, where nothing differs.
         Raises:
             Conflict: the name is that of a line.
             InvalidInput: the name is not usable.
+            MissingObject: a file is not there.
         """
+        files = {split.digest for split in splits.values()}
+        if "images" in options:
+            images = integrity.Images(self.objects)
+            files |= {image for digest in files for image in images.of_rows(digest)}
         with self._db.write() as c:
-            for split in splits.values():
-                self.objects.size(split.digest)  # a row never precedes its file
+            for digest in files:
+                self.objects.size(digest)  # a row never precedes its file
             return tasks.add(
                 c,
                 name,
@@ -722,6 +728,8 @@ class Store:
         Args:
             grace: since a file was written, a version removed, or a folder last changed.
             dry_run: tell only.
+        Raises:
+            DamagedObject, MissingObject: rows that name images cannot be read; nothing was freed.
         """
         if grace < timedelta(0):
             raise InvalidInput(f"the time of grace must be 0 or more, got {grace}")

@@ -30,11 +30,11 @@ CREATE TABLE adapters (
 	CONSTRAINT uq_adapters_line_version UNIQUE (line, version), 
 	CONSTRAINT uq_adapters_run_stage UNIQUE (run, stage)
 );
-INSERT INTO "adapters" VALUES(1,'safety',1,'trained','safety',1,'safety',1,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,'ced98da07d4840e1a94f5dcabb98790a',0,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:37:08.041634+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
-INSERT INTO "adapters" VALUES(2,'safety',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4',6,'2026-11-22T20:37:08.115128+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.5}');
-INSERT INTO "adapters" VALUES(3,'main',1,'merged',NULL,NULL,NULL,NULL,'concat',8,NULL,'ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'283128acef14943c127f7327ca8f57e7cd7c31ec6c5546de5d62ab16a2f9758a',5,'2026-11-22T20:37:08.150656+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
-INSERT INTO "adapters" VALUES(4,'main',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:37:08.191083+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
-INSERT INTO "adapters" VALUES(5,'safety',3,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'7c7bfe826b20f5e2dd3328afe12f02c6f6585af99bdf716fb617b5c06515fee7',13,'2026-11-22T20:37:08.912129+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(1,'safety',1,'trained','safety',1,'safety',1,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,'e760b5d19b6142db9d5041d42c05a6dc',0,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:51:29.128612+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(2,'safety',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4',6,'2026-11-22T20:51:29.165504+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.5}');
+INSERT INTO "adapters" VALUES(3,'main',1,'merged',NULL,NULL,NULL,NULL,'concat',8,NULL,'ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'283128acef14943c127f7327ca8f57e7cd7c31ec6c5546de5d62ab16a2f9758a',5,'2026-11-22T20:51:29.182683+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(4,'main',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:51:29.211463+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(5,'safety',3,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'7c7bfe826b20f5e2dd3328afe12f02c6f6585af99bdf716fb617b5c06515fee7',13,'2026-11-22T20:51:29.488428+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
 CREATE TABLE alembic_version (
 	version_num VARCHAR(32) NOT NULL, 
 	CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
@@ -48,7 +48,7 @@ CREATE TABLE aliases (
 	CONSTRAINT pk_aliases PRIMARY KEY (line, name), 
 	CONSTRAINT fk_aliases_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version)
 );
-INSERT INTO "aliases" VALUES('main','production',2,'2026-11-22T20:37:08.694851+00:00');
+INSERT INTO "aliases" VALUES('main','production',2,'2026-11-22T20:51:29.356718+00:00');
 CREATE TABLE answers (
 	id INTEGER NOT NULL, 
 	digest TEXT NOT NULL, 
@@ -98,7 +98,7 @@ CREATE TABLE forecasts (
 	CONSTRAINT pk_forecasts PRIMARY KEY (id), 
 	CONSTRAINT fk_forecasts_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision)
 );
-INSERT INTO "forecasts" VALUES(1,'mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm','fp32','safety@1','safety',1,'exact_match','1','e',0.9,40,0.7,0.63,0.05,'2026-11-22T20:37:08.816122+00:00');
+INSERT INTO "forecasts" VALUES(1,'mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm','fp32','safety@1','safety',1,'exact_match','1','e',0.9,40,0.7,0.63,0.05,'2026-11-22T20:51:29.432048+00:00');
 CREATE TABLE journal (
 	id INTEGER NOT NULL, 
 	at TEXT NOT NULL, 
@@ -114,10 +114,10 @@ CREATE TABLE journal (
 	CONSTRAINT pk_journal PRIMARY KEY (id), 
 	CONSTRAINT fk_journal_line FOREIGN KEY(line) REFERENCES lines (name)
 );
-INSERT INTO "journal" VALUES(1,'2026-11-22T20:37:08.658981+00:00','root','set','main','production',NULL,1,0,'','null');
-INSERT INTO "journal" VALUES(2,'2026-11-22T20:37:08.694851+00:00','root','set','main','production',1,2,0,'better','null');
-INSERT INTO "journal" VALUES(3,'2026-11-22T20:37:08.724809+00:00','root','set','safety','champion',NULL,2,0,'','null');
-INSERT INTO "journal" VALUES(4,'2026-11-22T20:37:08.757561+00:00','root','removed','safety','champion',2,NULL,0,'','null');
+INSERT INTO "journal" VALUES(1,'2026-11-22T20:51:29.347107+00:00','root','set','main','production',NULL,1,0,'','null');
+INSERT INTO "journal" VALUES(2,'2026-11-22T20:51:29.356718+00:00','root','set','main','production',1,2,0,'better','null');
+INSERT INTO "journal" VALUES(3,'2026-11-22T20:51:29.381421+00:00','root','set','safety','champion',NULL,2,0,'','null');
+INSERT INTO "journal" VALUES(4,'2026-11-22T20:51:29.388044+00:00','root','removed','safety','champion',2,NULL,0,'','null');
 CREATE TABLE kind_comparisons (
 	id INTEGER NOT NULL, 
 	digest TEXT NOT NULL, 
@@ -129,7 +129,7 @@ CREATE TABLE kind_comparisons (
 	CONSTRAINT fk_kind_comparisons_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
 	CONSTRAINT uq_kind_comparisons_digest UNIQUE (digest)
 );
-INSERT INTO "kind_comparisons" VALUES(1,'6b54b47f95b1af09f4f20bcbc96ddf4da5cd34654e448e1cc48762f16593de45','safety',1,'{"kinds":["lori","dora"]}','2026-11-22T20:37:08.848335+00:00');
+INSERT INTO "kind_comparisons" VALUES(1,'ad41fe81a2ba0a3a2f0b959ab57e5450efb43df8095e2a6749f63d1134f55532','safety',1,'{"search":{"points":1},"steps":4}','2026-11-22T20:51:29.446984+00:00');
 CREATE TABLE kind_steps (
 	id INTEGER NOT NULL, 
 	comparison INTEGER NOT NULL, 
@@ -145,7 +145,8 @@ CREATE TABLE kind_steps (
 	CONSTRAINT fk_kind_steps_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version), 
 	CONSTRAINT uq_kind_steps_key UNIQUE (comparison, entry, step, point)
 );
-INSERT INTO "kind_steps" VALUES(1,1,'lori','train','0','safety',1,'{"rate":0.0005}','2026-11-22T20:37:08.876658+00:00');
+INSERT INTO "kind_steps" VALUES(1,1,'dora','search','0.001',NULL,NULL,'{"loss":0.5}','2026-11-22T20:51:29.459552+00:00');
+INSERT INTO "kind_steps" VALUES(2,1,'dora','train','0','safety',1,'{"rate":0.001}','2026-11-22T20:51:29.467255+00:00');
 CREATE TABLE lines (
 	id INTEGER NOT NULL, 
 	name TEXT NOT NULL, 
@@ -155,10 +156,10 @@ CREATE TABLE lines (
 	CONSTRAINT pk_lines PRIMARY KEY (id), 
 	CONSTRAINT uq_lines_name UNIQUE (name)
 );
-INSERT INTO "lines" VALUES(1,'safety',1,'[]','2026-11-22T20:37:07.788534+00:00');
-INSERT INTO "lines" VALUES(2,'wiki',1,'[]','2026-11-22T20:37:07.925651+00:00');
-INSERT INTO "lines" VALUES(3,'main',0,'[]','2026-11-22T20:37:08.149798+00:00');
-INSERT INTO "lines" VALUES(4,'stages',0,'["safety#1","wiki#1"]','2026-11-22T20:37:08.218738+00:00');
+INSERT INTO "lines" VALUES(1,'safety',1,'[]','2026-11-22T20:51:28.948225+00:00');
+INSERT INTO "lines" VALUES(2,'wiki',1,'[]','2026-11-22T20:51:29.031440+00:00');
+INSERT INTO "lines" VALUES(3,'main',0,'[]','2026-11-22T20:51:29.181904+00:00');
+INSERT INTO "lines" VALUES(4,'stages',0,'["safety#1","wiki#1"]','2026-11-22T20:51:29.230931+00:00');
 CREATE TABLE masks (
 	id INTEGER NOT NULL, 
 	task TEXT NOT NULL, 
@@ -176,7 +177,7 @@ CREATE TABLE masks (
 	CONSTRAINT fk_masks_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
 	CONSTRAINT uq_masks_task_version UNIQUE (task, version)
 );
-INSERT INTO "masks" VALUES(1,'safety',1,1,'48bf9b4f142ab45cac6f33cf99415bca6ca8e07608a031237aa76560fec2204b','aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa',0.9,'model',1,10,'{"seed":1}','2026-11-22T20:37:07.960749+00:00');
+INSERT INTO "masks" VALUES(1,'safety',1,1,'48bf9b4f142ab45cac6f33cf99415bca6ca8e07608a031237aa76560fec2204b','aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa',0.9,'model',1,10,'{"seed":1}','2026-11-22T20:51:29.073218+00:00');
 CREATE TABLE parents (
 	adapter INTEGER NOT NULL, 
 	position INTEGER NOT NULL, 
@@ -202,7 +203,7 @@ CREATE TABLE removals (
 	CONSTRAINT pk_removals PRIMARY KEY (id), 
 	CONSTRAINT fk_removals_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version)
 );
-INSERT INTO "removals" VALUES(1,'2026-11-22T20:37:08.966815+00:00','root','safety',3,1,'a mistake');
+INSERT INTO "removals" VALUES(1,'2026-11-22T20:51:29.501822+00:00','root','safety',3,1,'a mistake');
 CREATE TABLE row_weights (
 	id INTEGER NOT NULL, 
 	digest TEXT NOT NULL, 
@@ -221,8 +222,8 @@ CREATE TABLE runs (
 	CONSTRAINT pk_runs PRIMARY KEY (id), 
 	CONSTRAINT uq_runs_open_plan UNIQUE (open_plan)
 );
-INSERT INTO "runs" VALUES('ced98da07d4840e1a94f5dcabb98790a','{"options":{"start":null},"tasks":["safety#1"]}','ab565bb77abf4881b79a92e17479105e607d8b2f02b372edd294ee82cc6523ae','2026-11-22T20:37:07.988264+00:00');
-INSERT INTO "runs" VALUES('2102f5a2053b41dd97ff46f105492dd0','{"options":{"start":"safety@1"},"tasks":["wiki#1"]}','2d8c1a440cc88e738d180393e8828e1dd3841c589e5c85929c2d2d1752bbf237','2026-11-22T20:37:08.075169+00:00');
+INSERT INTO "runs" VALUES('e760b5d19b6142db9d5041d42c05a6dc','{"options":{"start":null},"tasks":["safety#1"]}','ab565bb77abf4881b79a92e17479105e607d8b2f02b372edd294ee82cc6523ae','2026-11-22T20:51:29.091966+00:00');
+INSERT INTO "runs" VALUES('396b248e3fb94abb96b0df71521b2bd0','{"options":{"start":"safety@1"},"tasks":["wiki#1"]}','2d8c1a440cc88e738d180393e8828e1dd3841c589e5c85929c2d2d1752bbf237','2026-11-22T20:51:29.145922+00:00');
 CREATE TABLE score_facts (
 	id INTEGER NOT NULL, 
 	facts TEXT NOT NULL, 
@@ -241,8 +242,8 @@ CREATE TABLE score_pages (
 	CONSTRAINT fk_score_pages_setting FOREIGN KEY(setting) REFERENCES settings (id), 
 	CONSTRAINT uq_score_pages_setting_number UNIQUE (setting, number)
 );
-INSERT INTO "score_pages" VALUES(1,1,0,X'0104000400000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E0000008001E2CEBA8EEEB8B006040100018101C8C50A010100048201C0DE1001010004830192E90902010001DC0079C8',X'01F2957FCC38918016',X'008DEF02D2F7FDD72CBA2E487B5AAEEFB82D944E4A008DEF02D2');
-INSERT INTO "score_pages" VALUES(2,2,0,X'0103000300000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F090000008001ACB9C08EEEB8B006150100248101A4E209250100248201F28312350100241E74100E',NULL,X'F36A2C3FB616BC3FB9CEFA3FA201753F29703940FC2A033F4E7E8240FB0A024077168B40B36EBA4580BF793F021B1E3F1CB12740095D7D4074F89D40D2D4623FB19958409577823F77BDDD3E227ECC51CF0AD33FE8C4864086420940695F0C40514B0740D00F613E3959543FB815A93FF8F74A3FA2EC9864');
+INSERT INTO "score_pages" VALUES(1,1,0,X'0104000400000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E0000008001EAA6C1C3F4B8B00604010001810188F203010100048201F0BE02010100048301D896040201000168D03E77',X'01F2957FCC38918016',X'008DEF02D2F7FDD72CBA2E487B5AAEEFB82D944E4A008DEF02D2');
+INSERT INTO "score_pages" VALUES(2,2,0,X'0103000300000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F09000000800198F6C2C3F4B8B006150100248101B2D4032501002482018CCA0235010024681B26BF',NULL,X'F36A2C3FB616BC3FB9CEFA3FA201753F29703940FC2A033F4E7E8240FB0A024077168B40B36EBA4580BF793F021B1E3F1CB12740095D7D4074F89D40D2D4623FB19958409577823F77BDDD3E227ECC51CF0AD33FE8C4864086420940695F0C40514B0740D00F613E3959543FB815A93FF8F74A3FA2EC9864');
 CREATE TABLE settings (
 	id INTEGER NOT NULL, 
 	task TEXT NOT NULL, 
@@ -298,12 +299,12 @@ CREATE TABLE "tasks" (
 	options TEXT NOT NULL, 
 	created_at TEXT NOT NULL, 
 	CONSTRAINT pk_tasks PRIMARY KEY (id), 
-	CONSTRAINT fk_tasks_name FOREIGN KEY(name) REFERENCES lines (name), 
-	CONSTRAINT uq_tasks_name_revision UNIQUE (name, revision)
+	CONSTRAINT uq_tasks_name_revision UNIQUE (name, revision), 
+	CONSTRAINT fk_tasks_name FOREIGN KEY(name) REFERENCES lines (name)
 );
-INSERT INTO "tasks" VALUES(1,'safety',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:37:07.796558+00:00');
-INSERT INTO "tasks" VALUES(2,'safety',2,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:37:07.869826+00:00');
-INSERT INTO "tasks" VALUES(3,'wiki',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:37:07.926071+00:00');
+INSERT INTO "tasks" VALUES(1,'safety',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:51:28.949163+00:00');
+INSERT INTO "tasks" VALUES(2,'safety',2,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:51:28.992367+00:00');
+INSERT INTO "tasks" VALUES(3,'wiki',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:51:29.031925+00:00');
 CREATE TABLE trials (
 	id INTEGER NOT NULL, 
 	recipe TEXT NOT NULL, 
@@ -320,7 +321,7 @@ CREATE TABLE trials (
 	CONSTRAINT fk_trials_task FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
 	CONSTRAINT uq_trials_key UNIQUE (recipe, task, task_revision, scorer, scorer_version, precision)
 );
-INSERT INTO "trials" VALUES(1,'rrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrr','dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd','wiki',1,'exact_match','1','fp32','2026-11-22T20:37:08.794033+00:00',X'789C63606060B0EC7B6C6BD9976CB77AD52A3B20DBEE89059FFDEA555AF64532EEF640717B00E8D50D19',NULL);
+INSERT INTO "trials" VALUES(1,'rrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrr','dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd','wiki',1,'exact_match','1','fp32','2026-11-22T20:51:29.403560+00:00',X'789C63606060B0EC7B6C6BD9976CB77AD52A3B20DBEE89059FFDEA555AF64532EEF640717B00E8D50D19',NULL);
 CREATE INDEX ix_adapters_digest ON adapters (digest);
 CREATE INDEX ix_parents_line_version ON parents (line, version);
 CREATE INDEX ix_journal_line ON journal (line);
