@@ -114,6 +114,7 @@ def bench(
             raise InvalidInput(f"`{name}` must be at least {least}, got {value}")
     if not refs:
         raise InvalidInput("name at least one adapter to measure")
+    ws.check_language("`lori bench`")
     config = config or ws.settings.config
     adapters = [ws.adapter(ref) for ref in dict.fromkeys(refs)]
     for adapter in adapters:

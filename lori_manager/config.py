@@ -57,6 +57,7 @@ class Config:
     calibration_rows: int = 1024
     learning_rate: float = 0.0
     dense_learning_rate: float = 2e-3
+    head_learning_rate: float = 1e-3
     schedule: str = "linear"
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -108,6 +109,7 @@ class Config:
         need(self.epochs > 0, "epochs", "above 0")
         need(self.learning_rate >= 0, "learning_rate", "above 0, or 0 for the kind's usual one")
         need(self.dense_learning_rate > 0, "dense_learning_rate", "above 0")
+        need(self.head_learning_rate > 0, "head_learning_rate", "above 0")
         need(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
         need(0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)")
         need(self.weight_decay >= 0, "weight_decay", "0 or more")
@@ -393,6 +395,7 @@ COMMENTS = {
     "kind": "what is trained: see `lori kinds`",
     "kind_options": "options of that kind alone",
     "learning_rate": "0: the kind's usual one; dense_learning_rate is LoRI's without a mask",
+    "head_learning_rate": "of what stands behind an encoder and tells its labels",
     "schedule": "after the warm-up: " + ", ".join(SCHEDULES),
     "warmup": "share of the steps",
     "clip": "largest norm of the gradient, 0 is off",
@@ -403,10 +406,15 @@ COMMENTS = {
 }
 
 
-def default_toml() -> str:
-    """The commented `lori.toml` that `lori init` writes."""
+def default_toml(own: Mapping[str, Any] | None = None) -> str:
+    """The commented `lori.toml` that `lori init` writes.
+
+    Args:
+        own: settings in which the workspace differs from the usual; these are no comments.
+    """
+    own = own or {}
     lines = ["# Defaults of this workspace. Flags of a command win over them.", "", "[defaults]"]
-    for key, value in Config().to_json().items():
+    for key, value in Config().replace(**own).to_json().items():
         if isinstance(value, str):
             shown = f'"{value}"'
         elif isinstance(value, bool):
@@ -418,7 +426,7 @@ def default_toml() -> str:
         else:
             shown = repr(value)
         comment = f"  # {COMMENTS[key]}" if key in COMMENTS else ""
-        lines.append(f"# {key} = {shown}{comment}")
+        lines.append(f"{'' if key in own else '# '}{key} = {shown}{comment}")
     lines += [
         "",
         "# [tasks.safety]",

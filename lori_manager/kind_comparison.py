@@ -83,6 +83,7 @@ def compare_kinds(
         Conflict: another process is at the same comparison, or a line's name is a task's.
     """
     began = time.monotonic()
+    ws.check_language("`lori compare`")
     config, search = config or ws.settings.config, search or RateSearch()
     check_entries(kinds)
     if seeds < 1:

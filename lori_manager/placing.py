@@ -63,6 +63,7 @@ def place(
     Raises:
         InvalidInput: a task that is only scored, `prompts` below 1, or layers without score.
     """
+    ws.check_language("scoring layers on prompts")
     config = config or ws.settings.config
     if prompts < 1:
         raise InvalidInput(f"`prompts` must be at least 1, got {prompts}")

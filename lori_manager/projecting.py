@@ -103,7 +103,9 @@ def start_of(
     """
     from lori_manager.adapters import lori
 
-    base = ws.base_model(config)
+    if config.projection == "nullspace":
+        ws.check_language("`projection` nullspace")
+    base = ws.model(config)
     shapes = base.linear_shapes
     weights = None if parent is None else ws.weights(parent)
     if config.projection not in APART:

@@ -106,6 +106,7 @@ def suggest(
     from lori_manager.metering import device_name
     from lori_manager.training import steps_for
 
+    ws.check_language("`lori suggest`")
     clock = _Clock(budget)
     config = resolved(config or ws.settings.config)
     task = ws.trainable(name)

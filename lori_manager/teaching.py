@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
-from lori_manager.kinds import KINDS, LORI, resolved
+from lori_manager.kinds import KINDS, LORI, kind_of, resolved
 from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from filelock import FileLock
     from torch import Tensor
 
+    from lori_manager.adapters.heads import HeadTraining
     from lori_manager.engine.head import SoftTargets
-    from lori_manager.engine.weights import AdapterWeights, Block, Stored
-    from lori_manager.tasks.encoding import Encoded
-    from lori_manager.training import TrainResult
+    from lori_manager.engine.weights import AdapterWeights, Block, Head, Stored
+    from lori_manager.training import StepsOf, TrainResult
 
 
 NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
@@ -103,14 +103,17 @@ def _calibrated_mask(
     from lori_manager.tasks.batches import permutation
 
     split = "calibration" if "calibration" in task.splits else "train"
-    _, encoded = ws.rows(task, split, config.max_length)
+    phase = f"calibrating {task.name}"
+    base, encoded = ws.model(config), _rows_of(ws, task, split, config)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
-    mask, result = grown_mask(
-        ws.base_model(config), block, encoded, config, exclude=exclude, beside=beside,
-        phase=f"calibrating {task.name}", checkpoint=checkpoint, on_progress=ws.on_progress,
-    )  # fmt: skip
+    with _head_of(ws, task, base, config, None) as head:
+        mask, result = grown_mask(
+            base, block, encoded, config, exclude=exclude, beside=beside, head=head, phase=phase,
+            checkpoint=checkpoint, on_progress=ws.on_progress,
+            steps_of=_steps_of(ws, base, config, phase),
+        )  # fmt: skip
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
         reason = (
@@ -141,6 +144,60 @@ def _calibrated_mask(
         f"dense steps in {result.seconds:.1f} s"
     )
     return stored
+
+
+def _rows_of(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
+    """A split's rows as training takes them: encoded text, with labels or without, or pictures."""
+    if ws.architecture.encoder:
+        return list(ws.labelled(task, split, config.max_length)[1])
+    if task.images is not None:
+        return ws.pictures(task, split)
+    return list(ws.rows(task, split, config.max_length)[1])
+
+
+def _steps_of(ws: Context, base: Any, config: Config, phase: str) -> StepsOf | None:
+    """How the base is trained on such rows; None is the usual way, by completions."""
+    if ws.architecture.encoder:
+        from lori_manager.classification import label_steps
+
+        return label_steps(base, config)
+    if not ws.makes_images:
+        return None
+    from lori_manager.diffusion.noise_loss import noise_steps
+
+    return noise_steps(base, config, phase)
+
+
+@contextmanager
+def _head_of(
+    ws: Context, task: Task, base: Any, config: Config, start: Stored | None
+) -> Iterator[HeadTraining | None]:
+    """The task's head in the model, to be trained; None where the base is no encoder.
+
+    It goes on from the head that `start` has for the task, where that one knows the same labels.
+    """
+    from lori_manager.adapters.heads import fresh_head, head_attached
+
+    if not ws.architecture.encoder:
+        yield None
+        return
+    head = None if start is None else start.heads.get(task.name)
+    if head is None or head.labels != task.labels:
+        head = fresh_head(base, task.labels, config.seed)
+    with head_attached(base, head) as training:
+        yield training
+
+
+def _heads(
+    task: Task, head: HeadTraining | None, start: Stored | None, config: Config
+) -> dict[str, Head]:
+    """All heads of the adapter to be stored: its parent's, and the task's as it was trained."""
+    from lori_manager.adapters.lori import DTYPES
+
+    if head is None:
+        return {}
+    held = {} if start is None else dict(start.heads)
+    return held | {task.name: head.head(DTYPES[config.store_dtype])}
 
 
 def _mask_for(
@@ -233,6 +290,9 @@ def prepared(
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
     _check_kind(config, options, sequence)
+    kind = kind_of(config.kind)
+    if not (kind.encoders if ws.architecture.encoder else kind.low_rank or not ws.makes_images):
+        ws.check_language(f"kind `{config.kind}`")
     if not names:
         raise InvalidInput("name at least one task to train")
     if len(set(names)) != len(names):
@@ -270,6 +330,7 @@ def prepared(
         ws.check_single(start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if options.replay:
+        ws.check_language("`--replay`")
         parent = ws.adapter(options.start) if options.start else None
         check_replay(ws, tasks, parent, sequence=sequence is not None)
     if sequence is not None:
@@ -374,8 +435,8 @@ def _train_stage(
 
     config = placement.config
     line = sequence or options.line or task.name
-    checkpoint = folder / f"{stage}-training.safetensors"
-    _, encoded = ws.rows(task, "train", config.max_length)
+    checkpoint = folder / f"{stage}-training"
+    encoded = _rows_of(ws, task, "train", config)
     soft = None
     if options.replay:
         text = None if options.general_text is None else Path(options.general_text)
@@ -419,7 +480,10 @@ def _train_stage(
         encode(learned.weights, {"base": base} | learned.meta),
     )
     for left in folder.glob(f"{stage}-*"):
-        left.unlink(missing_ok=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
     ws.on_message(
         f"{adapter.ref}: {len(result.losses)} steps in {result.seconds:.1f} s, loss "
         f"{result.losses[0]:.3f} -> {result.losses[-1]:.3f}, {adapter.bytes / 1e6:.2f} MB"
@@ -444,7 +508,7 @@ class _Learned:
 def _learn_lori(
     ws: Context,
     task: Task,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     soft: SoftTargets | None,
     config: Config,
     options: TrainOptions,
@@ -454,33 +518,46 @@ def _learn_lori(
 ) -> _Learned:
     """Mask and train the values of B on a frozen A."""
     from lori_manager.adapters import lori
+    from lori_manager.adapters.heads import with_head
+    from lori_manager.adapters.kind import Training
     from lori_manager.engine.weights import AdapterWeights
-    from lori_manager.training import fit, steps_for
+    from lori_manager.training import fit, no_weights, steps_for
 
-    base = ws.base_model(config)
-    kept = checkpoint.with_name(checkpoint.name.replace("training.safetensors", "A"))
+    base = ws.model(config)
+    kept = checkpoint.with_name(checkpoint.name.replace("training", "A"))
     start = start_of(ws, task, config, line, parent, options.avoid, kept)
     block, beside = start.block, start.beside
     calibration = checkpoint.with_name(checkpoint.name.replace("training", "calibration"))
     mask = _mask_for(ws, task, block, config, options, calibration, beside)
     tensors = None if mask is None else ws.mask_tensors(mask)
     layers = lori.trainable_layers(base.model, block, tensors, beside)
-    with lori.in_training(base, layers, beside) as parameters:
+    phase = f"training {task.name}"
+    held = None if parent is None else ws.stored(parent)
+    with (
+        _head_of(ws, task, base, config, held) as head,
+        lori.in_training(base, layers, beside) as parameters,
+    ):
+        training = with_head(Training(parameters, no_weights), head, config.head_learning_rate)
         result = fit(
             base,
-            parameters,
+            training.parameters,
             rows,
             config,
             steps=steps_for(len(rows), config),
             peak=config.dense_learning_rate if mask is None else config.learning_rate,
-            phase=f"training {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
+            training=training,
+            steps_of=_steps_of(ws, base, config, phase),
         )
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     return _Learned(
-        AdapterWeights((*(beside.blocks if beside else ()), trained)),
+        AdapterWeights(
+            (*(beside.blocks if beside else ()), trained),
+            heads=_heads(task, head, held, config),
+        ),
         "lori-d" if mask is None else "lori-s",
         result,
         mask,
@@ -494,7 +571,7 @@ def _learn_lori(
 def _learn_kind(
     ws: Context,
     task: Task,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     soft: SoftTargets | None,
     config: Config,
     options: TrainOptions,
@@ -503,14 +580,20 @@ def _learn_kind(
     checkpoint: Path,
 ) -> _Learned:
     """Train whatever the kind trains."""
+    from lori_manager.adapters.heads import with_head
     from lori_manager.adapters.kind import module_of
     from lori_manager.adapters.lori import DTYPES
     from lori_manager.training import fit, steps_for
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     steps = steps_for(len(rows), config)
     start = None if parent is None else ws.stored(parent)
-    with module_of(config.kind).training(base, config, steps=steps, start=start) as training:
+    phase = f"training {task.name}"
+    with (
+        _head_of(ws, task, base, config, start) as head,
+        module_of(config.kind).training(base, config, steps=steps, start=start) as own,
+    ):
+        training = with_head(own, head, config.head_learning_rate)
         for note in training.notes:
             ws.on_message(note)
         result = fit(
@@ -520,13 +603,15 @@ def _learn_kind(
             config,
             steps=steps,
             peak=config.learning_rate,
-            phase=f"training {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
             training=training,
+            steps_of=_steps_of(ws, base, config, phase),
         )
-        weights = training.weights(DTYPES[config.store_dtype])
+        heads = _heads(task, head, start, config)
+        weights = replace(training.weights(DTYPES[config.store_dtype]), heads=heads)
     return _Learned(weights, config.kind, result, facts=dict(training.facts))
 
 
@@ -574,7 +659,7 @@ def running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
         finished = True
     except LoriError:
         # A run that was refused before it began leaves nothing to go on with.
-        begun = any(folder.glob("*.safetensors")) or ws.store.run_adapters(run.id)
+        begun = any(folder.glob("*/step-*")) or ws.store.run_adapters(run.id)
         if not begun:
             ws.store.finish_run(run.id)
             finished = True

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
+from lori_manager import checkpoints
 from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
 from lori_manager.engine.head import SoftTargets
@@ -25,7 +24,6 @@ from lori_manager.errors import Diverged, InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.gradients import Gradients, Late, checkpointed, micro_batches
 from lori_manager.models import BaseModel
-from lori_manager.store.files import write_atomic
 from lori_manager.tasks.batches import training_order
 from lori_manager.tasks.encoding import Encoded
 
@@ -58,8 +56,9 @@ class TrainResult:
     """What a run leaves behind.
 
     Attributes:
-        losses: mean cross-entropy in nats per completion token, one a step.
-        tokens: real tokens that went through the model, padding left out.
+        losses: mean cross-entropy in nats per completion token, or per row that has a label; of
+            images, mean squared error. One a step.
+        tokens: real tokens that went through the model, padding left out; of images, images.
         seconds: time in the loop, over all sessions of a resumed run.
         parameters: how many values trained.
     """
@@ -68,6 +67,17 @@ class TrainResult:
     tokens: int
     seconds: float
     parameters: int
+
+
+class Steps(Protocol):
+    """What gives the gradients of a training's steps, one after the other."""
+
+    def of(self, parts: Any) -> Tensor:
+        """The mean loss of the next step's rows, its gradient left in the parameters."""
+
+
+# (what trains, the rows of every step left in parts, number of the first of them) -> Steps.
+StepsOf = Callable[[Training, Sequence[Any], int], AbstractContextManager[Steps]]
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
@@ -93,10 +103,27 @@ def steps_for(rows: int, config: Config) -> int:
     return max(1, math.ceil(config.epochs * math.ceil(rows / config.batch)))
 
 
+def completion_steps(base: BaseModel, config: Config, soft: SoftTargets | None = None) -> StepsOf:
+    """Steps on the completions of encoded rows; for `soft` see `fit`."""
+
+    @contextmanager
+    def steps(
+        training: Training, batches: Sequence[Sequence[list[Encoded]]], first: int
+    ) -> Iterator[Steps]:
+        packing = config.packing if training.packs else "off"
+        graphs = config.graphs if training.graphs else "off"
+        trained = list(training.parameters.values())
+        forward = Forward(base, packing=packing, soft=soft)
+        with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
+            yield Gradients(forward, trained, batches, graphs, training.penalty)
+
+    return steps
+
+
 def fit(
     base: BaseModel,
     parameters: Mapping[str, nn.Parameter],
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     config: Config,
     *,
     steps: int,
@@ -106,38 +133,44 @@ def fit(
     on_progress: OnProgress | None = None,
     soft: SoftTargets | None = None,
     training: Training | None = None,
+    steps_of: StepsOf | None = None,
 ) -> TrainResult:
-    """Train parameters of the model on the rows' completions.
+    """Train parameters of the model on the rows' completions, or on what `steps_of` makes of rows.
 
     Args:
         base: the model with its trainable layers in place.
         parameters: name -> parameter; they change in place, nothing else does.
-        rows: encoded training rows.
+        rows: encoded training rows; with `steps_of` anything that has a `length`.
         config: batch, schedule, weight decay, clipping and seed count here.
         steps: optimizer steps.
         peak: learning rate after the warm-up.
         phase: a word for progress and checkpoints.
-        checkpoint: where the state is kept while this runs. A state found there
+        checkpoint: a folder for the state while this runs. A state found there
             is gone on from: on the CPU the result is bit for bit that of a run
-            without interruption. The caller removes it once the result is safe.
+            without interruption. The caller discards it once the result is safe.
         on_progress: called after every step.
         soft: what the rows' `taught` refer to, where a teacher says what is right.
         training: whose parameters these are, where its kind wants more than AdamW's steps.
+        steps_of: gives the gradients; None is `completion_steps`.
     Raises:
         Diverged: the loss or a value stopped being finite.
     """
     trained = list(parameters.values())
     if not rows or not any(p.numel() for p in trained):
         raise InvalidInput("nothing to train: expected rows and at least one parameter")
+    training = training or Training(parameters, no_weights)
+    peaks = [training.rates.get(name, peak) for name in parameters]
     optimizer = torch.optim.AdamW(
-        trained,
+        [
+            {"params": [p for p, own in zip(trained, peaks, strict=True) if own == one]}
+            for one in dict.fromkeys(peaks)
+        ],
         lr=peak,
         betas=(0.9, 0.999),
         weight_decay=config.weight_decay,
         fused=True if base.device.type == "cuda" else None,
     )
-    order = training_order([len(r.ids) for r in rows], config.batch, steps, config.seed)
-    training = training or Training(parameters, no_weights)
+    order = training_order([r.length for r in rows], config.batch, steps, config.seed)
     state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
@@ -165,16 +198,12 @@ def fit(
         micro_batches([rows[i] for i in order[step]], config.micro_batch)
         for step in range(state.step, steps)
     ]
-    packing = config.packing if training.packs else "off"
-    forward = Forward(base, packing=packing, soft=soft)
     waiting: deque[Late] = deque()
-    with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
-        graphs = config.graphs if training.graphs else "off"
-        gradients = Gradients(forward, trained, batches, graphs, training.penalty)
+    steps_of = steps_of or completion_steps(base, config, soft)
+    with steps_of(training, batches, state.step) as gradients:
         for step, parts in enumerate(batches, start=state.step):
-            rate = learning_rate(step, steps, peak, config.schedule, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group, own in zip(optimizer.param_groups, dict.fromkeys(peaks), strict=True):
+                group["lr"] = learning_rate(step, steps, own, config.schedule, config.warmup)
             loss = gradients.of(parts)
             if config.clip:
                 nn.utils.clip_grad_norm_(trained, config.clip)
@@ -182,7 +211,7 @@ def fit(
             torch.autograd.graph.increment_version(trained)  # fused steps do not tell
             if training.after_step is not None:
                 training.after_step(step + 1)
-            tokens += sum(len(r.ids) for part in parts for r in part)
+            tokens += sum(r.length for part in parts for r in part)
             waiting.append(Late(loss))
             # Of what takes long to save, no more than a tenth of the time goes into it.
             pause = max(config.checkpoint_seconds, 9 * took if config.checkpoint_seconds else 0)
@@ -234,67 +263,55 @@ class _State:
 
 
 def _save_state(
-    path: Path,
+    folder: Path,
     state: _State,
     training: Training,
     optimizer: torch.optim.AdamW,
 ) -> None:
-    """Values and both moments in one file with its digest behind, put in place whole."""
+    """Keep values and both moments, and what the kind wants kept beside them."""
     own = {} if training.state is None else training.state()
     tensors = {f"{_OWN}|{name}": tensor for name, tensor in own.items()}
     for name, parameter in training.parameters.items():
         moments = optimizer.state[parameter]
-        tensors[f"{name}|value"] = parameter.detach()
+        tensors[f"{name}|value"] = parameter
         tensors[f"{name}|mean"] = moments["exp_avg"]
         tensors[f"{name}|square"] = moments["exp_avg_sq"]
-    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
-    data = save_tensors(tensors, metadata={"state": json.dumps(state.__dict__)})
-    write_atomic(path, data + hashlib.sha256(data).digest())
+    checkpoints.save(folder, state.step, tensors, state.__dict__)
 
 
 def _load_state(
-    path: Path | None,
+    folder: Path | None,
     phase: str,
     training: Training,
     optimizer: torch.optim.AdamW,
     steps: int,
 ) -> _State:
-    """The state kept at `path`, put into parameters and optimizer, or a fresh one."""
+    """The newest usable state, put into parameters and optimizer, or a fresh one."""
     fresh = _State(phase, 0, steps, [], 0, 0.0)
-    if path is None or not path.is_file():
+
+    def check(found: checkpoints.Checkpoint) -> None:
+        if (found.facts["phase"], found.facts["steps"]) != (phase, steps):
+            told = f"{found.facts['phase']!r} with {found.facts['steps']} steps"
+            raise ValueError(f"it is of {told}")
+        for name, parameter in training.parameters.items():
+            for part in ("value", "mean", "square"):
+                if found.tensors[f"{name}|{part}"].shape != parameter.shape:
+                    raise ValueError("it has other shapes")
+
+    found = None if folder is None else checkpoints.newest(folder, check)
+    if found is None:
         return fresh
-    try:
-        stored = path.read_bytes()
-        data, digest = stored[:-32], stored[-32:]
-        if hashlib.sha256(data).digest() != digest:
-            raise ValueError("it is not what was written")
-        tensors = load_tensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        state = _State(**json.loads(header["__metadata__"]["state"]))
-        if (state.phase, state.steps) != (phase, steps):
-            raise ValueError(f"it is of {state.phase!r} with {state.steps} steps")
-        loaded = [
-            (parameter, *(tensors[f"{name}|{part}"] for part in ("value", "mean", "square")))
-            for name, parameter in training.parameters.items()
-        ]
-        for parameter, *parts in loaded:
-            if any(p.shape != parameter.shape for p in parts):
-                raise ValueError("it has other shapes")
-    except Exception as e:  # noqa: BLE001 - whatever is wrong with it, training starts afresh
-        aside = path.with_suffix(".damaged")
-        path.replace(aside)
-        logger.warning("checkpoint unusable (%s): set aside as %s, starting again", e, aside.name)
-        return fresh
-    for like, value, mean, square in loaded:
+    state = _State(**found.facts)
+    for name, like in training.parameters.items():
         with torch.no_grad():
-            like.copy_(value)
+            like.copy_(found.tensors[f"{name}|value"])
         optimizer.state[like] = {
             "step": torch.tensor(float(state.step)).to(like.device),
-            "exp_avg": mean.to(like.device),
-            "exp_avg_sq": square.to(like.device),
+            "exp_avg": found.tensors[f"{name}|mean"].to(like.device),
+            "exp_avg_sq": found.tensors[f"{name}|square"].to(like.device),
         }
     if training.load_state is not None:
-        own = {k.removeprefix(f"{_OWN}|"): v for k, v in tensors.items() if k.startswith(_OWN)}
-        training.load_state(own)
+        kept = found.tensors.items()
+        training.load_state({k.removeprefix(f"{_OWN}|"): v for k, v in kept if k.startswith(_OWN)})
     logger.info("going on with %s at step %d of %d", phase, state.step + 1, steps)
     return state

@@ -18,18 +18,21 @@ from lori_manager import (
     evaluation,
     forecasting,
     gating,
+    image_intake,
     intake,
     integrity,
     models,
+    pipelines,
     placing,
+    sampling,
     teaching,
     transfer,
 )
 from lori_manager.config import default_toml
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
-from lori_manager.records import Alias, Base
-from lori_manager.refs import check_name
+from lori_manager.records import Adapter, Alias, Base
+from lori_manager.refs import AdapterRef, check_name
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
@@ -67,14 +70,15 @@ class Workspace(Context):
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
         path, commit = models.locate(base, revision)
         mark = models.fingerprint(path)
-        config = models.read_config(path)
+        kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
         store = (Store.open if begun else Store.create)(root / FOLDER)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
-        store.set_base(Base(mark, source, commit, str(path), config.get("model_type", ""), now))
+        store.set_base(Base(mark, source, commit, str(path), kind, now))
         if not (root / SETTINGS).exists():
-            (root / SETTINGS).write_text(default_toml(), encoding="utf-8")
+            text = default_toml(pipelines.DEFAULTS if pipelines.is_pipeline(path) else None)
+            (root / SETTINGS).write_text(text, encoding="utf-8")
         return cls(root, store)
 
     @classmethod
@@ -116,6 +120,7 @@ class Workspace(Context):
         return self.store.move_base(path=str(folder), source=str(folder))
 
     add_task = intake.add_task
+    add_image_task = image_intake.add_image_task
     place = placing.place
     apply_placement = placing.apply_placement
     calibrate = teaching.calibrate
@@ -128,6 +133,7 @@ class Workspace(Context):
     gate = gating.gate
     promote = gating.promote
     rollback = gating.rollback
+    sample = sampling.sample
     export = transfer.export
     routed = transfer.routed
     import_adapters = transfer.import_adapters
@@ -243,6 +249,23 @@ class Workspace(Context):
         return gather(
             Source(self.store), self.root.name, ref, tasks, rows, answers or stored_answers(self)
         )
+
+    def remove(self, refs: Sequence[str], *, reason: str = "") -> list[Adapter]:
+        """Hide versions, all of them or none; `Store.collect` frees their files later.
+
+        Raises:
+            Conflict: an alias, an unfinished training, or a version that was made from one and
+                is not among them needs it.
+        """
+        return self.store.remove(self._refs(refs), reason=reason)
+
+    def restore(self, refs: Sequence[str], *, reason: str = "") -> list[Adapter]:
+        """Bring removed versions back, while their files are there."""
+        return self.store.restore(self._refs(refs), reason=reason)
+
+    def _refs(self, refs: Sequence[str]) -> list[AdapterRef]:
+        found = [self.adapter(ref, removed=True) for ref in dict.fromkeys(refs)]
+        return [AdapterRef(a.line, str(a.version)) for a in found]
 
     def set_alias(self, ref: str, alias: str) -> Alias:
         """Let `line@alias` mean the adapter `ref`."""

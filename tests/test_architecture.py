@@ -27,7 +27,8 @@ ROWS = (
         "jobs",
     ),
     ("remerging",),
-    ("teaching", "combining", "transfer", "intake", "integrity"),
+    ("image_intake",),
+    ("teaching", "combining", "transfer", "intake", "integrity", "doctor", "sampling"),
     ("trials", "rehearsal", "probing"),
     ("merge_inputs",),
     ("answering",),
@@ -38,10 +39,13 @@ ROWS = (
     ("auditing",),
     ("repair", "routed"),
     ("layerwise", "iteris", "soups", "grams", "calibrating"),
-    ("training", "scoring", "consolidation", "distillation", "blockwise", "routing"),
+    ("classification", "scoring", "diffusion"),
+    ("consolidation", "distillation", "blockwise", "routing"),
+    ("training",),
     ("stages",),
-    ("gradients", "generation", "harness", "feature_norms"),
+    ("gradients", "generation", "harness", "feature_norms", "checkpoints"),
     ("graphs",),
+    ("labelling",),
     ("forward",),
     ("adapters",),
     ("models", "packing", "acceleration", "metering"),
@@ -51,6 +55,8 @@ ROWS = (
     ("merging", "metrics"),
     ("engine",),
     ("kinds",),
+    ("architectures",),
+    ("pipelines",),
     ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain", "rates"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
@@ -67,10 +73,11 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
     "kind_comparison", "benching", "suggesting", "jobs", "probing", "rates", "placement", "placing",
-    "settings_file", "intake", "integrity", "evaluation", "projecting", "avoiding", "replaying",
-    "merge_inputs", "context", "kinds", "auditing", "blaming", "differing", "remerging",
-    "answering", "changes", "comparing", "plain", "reporting", "models", "store", "config",
-    "records", "refs", "registry", "sandbox", "extras", "errors",
+    "settings_file", "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding",
+    "replaying", "merge_inputs", "context", "kinds", "auditing", "blaming", "differing",
+    "remerging", "answering", "changes", "comparing", "plain", "reporting", "models", "store",
+    "config", "architectures", "records", "refs", "registry", "sandbox", "extras", "errors",
+    "image_intake", "sampling", "pipelines",
 }  # fmt: skip
 
 

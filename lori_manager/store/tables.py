@@ -341,6 +341,20 @@ journal = Table(  # rows are only ever added: triggers refuse the rest
     Index("ix_journal_line", "line"),
 )
 
+removals = Table(  # rows are only ever added: triggers refuse the rest
+    "removals",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("user", Text, nullable=False),
+    Column("line", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("hidden", Boolean, nullable=False),  # else brought back
+    Column("reason", Text, nullable=False),
+    ForeignKeyConstraint(["line", "version"], ["adapters.line", "adapters.version"]),
+    Index("ix_removals_line_version", "line", "version"),
+)
+
 forecasts = Table(  # rows are only ever added
     "forecasts",
     metadata,

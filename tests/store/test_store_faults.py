@@ -20,7 +20,7 @@ import store_builders as build
 from sqlalchemy import event
 
 from lori_manager.errors import DamagedObject, StorageFailed
-from lori_manager.store import database
+from lori_manager.store import sqlite
 from lori_manager.store.store import Store
 
 
@@ -167,7 +167,7 @@ def test_a_write_that_the_kernel_cuts_short_leaves_the_old_state_whole(store: St
 def test_a_database_that_stays_locked_is_told(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.05)
     other = sqlite3.connect(store.root / "registry.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with Store.open(store.root) as impatient:

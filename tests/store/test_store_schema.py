@@ -19,7 +19,7 @@ from sqlalchemy import CheckConstraint, inspect
 from store_builders import HEAD, NEXT
 
 from lori_manager.errors import Conflict, DamagedObject, IncompatibleStore, NotFound
-from lori_manager.store import database
+from lori_manager.store import database, sqlite
 from lori_manager.store.store import Store
 from lori_manager.store.tables import metadata
 
@@ -139,7 +139,7 @@ def test_connections_keep_the_promised_settings(store: Store) -> None:
             connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
         ]
-        assert database.sqlite_connection(connection).isolation_level is None
+        assert sqlite.driver(connection).isolation_level is None
     assert settings == ["delete", 3, 1, 30_000]  # 3 is synchronous=EXTRA
 
 
