@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lori_manager.reporting.contents import Report
     from lori_manager.reporting.kind_comparisons import KindsCompared
     from lori_manager.suggesting import Suggestion
+    from lori_manager.teaching import Trained, TrainOptions
 
 FOLDER = ".lori"
 
@@ -210,6 +211,20 @@ class Workspace(Context):
         from lori_manager.blaming import blame
 
         return blame(self, ref, task, halve=halve, general=general, config=config)
+
+    def train_jobs(
+        self,
+        tasks: Sequence[str],
+        config: Config | None = None,
+        options: TrainOptions | None = None,
+        *,
+        jobs: int,
+    ) -> list[Trained]:
+        """Independent trainings, `jobs` at once through Ray; see `jobs.driving.train_jobs`."""
+        from lori_manager.jobs.driving import train_jobs
+        from lori_manager.jobs.on_ray import RayWorkers
+
+        return train_jobs(self, tasks, config, options, jobs, RayWorkers)
 
     def compare_kinds(self, task: str, kinds: Sequence[str], **options: Any) -> KindsCompared:
         """Several kinds of adapters on one task; see `kind_comparison.compare_kinds`."""

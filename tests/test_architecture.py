@@ -16,7 +16,16 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
-    ("blaming", "differing", "forecasting", "gating", "kind_comparison", "benching", "suggesting"),
+    (
+        "blaming",
+        "differing",
+        "forecasting",
+        "gating",
+        "kind_comparison",
+        "benching",
+        "suggesting",
+        "jobs",
+    ),
     ("remerging",),
     ("image_intake",),
     ("teaching", "combining", "transfer", "intake", "integrity", "doctor", "sampling"),
@@ -63,7 +72,7 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
-    "kind_comparison", "benching", "suggesting", "probing", "rates", "placement", "placing",
+    "kind_comparison", "benching", "suggesting", "jobs", "probing", "rates", "placement", "placing",
     "settings_file", "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding",
     "replaying", "merge_inputs", "context", "kinds", "auditing", "blaming", "differing",
     "remerging", "answering", "changes", "comparing", "plain", "reporting", "models", "store",
