@@ -90,7 +90,7 @@ def export(ws: Context, ref: str, directory: str | Path, *, full: bool = False) 
 def _told(ws: Context, adapter: Adapter) -> dict[str, Any]:
     """What a PEFT directory says of an adapter and its base."""
     base = ws.store.base()
-    skeleton = models.load_skeleton(ws.base_folder)
+    skeleton = ws.skeleton()
     return {
         "base_name": base.source,
         "revision": base.revision,
@@ -141,7 +141,7 @@ def import_adapters(
 
     ws.check_language("importing PEFT adapters")
 
-    skeleton = models.load_skeleton(ws.base_folder)
+    skeleton = ws.skeleton()
     base = ws.store.base()
     names = {base.source, base.path, models.read_config(ws.base_folder).get("_name_or_path")}
     out = []

@@ -53,28 +53,38 @@ class Workspace(Context):
     """A folder with `.lori/` in it: one base, its tasks, adapters and scores."""
 
     @classmethod
-    def create(cls, root: str | Path, base: str, revision: str | None = None) -> Workspace:
+    def create(
+        cls,
+        root: str | Path,
+        base: str,
+        revision: str | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> Workspace:
         """Make a workspace in `root` for a base model.
 
         Args:
             root: a folder, made where it is missing.
             base: a model folder or a hub id.
             revision: of the hub id.
+            trust_remote_code: run Python code that comes with the base, see `base_files`.
         Raises:
             NotFound: no such base. Conflict: there is a workspace already.
+            InvalidInput: the base asks for more than lori lets it, or for its own code.
         """
         root = Path(root).absolute()
         begun = (root / FOLDER / "registry.db").exists()
         if begun and _has_base(root / FOLDER):
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
-        path, commit = models.locate(base, revision)
+        path, commit = models.locate(base, revision, code=trust_remote_code)
+        code = models.check_base(path, trust_remote_code, base, revision)
         mark = models.fingerprint(path)
         kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
         store = (Store.open if begun else Store.create)(root / FOLDER)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
-        store.set_base(Base(mark, source, commit, str(path), kind, now))
+        store.set_base(Base(mark, source, commit, str(path), kind, now, code))
         if not (root / SETTINGS).exists():
             text = default_toml(pipelines.DEFAULTS if pipelines.is_pipeline(path) else None)
             (root / SETTINGS).write_text(text, encoding="utf-8")
@@ -110,8 +120,10 @@ class Workspace(Context):
             WrongBase: `path` holds other weights.
         """
         folder, _ = models.locate(path)
+        base = self.store.base()
+        models.check_base(folder, False, path, None, known=base.code)
         mark = models.fingerprint(folder)
-        if mark != (base := self.store.base()).fingerprint:
+        if mark != base.fingerprint:
             raise WrongBase(
                 f"{folder} holds weights {mark[:12]}, this workspace's base is "
                 f"{base.fingerprint[:12]}: one workspace has one base"

@@ -38,13 +38,14 @@ ROWS = (
     ("adapters",),
     ("models", "packing", "acceleration", "metering"),
     ("tasks",),
-    ("pipelines",),
+    ("pipelines", "base_files"),
     ("store",),
     ("comparing", "placement", "settings_file"),
     ("merging", "metrics"),
     ("engine",),
     ("kinds",),
-    ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain", "rates"),
+    ("config", "records", "refs", "registry", "sandbox", "extras", "plain", "rates"),
+    ("foreign", "errors"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -64,7 +65,7 @@ LIGHT_PARTS = {
     "merge_inputs", "context", "kinds", "auditing", "blaming", "differing", "remerging",
     "answering", "changes", "comparing", "plain", "reporting", "models", "store", "config",
     "records", "refs", "registry", "sandbox", "extras", "errors", "image_intake", "sampling",
-    "pipelines",
+    "pipelines", "base_files", "foreign",
 }  # fmt: skip
 
 

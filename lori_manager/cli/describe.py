@@ -44,6 +44,7 @@ def _base(base: Base) -> None:
             "type": base.model_type,
             "path": base.path,
             "fingerprint": base.fingerprint,
+            "code": base.code and f"{base.code}, runs",
             "since": output.time(base.created_at),
         }
     )

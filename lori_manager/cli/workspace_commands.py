@@ -25,6 +25,13 @@ def init(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python code that comes with the base; needs the whole commit as --revision.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Make a workspace for one base model.
@@ -35,7 +42,9 @@ def init(
     from lori_manager.context import SETTINGS
     from lori_manager.workspace import Workspace
 
-    with Workspace.create(directory or ctx.obj.folder, base, revision) as ws:
+    with Workspace.create(
+        directory or ctx.obj.folder, base, revision, trust_remote_code=trust_remote_code
+    ) as ws:
         made = ws.store.base()
         if json:
             output.print_json({"root": ws.root, "base": made})

@@ -74,6 +74,7 @@ MASK_FORMAT = "lori-mask"
 FREE_ENTRIES = 2**25
 ENTRIES_PER_BYTE = 256
 
+DIMENSIONS = 8  # of a tensor of a kind, at most
 _SIZE_LIMIT = 2**31
 _SEED_LIMIT = 2**64
 
@@ -496,8 +497,8 @@ def _group(sizes: Sizes) -> list[Any]:
 
 
 def _ungroup(groups: list[Any], dimensions: int | None, where: str) -> Sizes:
-    """The inverse of `_group`; `dimensions` None takes any number from one to eight."""
-    lengths = range(2, 10) if dimensions is None else (dimensions + 1,)
+    """The inverse of `_group`; `dimensions` None takes any number from one to `DIMENSIONS`."""
+    lengths = range(2, DIMENSIONS + 2) if dimensions is None else (dimensions + 1,)
     sizes: Sizes = {}
     for group in groups:
         if not isinstance(group, list) or len(group) not in lengths:

@@ -29,7 +29,7 @@ from lori_manager.errors import (
 )
 from lori_manager.store.files import storing, sync_folder
 
-HEAD = "0005"  # the schema that this lori reads and writes
+HEAD = "0006"  # the schema that this lori reads and writes
 REGISTRY = "registry.db"
 BUSY_SECONDS = 30.0
 _UNFINISHED = ".registry.db.new"
