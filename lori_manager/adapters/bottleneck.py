@@ -191,6 +191,7 @@ def find_places(model: nn.Module, placement: str) -> dict[str, int]:
 def _check_options(options: Mapping[str, Any]) -> None:
     if (
         set(options) != {"placement", "reduction", "activation"}
+        or not all(isinstance(options[key], str) for key in ("placement", "activation"))
         or options["placement"] not in PLACEMENTS
         or options["activation"] not in ACTIVATIONS
         or type(options["reduction"]) is not int
