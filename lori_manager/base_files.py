@@ -39,7 +39,8 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds {ADAPTER_CONFIG}: transformers would put that adapter into the base; "
             "merge it into the base or move it away"
         )
-    for where, key, value in _settings(read_settings(folder / CONFIG), CONFIG):
+    for place, key, value in _settings(read_settings(folder / CONFIG), CONFIG):
+        where = ascii(place)[1:-1][:200]
         shown = repr(value)[:60]
         if _IMPLEMENTATION.search(key) and value is not None:
             named = [*value.values()] if isinstance(value, dict) else [value]

@@ -149,7 +149,7 @@ def check(model: nn.Module, weights: KindWeights) -> None:
     if found != expected:
         odd = sorted(dict(expected.items() ^ found.items()))[0]
         raise WrongBase(
-            f"tensor {odd!r} of this bottleneck adapter is {found.get(odd, 'missing')}, this "
+            f"tensor {odd[:120]!r} of this bottleneck adapter is {found.get(odd, 'missing')}, this "
             f"{type(model).__name__} has {expected.get(odd, 'no such place')}: it was made for "
             "another model"
         )
@@ -199,7 +199,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     ):
         raise InvalidInput(
             f"kind `{KIND}` wants `placement` of {', '.join(PLACEMENTS)}, `activation` of "
-            f"{', '.join(ACTIVATIONS)} and `reduction` of at least 1, got {dict(options)}"
+            f"{', '.join(ACTIVATIONS)} and `reduction` of at least 1, got "
+            f"{str(dict(options))[:200]}"
         )
 
 

@@ -7,6 +7,7 @@ PEFT uses it, is none here.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -19,7 +20,11 @@ import regex
 from lori_manager.errors import ImportRefused
 
 LONGEST = 10_000  # characters
+REPEATS = 10_000  # the product of all counts: `regex` writes repeated parts out
 SECONDS = 0.5  # of processor time, for all names of an adapter together
+
+_BRACES = re.compile(r"\{[^}]*\}?")
+_COUNT = re.compile(r"\{[0-9]{0,5}(,[0-9]{0,5})?\}")  # others are fuzzy matching to `regex`
 
 _left: ContextVar[list[float] | None] = ContextVar("_left", default=None)
 
@@ -47,6 +52,13 @@ def compiled(expression: str, field: str, written: str) -> regex.Pattern[str]:
     if len(expression) > LONGEST:
         raise ImportRefused(f"{field} has an expression of {len(expression)} characters: shorten "
                             f"it to {LONGEST}")  # fmt: skip
+    braces = _BRACES.findall(expression)
+    counts = [int(n) for brace in braces for n in re.findall("[0-9]+", brace)]
+    if not all(_COUNT.fullmatch(b) for b in braces) or math.prod(n or 1 for n in counts) > REPEATS:
+        raise ImportRefused(
+            f"{field} has {shown}, with braces that are no counts or count to more than {REPEATS}: "
+            "list the modules by name"
+        )
     try:
         re.compile(expression)
         return regex.compile(expression)

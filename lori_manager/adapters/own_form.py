@@ -93,8 +93,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ImportRefused(f"{path.name} must say that its format is {FORMAT!r}")
     if type(doc.get("version")) is not int or doc["version"] != VERSION:
         raise ImportRefused(
-            f"{path.name} is of version {str(doc.get('version'))[:20]}, this lori reads {VERSION}: "
-            "update lori"
+            f"{path.name} is of version {str(doc.get('version'))[:20]!r}, this lori reads "
+            f"{VERSION}: update lori"
         )
     kind = doc.get("kind")
     row = KINDS.get(kind) if isinstance(kind, str) else None
@@ -116,7 +116,7 @@ def _check_base(
     recorded = base.get("fingerprint")
     if recorded is not None and recorded != fingerprint:
         raise ImportRefused(
-            f"made for a base with fingerprint {str(recorded)[:20]}, this base has "
+            f"made for a base with fingerprint {str(recorded)[:20]!r}, this base has "
             f"{fingerprint[:20]}: import it into a workspace of its own base"
         )
     if recorded is None and base.get("base_name") not in names and not assume:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lori_manager import foreign
+from lori_manager.adapters.peft_config import shown
 from lori_manager.adapters.peft_export import write_peft
 from lori_manager.adapters.peft_format import CARD_FILE, FINGERPRINT_KEY
 from lori_manager.adapters.peft_import import read_peft
@@ -150,7 +151,7 @@ def read_routed(
 def _router(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Router, list[str]]:
     """What the files say; ValueError and its like where they do not fit together."""
     if config["version"] != VERSION:
-        raise ValueError(f"version {config['version']!r}, this lori reads {VERSION}")
+        raise ValueError(f"version {shown(config['version'])}, this lori reads {VERSION}")
     names, reads, held_out = config["members"], config["reads"], config["held_out"]
     if not isinstance(names, list) or not isinstance(held_out, list):
         raise ValueError("`members` and `held_out` must be lists")
@@ -158,7 +159,7 @@ def _router(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Router, l
         raise ValueError("`held_out` must hold counts")
     for name in names:
         if not isinstance(name, str) or not _FOLDER.fullmatch(name):
-            raise ValueError(f"{name!r} is no folder's name")
+            raise ValueError(f"{shown(name)} is no folder's name")
     weights, bias = tensors["weights"], tensors["bias"]
     if not isinstance(reads, str) or not reads or not reads.isprintable():
         raise ValueError("it does not say what it reads")

@@ -10,10 +10,12 @@ from typing import Any
 
 BOMBS = ("(a+)+b", "(.*)*x", r"(([a-z_.0-9]+)+)+!", "(?:(?:.*.*)*.*)*z", "(", "[", "a{9999999}",
          r"(.*\.)*(.*\.)*(.*\.)*q_projx", "|".join("ab" for _ in range(3000)))  # fmt: skip
-NAMES = ("", ".", "..", "../../x", "/etc/passwd", "a/b", "con", "a\0b", "\ud800", "\u202e", "x" * 10_000,
-         "\n", "\x1b[31m", "__class__", "base", "latest", "NaN", "{}", "${x}", "-")  # fmt: skip
-NUMBERS = (0, -1, 1, 2, 3, 7, 2**16, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**30, 10**400,
-           0.0, -0.0, 0.5, 1e-320, 1e38, 1e39, 1e308, float("inf"), float("nan"))  # fmt: skip
+NAMES = ("", ".", "..", "../../x", "/etc/passwd", "a/b", "con", "a\0b", "\ud800", "\u202e",
+         "x" * 10_000, "\n", "\x1b[31m", "__class__", "base", "latest", "NaN", "{}",
+         "${x}", "-")  # fmt: skip
+NUMBERS = (0, -1, 1, 2, 3, 7, 2**16, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**30,
+           10**400, 0.0, -0.0, 0.5, 1e-320, 1e38, 1e39, 1e308, float("inf"),
+           float("nan"))  # fmt: skip
 
 
 def nasty(rng: random.Random) -> Any:

@@ -86,7 +86,8 @@ class Bed:
         words = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
         tokenizer = Tokenizer(parts.BPE(vocab=words, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(self.base)  # fmt: skip
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+        fast.save_pretrained(self.base)
         LlamaForCausalLM(
             LlamaConfig(vocab_size=len(words) + 1, hidden_size=16, intermediate_size=24,
                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -467,8 +468,9 @@ must_stay = "x.jsonl"
 def toml(bed: Bed) -> Target:
     """lori.toml changed, as text or a value at a time."""
     words = [
-        "1" * 5000, "1" + "0" * 400, "-1", "nan", "inf", "1e999", "[" * 2000, "{}", "[]", '""', "true",
-        '"../../x"', "2020-13-45", "1979-05-27T07:32:00Z", '"\\u0000"', "[[1]]", "{a = {b = 1}}", "0x7f",
+        "1" * 5000, "1" + "0" * 400, "-1", "nan", "inf", "1e999", "[" * 2000, "{}", "[]", '""',
+        "true", '"../../x"', "2020-13-45", "1979-05-27T07:32:00Z", '"\\u0000"', "[[1]]",
+        "{a = {b = 1}}", "0x7f",
     ]  # fmt: skip
 
     def run(rng: random.Random, folder: Path) -> bool:
