@@ -32,6 +32,7 @@ from lori_manager.config import Config
 from lori_manager.engine.layers import attached, product_dtype
 from lori_manager.engine.update import LowRankUpdate, Rescaled
 from lori_manager.engine.weights import AdapterWeights, KindWeights, Stored
+from lori_manager.errors import ImportRefused
 from lori_manager.models import BaseModel, check_rank, resolve_targets
 
 KIND = "dora"
