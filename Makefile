@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint env clean
+.PHONY: demo test soak lint env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The tests of faults with their large counts: hours on two cores.
+soak: $(VENV)/.dev
+	LORI_SOAK=1 $(BIN)/python -m pytest -s --timeout 36000 tests/faults
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lori_manager.adapters import lori
+from lori_manager.adapters.heads import HeadTraining, with_head
+from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
 from lori_manager.engine import mask as masks
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.models import BaseModel
-from lori_manager.training import OnProgress, StepsOf, TrainResult, fit
+from lori_manager.training import OnProgress, StepsOf, TrainResult, fit, no_weights
 
 
 def grown_mask(
@@ -25,6 +27,7 @@ def grown_mask(
     *,
     exclude: Mapping[str, Tensor] | None = None,
     beside: AdapterWeights | None = None,
+    head: HeadTraining | None = None,
     phase: str = "calibrating",
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
@@ -36,6 +39,7 @@ def grown_mask(
         block: whose A counts; its B does not.
         exclude: entries that must not be kept.
         beside: what acts in the model and stays fixed.
+        head: an encoder's, in the model; it trains too.
         phase, checkpoint, on_progress, steps_of: see `fit`.
     Returns:
         Module name -> bool (out_features, rank), and what the training left behind.
@@ -45,9 +49,11 @@ def grown_mask(
     empty = Block(zero, block.scaling, block.projection, block.tensors)
     layers = lori.trainable_layers(base.model, empty, None, beside)
     with lori.in_training(base, layers, beside) as parameters:
+        training = Training(parameters, no_weights)
+        training = with_head(training, head, config.head_learning_rate)
         result = fit(
             base,
-            parameters,
+            training.parameters,
             rows,
             config,
             steps=config.calibration_steps,
@@ -55,6 +61,7 @@ def grown_mask(
             phase=phase,
             checkpoint=checkpoint,
             on_progress=on_progress,
+            training=training,
             steps_of=steps_of,
         )
     B = lori.trained_B(layers)

@@ -58,6 +58,7 @@ class Config:
     calibration_rows: int = 1024
     learning_rate: float = 0.0
     dense_learning_rate: float = 2e-3
+    head_learning_rate: float = 1e-3
     schedule: str = "linear"
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -110,6 +111,7 @@ class Config:
         need(self.epochs > 0, "epochs", "above 0")
         need(self.learning_rate >= 0, "learning_rate", "above 0, or 0 for the kind's usual one")
         need(self.dense_learning_rate > 0, "dense_learning_rate", "above 0")
+        need(self.head_learning_rate > 0, "head_learning_rate", "above 0")
         need(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
         need(0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)")
         need(self.weight_decay >= 0, "weight_decay", "0 or more")
@@ -413,6 +415,7 @@ COMMENTS = {
     "kind": "what is trained: see `lori kinds`",
     "kind_options": "options of that kind alone",
     "learning_rate": "0: the kind's usual one; dense_learning_rate is LoRI's without a mask",
+    "head_learning_rate": "of what stands behind an encoder and tells its labels",
     "schedule": "after the warm-up: " + ", ".join(SCHEDULES),
     "warmup": "share of the steps",
     "clip": "largest norm of the gradient, 0 is off",

@@ -9,7 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lori_manager import models, pipelines
+from lori_manager import models
+from lori_manager.architectures import (
+    CAUSAL,
+    DIFFUSION,
+    TEXT_ENCODER,
+    Architecture,
+    architecture_of,
+    context_of,
+)
 from lori_manager.config import PRECISIONS, Config, Settings, load_settings
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, NotFound, WrongBase
 from lori_manager.kinds import KINDS
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from lori_manager.engine.weights import AdapterWeights, Stored
     from lori_manager.tasks.encoding import Encoded
     from lori_manager.tasks.images import Picture
+    from lori_manager.tasks.labelled import LabelledImage, LabelledText
     from lori_manager.tasks.rows import Row
     from lori_manager.tasks.scorers import Scorer
     from lori_manager.training import Progress
@@ -57,6 +66,10 @@ class Context:
     _model: models.BaseModel | None = None
     _pipeline: DiffusionBase | None = None
     _rows: dict[tuple[str, int], tuple[list[Row], list[Encoded]]] = field(default_factory=dict)
+    _labelled: dict[
+        tuple[str, int, tuple[str, ...]],
+        tuple[list[Row], list[LabelledText] | list[LabelledImage]],
+    ] = field(default_factory=dict)
     _scorers: dict[str, Scorer] = field(default_factory=dict)
 
     @cached_property
@@ -112,27 +125,39 @@ class Context:
         return models.score_precision(config)
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """What kind of model the base is."""
+        return architecture_of(self.store.base().model_type)
+
+    @property
     def makes_images(self) -> bool:
         """Whether the base is a diffusion pipeline, whose tasks are images with captions."""
-        return self.store.base().model_type == pipelines.MODEL_TYPE
+        return self.architecture == DIFFUSION
 
     def check_language(self, what: str) -> None:
-        """Refuse what is only possible with a language model.
+        """Refuse what is only possible with a causal language model.
 
         Args:
             what: a command or an option.
         Raises:
-            InvalidInput: the base is a diffusion pipeline.
+            InvalidInput: the base is something else.
         """
-        if self.makes_images:
-            raise InvalidInput(
-                f"{what} needs a language model; the base of this workspace is a diffusion pipeline"
-            )
+        if self.architecture != CAUSAL:
+            raise self._unfit(what, f"a {CAUSAL.title}")
+
+    def check_text(self, what: str) -> None:
+        """Refuse what is only possible with a base that reads text, as `check_language` does."""
+        if self.architecture not in (CAUSAL, TEXT_ENCODER):
+            raise self._unfit(what, "a language model or a text encoder")
+
+    def _unfit(self, what: str, wanted: str) -> InvalidInput:
+        base = f"{self.architecture.article} {self.architecture.title}"
+        return InvalidInput(f"{what} needs {wanted}; the base of this workspace is {base}")
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer; InvalidInput where the base is a diffusion pipeline."""
-        self.check_language("reading text")
+        """The base's tokenizer; InvalidInput where the base does not read text."""
+        self.check_text("a tokenizer")
         return models.load_tokenizer(self.base_folder, self.store.base().code)
 
     def skeleton(self) -> models.Skeleton:
@@ -143,7 +168,8 @@ class Context:
         """The loaded base; kept for later calls with the same precision and bits."""
         from lori_manager.acceleration import accelerate
 
-        self.check_language("this")
+        if self.makes_images:
+            raise self._unfit("this", "a language model or an encoder")
         wanted = models.resolve_precision(config.precision), config.base_bits
         if self._model is None or (self._model.precision, self._model.base_bits) != wanted:
             self._model = None  # before the next is loaded: memory may hold one alone
@@ -190,9 +216,9 @@ class Context:
             NotFound, InvalidInput: see `find_scorer`.
         """
         from lori_manager.tasks.choosing import find_scorer, request_scorer
-        from lori_manager.tasks.scorers import NoiseLoss
+        from lori_manager.tasks.scorers import NOISE_LOSS, NoiseLoss
 
-        if task.images is not None:
+        if task.scorer == NOISE_LOSS:
             return NoiseLoss()
         if task.requests is not None:
             return request_scorer(task.requests, task.scorer_version, self.root)
@@ -218,7 +244,7 @@ class Context:
         key = (task.splits[split].digest, max_length)
         if key not in self._rows:
             rows = rows_from_jsonl(self.store.objects.get(key[0]))
-            context = models.read_config(self.base_folder).get("max_position_embeddings")
+            context = context_of(models.read_config(self.base_folder))
             if (
                 task.requests is not None and split == "eval"
             ):  # what they ask is for the harness to encode
@@ -229,22 +255,46 @@ class Context:
             self._rows[key] = (rows, encoded)
         return self._rows[key]
 
+    def labelled(
+        self, task: Task, split: str, max_length: int | None = None
+    ) -> tuple[list[Row], list[LabelledText] | list[LabelledImage]]:
+        """As `rows`, of a task whose rows carry labels; `max_length` counts for text alone."""
+        from lori_manager.tasks.labelled import encode_labelled, labelled_images
+        from lori_manager.tasks.rows import rows_from_jsonl
+
+        max_length = max_length or self.settings.config.max_length
+        key = (task.splits[split].digest, max_length, task.labels)
+        if key not in self._labelled:
+            rows = rows_from_jsonl(self.store.objects.get(key[0]))
+            if task.images is not None:
+                found = labelled_images(rows, task.labels, self.store.objects.get)
+                self._labelled[key] = (rows, found)
+                return self._labelled[key]
+            context = context_of(models.read_config(self.base_folder))
+            encoded = encode_labelled(
+                self.tokenizer, rows, task.labels, max_length=max_length, context=context
+            )
+            self._labelled[key] = (rows, encoded)
+        return self._labelled[key]
+
     def mask_tensors(self, mask: Mask) -> dict[str, Tensor]:
         """Module name -> bool (out_features, rank)."""
         from lori_manager.engine.codec import decode_mask
 
         return decode_mask(self.store.mask_bytes(mask))[0]
 
-    def adapter(self, ref: str) -> Adapter:
+    def adapter(self, ref: str, *, removed: bool = False) -> Adapter:
         """The adapter that `line@3`, `line@latest` or `line@alias` means.
 
+        Args:
+            removed: take a removed version, too.
         Raises:
             NotFound: none. InvalidInput: `base`, or not a reference.
         """
         parsed = parse_adapter_ref(ref)
         if parsed is None:
             raise InvalidInput("`base` is not an adapter; name one such as `safety@1`")
-        return self.store.adapter(parsed)
+        return self.store.adapter(parsed, removed=removed)
 
     def weights(self, adapter: Adapter) -> AdapterWeights:
         """The stored factors, checked against digest and base.

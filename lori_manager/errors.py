@@ -86,6 +86,12 @@ class ImportRefused(LoriError):
     exit_code = 11
 
 
+class Unhealthy(LoriError):
+    """`lori doctor` found what needs mending."""
+
+    exit_code = 13
+
+
 class GateRefused(LoriError):
     """The gate does not let a version take an alias.
 

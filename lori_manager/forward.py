@@ -20,7 +20,7 @@ from lori_manager.engine.head import (
     logits_scores,
     widened,
 )
-from lori_manager.errors import first_line
+from lori_manager.errors import InvalidInput, first_line
 from lori_manager.models import BaseModel
 from lori_manager.packing import Bounds, Unsupported, attention_packed
 from lori_manager.tasks.batches import Batch, Sizes, collate, pack
@@ -105,6 +105,10 @@ class Forward:
         """The rows in the form that this runs."""
         return pack(rows, sizes=sizes) if self.packed else collate(rows)
 
+    def place(self, batch: Batch) -> DeviceBatch:
+        """The batch's tensors where the model is."""
+        return place(batch, self.base.device)
+
     def real(self, batch: Batch, rows: Sequence[Encoded]) -> Tensor | None:
         """Which of the flattened ids are the rows' own, bool; None where all are."""
         if batch.bounds is not None:
@@ -163,8 +167,17 @@ class Forward:
 
 
 def real_tokens(x: Tensor, real: Tensor | None) -> Tensor:
-    """x (..., d) by tokens, (tokens, d), without those that fill up; see `Forward.real`."""
+    """x (..., d) by tokens, (tokens, d), without those that fill up; see `Forward.real`.
+
+    Raises:
+        InvalidInput: x is no row a token, as with what reads relative positions.
+    """
     flat = x.reshape(-1, x.shape[-1])
+    if real is not None and len(flat) != len(real):
+        raise InvalidInput(
+            "this model has linear layers that read something else than its tokens, which no "
+            "merge by inputs can take: use `--method concat`"
+        )
     return flat if real is None else flat[real]
 
 

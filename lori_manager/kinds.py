@@ -42,6 +42,7 @@ class Kind:
         base_bits: of the base that it trains on, None where that is free.
         continues: whether a training may begin at an adapter.
         packed: whether the base's weights may be packed; no where they are read or trained.
+        encoders: whether it trains on encoders too.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Kind:
     base_bits: int | None = None
     continues: bool = True
     packed: bool = True
+    encoders: bool = True
 
     @property
     def own_form(self) -> bool:
@@ -96,17 +98,18 @@ KINDS = {
             "full", "full fine-tuning", "arXiv:1801.06146", 5e-5, frozenset(),
             {"modules": "all"},
             low_rank=False, export=f"{OWN_FORM}, whole model", served="vLLM (whole), lori",
-            packed=False,
+            packed=False, encoders=False,
         ),
         Kind(
             "bottleneck", "bottleneck adapters", "arXiv:1902.00751", 1e-3, frozenset(),
             {"placement": "houlsby", "reduction": 16, "activation": "relu"},
             low_rank=False, export=OWN_FORM, served="lori",
+            encoders=False,
         ),
         Kind(
             "prefix", "prefix tuning", "arXiv:2101.00190", 1e-2, frozenset(),
             {"num_virtual_tokens": 20, "projection": False, "hidden": 0},
-            low_rank=False, export="PEFT prefix tuning", served="PEFT",
+            low_rank=False, export="PEFT prefix tuning", served="PEFT", encoders=False,
         ),
     )
 }  # fmt: skip

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lori_manager import base_files, foreign, pipelines
+from lori_manager.architectures import (
+    CAUSAL,
+    IMAGE_ENCODER,
+    Architecture,
+    architecture_of,
+    check_architecture,
+    context_of,
+)
 from lori_manager.errors import InvalidInput, LoriError, NotFound, WrongBase, first_line
 
 if TYPE_CHECKING:
@@ -28,10 +36,12 @@ logger = logging.getLogger(__name__)
 
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _READING = (*_SETTINGS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
-            "vocab.json", "vocab.txt", "merges.txt", "*.model")  # fmt: skip
+            "vocab.json", "vocab.txt", "merges.txt", "*.model",
+            "preprocessor_config.json")  # fmt: skip
 _NO_MATTER = {"transformers_version", "_name_or_path", "name_or_path", "chat_template",
               "torch_dtype", "dtype"}  # fmt: skip
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt",
+              "merges.txt"]  # fmt: skip
 
 
 def locate(
@@ -264,14 +274,16 @@ def _built(what: str) -> Iterator[None]:
 
 @dataclass
 class BaseModel:
-    """A loaded, frozen causal language model.
+    """A loaded, frozen model: a causal language model, or an encoder with a head behind it.
 
     Attributes:
-        model: the transformers causal LM, in eval mode, nothing requiring gradients.
+        model: the transformers model, in eval mode, nothing requiring gradients.
         folder: where it was loaded from.
         precision: "fp32" or "bf16", of the weights; "fp8": bf16, linear layers but the head
             in e4m3.
         base_bits: 4 where all linear layers but the head hold nf4, else 16.
+        architecture: what kind of model it is.
+        drawn: names of parameters of the head that the folder does not hold.
         code: digest of the base's own code where that may run.
     """
 
@@ -279,6 +291,8 @@ class BaseModel:
     folder: Path
     precision: str
     base_bits: int = 16
+    architecture: Architecture = CAUSAL
+    drawn: frozenset[str] = frozenset()
     code: str | None = None
 
     @property
@@ -292,10 +306,12 @@ class BaseModel:
         """Loaded on first use."""
         return load_tokenizer(self.folder, self.code)
 
-    @property
+    @cached_property
     def context(self) -> int | None:
-        """The largest number of positions, None where the config has none."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """The longest input in tokens, None where the model has no limit."""
+        config = self.model.config
+        keys = ("model_type", "max_position_embeddings", "pad_token_id")
+        return context_of({key: getattr(config, key, None) for key in keys})
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -308,11 +324,16 @@ class BaseModel:
         return getattr(self.model, "base_model", self.model)
 
     def probe(self) -> None:
-        """Run the model once on two tokens, for hooks to see it at work."""
+        """Run the model once on two tokens, or on one image, for hooks to see it at work."""
         import torch
 
+        if self.architecture == IMAGE_ENCODER:
+            size = image_format(self.folder).size
+            pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=self.model.dtype)
+            self.model(pixel_values=pixels)
+            return
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        self.model(input_ids=ids, use_cache=False)
+        self.model(input_ids=ids, **({} if self.architecture.encoder else {"use_cache": False}))
 
     def head(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight (vocabulary, d), bias) of the vocabulary head behind the decoder.
@@ -349,6 +370,41 @@ class BaseModel:
         return same
 
 
+@dataclass(frozen=True)
+class ImageFormat:
+    """What an image encoder takes: `size` pixels a side, (x - mean) / std of values in [0, 1]."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def image_format(folder: Path) -> ImageFormat:
+    """What the preprocessor_config.json of an image encoder asks for.
+
+    An image's middle square is scaled to `crop_size`, or without one to `size`.
+    Raises:
+        NotFound: no such file, or one that does not say.
+    """
+    path = folder / "preprocessor_config.json"
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        size = told.get("crop_size") if told.get("do_center_crop") else None
+        size = size or told["size"]
+        if isinstance(size, dict):
+            size = size.get("height") or size["shortest_edge"]
+        mean, std = told["image_mean"], told["image_std"]
+        if not told.get("do_normalize", True):
+            mean, std = [0.0] * 3, [1.0] * 3
+        found = ImageFormat(int(size), tuple(map(float, mean)), tuple(map(float, std)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise NotFound(
+            f"{path} does not say the size and normalisation of images ({first_line(e)}): save the "
+            "model's image processor there with `save_pretrained`"
+        ) from e
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json.
 
@@ -359,10 +415,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_type(folder: Path) -> str:
-    """What kind of model a folder holds, as its config.json says; of pipelines there is one."""
+    """What kind of model a folder holds, as its config.json says; of pipelines there is one.
+
+    Raises:
+        InvalidInput: an encoder that is set up as a decoder.
+    """
     if pipelines.is_pipeline(folder):
         return pipelines.MODEL_TYPE
-    return str(read_config(folder).get("model_type", ""))
+    config = read_config(folder)
+    check_architecture(config)
+    return str(config.get("model_type", ""))
 
 
 def encoding_digest(folder: Path, max_length: int) -> str:
@@ -439,7 +501,7 @@ class Skeleton:
     """A base's modules without its weights.
 
     Attributes:
-        model: on the meta device.
+        model: on the meta device; an encoder with a head of two labels.
         linear_shapes: full name -> (out_features, in_features), the head left out.
         transposed: names of those whose weight is (in_features, out_features).
     """
@@ -462,18 +524,45 @@ def load_skeleton(folder: Path, code: str | None = None) -> Skeleton:
         with _built(f"{folder} holds no UNet that diffusers can build"):
             unet = pipelines.bare_unet(folder)
         return Skeleton(unet, linear_shapes(unet), frozenset())
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     base_files.check_folder(folder)
     run_code = base_files.may_run_code(folder, code)
-    with _built(f"{folder} is not a causal language model lori can load"), torch.device("meta"):
+    with _built(f"{folder} is no model lori can load"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=run_code)
-        auto: Any = AutoModelForCausalLM
-        model = auto.from_config(config, trust_remote_code=run_code)
+        model = bare_model(config, run_code=run_code)
     shapes = linear_shapes(model)
     transposed = {n for n in shapes if type(model.get_submodule(n)).__name__ == "Conv1D"}
     return Skeleton(model, shapes, frozenset(transposed))
+
+
+def bare_model(config: Any, *, run_code: bool = False) -> Any:
+    """The modules of a transformers configuration, on the meta device.
+
+    Args:
+        run_code: let the base's own code make them; see `base_files`.
+    """
+    import torch
+    import transformers
+
+    auto: Any = getattr(transformers, architecture_of(config.model_type).auto)
+    with torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=run_code)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the modules between an encoder's last layer and the labels, in the model.
+
+    Those that have parameters: a pooler, and what stands beside the encoder. None of a
+    language model.
+    """
+    if not type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
+        return []
+    encoder = str(model.base_model_prefix)
+    beside = [name for name, _ in model.named_children() if name != encoder]
+    inside = [f"{encoder}.pooler"] if getattr(model.base_model, "pooler", None) is not None else []
+    modules = dict(model.named_modules())
+    return [name for name in (*inside, *beside) if any(True for _ in modules[name].parameters())]
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -482,8 +571,9 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
+    behind = tuple(f"{name}." for name in head_names(model))
     shapes = {name: linear_shape(module) for name, module in model.named_modules()
-              if module is not head}  # fmt: skip
+              if module is not head and not f"{name}.".startswith(behind)}  # fmt: skip
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
@@ -504,12 +594,12 @@ def load_base(
         base_bits: 4 packs every linear layer but the head as nf4, see `_nf4`.
         code: digest of the base's own code, which is run only then; see `base_files`.
     Raises:
-        NotFound: no causal language model there. WrongBase: the code is another.
+        NotFound: no causal language model and no encoder there. WrongBase: the code is another.
         InvalidInput: 4 bits without bitsandbytes, fp8 on a device that has no such products,
             a configuration that may not be followed.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from lori_manager.engine import fp8
 
@@ -519,13 +609,17 @@ def load_base(
     dtype = {"fp32": torch.float32, "bf16": bf16, "fp8": bf16}[precision]
     if precision == "fp8":
         fp8.check_device(device)
-    packed = _nf4(dtype, device) if base_bits == 4 else {}
+    architecture = check_architecture(read_config(folder))
+    auto: Any = getattr(transformers, architecture.auto)
+    packed = _nf4(dtype, device, folder, code) if base_bits == 4 else {}
     base_files.check_folder(folder)
     run_code = base_files.may_run_code(folder, code)
-    with _built(f"{folder} is not a causal language model lori can load"):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=run_code, **packed
-        )
+    with _built(f"{folder} is not a {architecture.title} lori can load"):
+        model, told = auto.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=run_code,
+            output_loading_info=True, **packed,
+        )  # fmt: skip
+    drawn = _drawn(model, told["missing_keys"], folder) if architecture.encoder else frozenset()
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():
@@ -536,10 +630,19 @@ def load_base(
     model = model.to(device)
     if precision == "fp8":
         fp8.quantize_base(model, linear_shapes(model))
-    return BaseModel(model, folder, precision, base_bits, code)
+    return BaseModel(model, folder, precision, base_bits, architecture, drawn, code)
 
 
-def _nf4(compute: torch.dtype, device: str) -> dict[str, Any]:
+def _drawn(model: Any, missing: Iterable[str], folder: Path) -> frozenset[str]:
+    """The head's parameters that a folder does not hold; all others it must."""
+    behind = tuple(f"{name}." for name in head_names(model))
+    lost = sorted(name for name in missing if not name.startswith(behind))
+    if lost:
+        raise NotFound(f"{folder} lacks {lost[0]} of the encoder: fetch the model again")
+    return frozenset(missing)
+
+
+def _nf4(compute: torch.dtype, device: str, folder: Path, code: str | None) -> dict[str, Any]:
     """How `from_pretrained` packs linear layers, all but the head, on their way in.
 
     Blocks of 64 weights in 4-bit NormalFloat, the blocks' scales in 8 bits again (double
@@ -548,6 +651,7 @@ def _nf4(compute: torch.dtype, device: str) -> dict[str, Any]:
     Args:
         compute: dtype of the products and of all that is not packed.
         device: where every tensor goes before it is packed.
+        folder: of the base; an encoder's head, which may be several layers, is not packed.
     Raises:
         InvalidInput: no bitsandbytes, or one that transformers does not take.
     Source: QLoRA, arXiv:2305.14314, section 3.
@@ -564,6 +668,7 @@ def _nf4(compute: torch.dtype, device: str) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=head_names(load_skeleton(folder, code).model) or None,
     )
     return {"quantization_config": config, "device_map": {"": device}}
 

@@ -64,6 +64,11 @@ class Task:
         return told
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """What an encoder's head tells, sorted; empty where rows are answered in words."""
+        return tuple(self.options.get("labels", ()))
+
+    @property
     def images(self) -> JSON | None:
         """How the rows' images were read, where they are images; None of text."""
         told: JSON | None = self.options.get("images")
@@ -136,6 +141,7 @@ class Adapter(NewAdapter):
     digest: str = ""
     bytes: int = 0
     created_at: datetime = datetime.min
+    hidden: bool = False  # removed: only shown where it is asked for
 
     @property
     def ref(self) -> str:
@@ -156,7 +162,7 @@ class Line:
     name: str
     task: str | None  # the task whose own line this is
     sequence: tuple[str, ...]  # task refs in the order taught; empty where it is no sequence
-    versions: int
+    versions: int  # how many there are, removed ones left out
     latest: Adapter | None
     aliases: Mapping[str, int]
     created_at: datetime
@@ -234,6 +240,34 @@ class JournalEntry:
     def ref(self) -> str:
         """`main@production`."""
         return f"{self.line}@{self.name}"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A version was hidden, or brought back: by whom, when and why."""
+
+    id: int
+    at: datetime
+    user: str
+    line: str
+    version: int
+    hidden: bool
+    reason: str = ""
+
+    @property
+    def ref(self) -> str:
+        """`safety@3`."""
+        return f"{self.line}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Freed:
+    """What `gc` freed, or would free."""
+
+    kind: str  # "orphan", "removed", "run" or "temporary"
+    subject: str  # a digest, the removed versions, a run, a file's name
+    bytes: int
+    place: str
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from filelock import FileLock
     from torch import Tensor
 
+    from lori_manager.adapters.heads import HeadTraining
     from lori_manager.engine.head import SoftTargets
-    from lori_manager.engine.weights import AdapterWeights, Block, Stored
+    from lori_manager.engine.weights import AdapterWeights, Block, Head, Stored
     from lori_manager.training import StepsOf, TrainResult
 
 
@@ -107,11 +108,12 @@ def _calibrated_mask(
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
-    mask, result = grown_mask(
-        base, block, encoded, config, exclude=exclude, beside=beside, phase=phase,
-        checkpoint=checkpoint, on_progress=ws.on_progress,
-        steps_of=_steps_of(ws, base, config, phase),
-    )  # fmt: skip
+    with _head_of(ws, task, base, config, None) as head:
+        mask, result = grown_mask(
+            base, block, encoded, config, exclude=exclude, beside=beside, head=head, phase=phase,
+            checkpoint=checkpoint, on_progress=ws.on_progress,
+            steps_of=_steps_of(ws, base, config, phase),
+        )  # fmt: skip
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
         reason = (
@@ -145,19 +147,57 @@ def _calibrated_mask(
 
 
 def _rows_of(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
-    """A split's rows as training takes them: encoded text, or pictures."""
+    """A split's rows as training takes them: encoded text, with labels or without, or pictures."""
+    if ws.architecture.encoder:
+        return list(ws.labelled(task, split, config.max_length)[1])
     if task.images is not None:
         return ws.pictures(task, split)
-    return ws.rows(task, split, config.max_length)[1]
+    return list(ws.rows(task, split, config.max_length)[1])
 
 
 def _steps_of(ws: Context, base: Any, config: Config, phase: str) -> StepsOf | None:
     """How the base is trained on such rows; None is the usual way, by completions."""
+    if ws.architecture.encoder:
+        from lori_manager.classification import label_steps
+
+        return label_steps(base, config)
     if not ws.makes_images:
         return None
     from lori_manager.diffusion.noise_loss import noise_steps
 
     return noise_steps(base, config, phase)
+
+
+@contextmanager
+def _head_of(
+    ws: Context, task: Task, base: Any, config: Config, start: Stored | None
+) -> Iterator[HeadTraining | None]:
+    """The task's head in the model, to be trained; None where the base is no encoder.
+
+    It goes on from the head that `start` has for the task, where that one knows the same labels.
+    """
+    from lori_manager.adapters.heads import fresh_head, head_attached
+
+    if not ws.architecture.encoder:
+        yield None
+        return
+    head = None if start is None else start.heads.get(task.name)
+    if head is None or head.labels != task.labels:
+        head = fresh_head(base, task.labels, config.seed)
+    with head_attached(base, head) as training:
+        yield training
+
+
+def _heads(
+    task: Task, head: HeadTraining | None, start: Stored | None, config: Config
+) -> dict[str, Head]:
+    """All heads of the adapter to be stored: its parent's, and the task's as it was trained."""
+    from lori_manager.adapters.lori import DTYPES
+
+    if head is None:
+        return {}
+    held = {} if start is None else dict(start.heads)
+    return held | {task.name: head.head(DTYPES[config.store_dtype])}
 
 
 def _mask_for(
@@ -212,32 +252,46 @@ def _touches(ws: Context, mask: Mask, used: Mapping[str, Tensor]) -> bool:
     return any(bool((m & used[n]).any()) for n, m in ws.mask_tensors(mask).items())
 
 
-def train(
+@dataclass(frozen=True)
+class Course:
+    """A training that can begin: its tasks, in order, and settings that go together."""
+
+    tasks: tuple[Task, ...]
+    config: Config
+    options: TrainOptions
+    sequence: str | None = None
+
+    def plan(self, ws: Context) -> dict[str, Any]:
+        """What a run is known by: equal plans go on with one another."""
+        # What does not change the result may differ when an interrupted command is given again.
+        settings = {k: v for k, v in self.config.to_json().items() if k not in NOT_DECIDING}
+        return {
+            "sequence": self.sequence,
+            "tasks": [t.ref for t in self.tasks],
+            "config": settings,
+            "options": self.options.to_json(),
+            "base": ws.store.base().fingerprint,
+        }
+
+
+def prepared(
     ws: Context,
     names: Sequence[str],
     config: Config | None = None,
     options: TrainOptions | None = None,
     *,
     sequence: str | None = None,
-) -> list[Trained]:
-    """Train tasks, one after another.
-
-    Without `sequence` each is an adapter of its own, from the base or from
-    `options.start`. With it they are the stages of one line: one A, each stage
-    continuing the one before (with an orthogonal or nullspace A each stage adds a
-    block of its own to those before), and after every stage all the tasks are scored,
-    also the coming ones. Interrupted, the same call goes on.
+) -> Course:
+    """The training that these name, checked as far as it can be before a model is loaded.
 
     Raises:
-        Conflict: another process is at the same, or the line holds another sequence.
-        InvalidInput: options that do not go together.
+        InvalidInput, Conflict, NotFound: see `train`.
     """
-    from lori_manager.adapters.lori import fresh_block
-
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
     _check_kind(config, options, sequence)
-    if not kind_of(config.kind).low_rank:
+    kind = kind_of(config.kind)
+    if not (kind.encoders if ws.architecture.encoder else kind.low_rank or not ws.makes_images):
         ws.check_language(f"kind `{config.kind}`")
     if not names:
         raise InvalidInput("name at least one task to train")
@@ -281,18 +335,68 @@ def train(
         check_replay(ws, tasks, parent, sequence=sequence is not None)
     if sequence is not None:
         ws.check_line(sequence, sequence=True)
-    # What does not change the result may differ when an interrupted command is given again.
-    settings = {k: v for k, v in config.to_json().items() if k not in NOT_DECIDING}
-    plan = {
-        "sequence": sequence,
-        "tasks": [t.ref for t in tasks],
-        "config": settings,
-        "options": options.to_json(),
-        "base": ws.store.base().fingerprint,
-    }
-    with _running(ws, plan) as (run, folder):
+    return Course(tuple(tasks), config, options, sequence)
+
+
+def train_stage(
+    ws: Context,
+    course: Course,
+    stage: int,
+    run: str,
+    folder: Path,
+    done: Adapter | None = None,
+    before: Adapter | None = None,
+    placement: Placed | None = None,
+) -> Trained:
+    """Train, store and score one task of a run, or score what it left.
+
+    Args:
+        stage: the task's place in the course.
+        run, folder: the open run, see `running`.
+        done: what the run has stored for this stage.
+        before: the stage before, of a sequence.
+        placement: of a sequence; None places the task's own layers.
+    """
+    task, config, options = course.tasks[stage], course.config, course.options
+    adapter, mask, capacity = done, None, None
+    if adapter is None:
+        parent = before or (ws.adapter(options.start) if options.start else None)
+        adapter, mask, capacity = _train_stage(
+            ws, task, placement or placed(ws, task, config, parent), options, parent,
+            course.sequence, run, stage, folder,
+        )  # fmt: skip
+    scored = course.tasks if course.sequence is not None else [task]
+    scores = score_missing(ws, adapter.ref, scored, config)
+    return Trained(adapter, tuple(scores), mask, capacity, done is not None)
+
+
+def train(
+    ws: Context,
+    names: Sequence[str],
+    config: Config | None = None,
+    options: TrainOptions | None = None,
+    *,
+    sequence: str | None = None,
+) -> list[Trained]:
+    """Train tasks, one after another.
+
+    Without `sequence` each is an adapter of its own, from the base or from
+    `options.start`. With it they are the stages of one line: one A, each stage
+    continuing the one before (with an orthogonal or nullspace A each stage adds a
+    block of its own to those before), and after every stage all the tasks are scored,
+    also the coming ones. Interrupted, the same call goes on.
+
+    Raises:
+        Conflict: another process is at the same, or the line holds another sequence.
+        InvalidInput: options that do not go together.
+    """
+    from lori_manager.adapters.lori import fresh_block
+
+    course = prepared(ws, names, config, options, sequence=sequence)
+    tasks, config, options = course.tasks, course.config, course.options
+    with running(ws, course.plan(ws)) as (run, folder):
         done = {a.stage: a for a in ws.store.run_adapters(run)}
-        placement = Placed(config)
+        placement = None
         if sequence is not None:
             placement = placed(ws, tasks[0], config)  # one A, so its first task decides
             if not done:  # a name is claimed for good, so only settings that can be used claim it
@@ -304,26 +408,13 @@ def train(
             _claim_sequence(ws, sequence, tasks, done)
             score_missing(ws, BASE, tasks, config)
         results: list[Trained] = []
-        for stage, task in enumerate(tasks):
-            adapter = done.get(stage)
-            mask = capacity = None
-            resumed = adapter is not None
-            if adapter is None:
-                parent = (
-                    results[-1].adapter
-                    if sequence is not None and results
-                    else (ws.adapter(options.start) if options.start else None)
-                )
-                if sequence is None:
-                    placement = placed(ws, task, config, parent)
-                adapter, mask, capacity = _train_stage(
-                    ws, task, placement, options, parent, sequence, run, stage, folder
-                )
-            else:
-                ws.on_message(f"{adapter.ref} is there already, going on")
-            scored = tasks if sequence is not None else [task]
-            scores = score_missing(ws, adapter.ref, scored, config)
-            results.append(Trained(adapter, tuple(scores), mask, capacity, resumed))
+        for stage in range(len(tasks)):
+            if stage in done:
+                ws.on_message(f"{done[stage].ref} is there already, going on")
+            before = results[-1].adapter if sequence is not None and results else None
+            results.append(
+                train_stage(ws, course, stage, run, folder, done.get(stage), before, placement)
+            )
         ws.store.finish_run(run)
     return results
 
@@ -344,7 +435,7 @@ def _train_stage(
 
     config = placement.config
     line = sequence or options.line or task.name
-    checkpoint = folder / f"{stage}-training.safetensors"
+    checkpoint = folder / f"{stage}-training"
     encoded = _rows_of(ws, task, "train", config)
     soft = None
     if options.replay:
@@ -389,7 +480,10 @@ def _train_stage(
         encode(learned.weights, {"base": base} | learned.meta),
     )
     for left in folder.glob(f"{stage}-*"):
-        left.unlink(missing_ok=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
     ws.on_message(
         f"{adapter.ref}: {len(result.losses)} steps in {result.seconds:.1f} s, loss "
         f"{result.losses[0]:.3f} -> {result.losses[-1]:.3f}, {adapter.bytes / 1e6:.2f} MB"
@@ -424,11 +518,13 @@ def _learn_lori(
 ) -> _Learned:
     """Mask and train the values of B on a frozen A."""
     from lori_manager.adapters import lori
+    from lori_manager.adapters.heads import with_head
+    from lori_manager.adapters.kind import Training
     from lori_manager.engine.weights import AdapterWeights
-    from lori_manager.training import fit, steps_for
+    from lori_manager.training import fit, no_weights, steps_for
 
     base = ws.model(config)
-    kept = checkpoint.with_name(checkpoint.name.replace("training.safetensors", "A"))
+    kept = checkpoint.with_name(checkpoint.name.replace("training", "A"))
     start = start_of(ws, task, config, line, parent, options.avoid, kept)
     block, beside = start.block, start.beside
     calibration = checkpoint.with_name(checkpoint.name.replace("training", "calibration"))
@@ -436,10 +532,15 @@ def _learn_lori(
     tensors = None if mask is None else ws.mask_tensors(mask)
     layers = lori.trainable_layers(base.model, block, tensors, beside)
     phase = f"training {task.name}"
-    with lori.in_training(base, layers, beside) as parameters:
+    held = None if parent is None else ws.stored(parent)
+    with (
+        _head_of(ws, task, base, config, held) as head,
+        lori.in_training(base, layers, beside) as parameters,
+    ):
+        training = with_head(Training(parameters, no_weights), head, config.head_learning_rate)
         result = fit(
             base,
-            parameters,
+            training.parameters,
             rows,
             config,
             steps=steps_for(len(rows), config),
@@ -448,11 +549,15 @@ def _learn_lori(
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
+            training=training,
             steps_of=_steps_of(ws, base, config, phase),
         )
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     return _Learned(
-        AdapterWeights((*(beside.blocks if beside else ()), trained)),
+        AdapterWeights(
+            (*(beside.blocks if beside else ()), trained),
+            heads=_heads(task, head, held, config),
+        ),
         "lori-d" if mask is None else "lori-s",
         result,
         mask,
@@ -475,6 +580,7 @@ def _learn_kind(
     checkpoint: Path,
 ) -> _Learned:
     """Train whatever the kind trains."""
+    from lori_manager.adapters.heads import with_head
     from lori_manager.adapters.kind import module_of
     from lori_manager.adapters.lori import DTYPES
     from lori_manager.training import fit, steps_for
@@ -483,7 +589,11 @@ def _learn_kind(
     steps = steps_for(len(rows), config)
     start = None if parent is None else ws.stored(parent)
     phase = f"training {task.name}"
-    with module_of(config.kind).training(base, config, steps=steps, start=start) as training:
+    with (
+        _head_of(ws, task, base, config, start) as head,
+        module_of(config.kind).training(base, config, steps=steps, start=start) as own,
+    ):
+        training = with_head(own, head, config.head_learning_rate)
         for note in training.notes:
             ws.on_message(note)
         result = fit(
@@ -500,7 +610,8 @@ def _learn_kind(
             training=training,
             steps_of=_steps_of(ws, base, config, phase),
         )
-        weights = training.weights(DTYPES[config.store_dtype])
+        heads = _heads(task, head, start, config)
+        weights = replace(training.weights(DTYPES[config.store_dtype]), heads=heads)
     return _Learned(weights, config.kind, result, facts=dict(training.facts))
 
 
@@ -526,7 +637,7 @@ def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> 
 
 
 @contextmanager
-def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+def running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     """The run of this plan, open or new, held by this process alone.
 
     Raises:
@@ -548,7 +659,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
         finished = True
     except LoriError:
         # A run that was refused before it began leaves nothing to go on with.
-        begun = any(folder.glob("*.safetensors")) or ws.store.run_adapters(run.id)
+        begun = any(folder.glob("*/step-*")) or ws.store.run_adapters(run.id)
         if not begun:
             ws.store.finish_run(run.id)
             finished = True
@@ -561,13 +672,13 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             line.release()
 
 
-def held_lock(path: Path, what: str) -> FileLock:
-    """A lock held by this process; Conflict where another has it."""
+def held_lock(path: Path, what: str, patience: float = 0) -> FileLock:
+    """A lock held by this process; Conflict where another has it for `patience` seconds more."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as e:
         raise Conflict(f"{what} is running in another process; wait for it") from e
     return lock

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
@@ -15,10 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from lori_manager import checkpoints
 from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
 from lori_manager.engine.head import SoftTargets
@@ -27,7 +24,6 @@ from lori_manager.errors import Diverged, InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.gradients import Gradients, Late, checkpointed, micro_batches
 from lori_manager.models import BaseModel
-from lori_manager.store.files import write_atomic
 from lori_manager.tasks.batches import training_order
 from lori_manager.tasks.encoding import Encoded
 
@@ -36,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, given to the caller after every step."""
+    """Where a run is, given to the caller after every step; `job` is which of several at once."""
 
     phase: str
     step: int
@@ -44,6 +40,7 @@ class Progress:
     loss: float
     tokens_per_second: float
     seconds_left: float
+    job: str = ""
 
 
 OnProgress = Callable[[Progress], None]
@@ -59,8 +56,8 @@ class TrainResult:
     """What a run leaves behind.
 
     Attributes:
-        losses: mean cross-entropy in nats per completion token, one a step; of images, mean
-            squared error.
+        losses: mean cross-entropy in nats per completion token, or per row that has a label; of
+            images, mean squared error. One a step.
         tokens: real tokens that went through the model, padding left out; of images, images.
         seconds: time in the loop, over all sessions of a resumed run.
         parameters: how many values trained.
@@ -148,9 +145,9 @@ def fit(
         steps: optimizer steps.
         peak: learning rate after the warm-up.
         phase: a word for progress and checkpoints.
-        checkpoint: where the state is kept while this runs. A state found there
+        checkpoint: a folder for the state while this runs. A state found there
             is gone on from: on the CPU the result is bit for bit that of a run
-            without interruption. The caller removes it once the result is safe.
+            without interruption. The caller discards it once the result is safe.
         on_progress: called after every step.
         soft: what the rows' `taught` refer to, where a teacher says what is right.
         training: whose parameters these are, where its kind wants more than AdamW's steps.
@@ -161,15 +158,19 @@ def fit(
     trained = list(parameters.values())
     if not rows or not any(p.numel() for p in trained):
         raise InvalidInput("nothing to train: expected rows and at least one parameter")
+    training = training or Training(parameters, no_weights)
+    peaks = [training.rates.get(name, peak) for name in parameters]
     optimizer = torch.optim.AdamW(
-        trained,
+        [
+            {"params": [p for p, own in zip(trained, peaks, strict=True) if own == one]}
+            for one in dict.fromkeys(peaks)
+        ],
         lr=peak,
         betas=(0.9, 0.999),
         weight_decay=config.weight_decay,
         fused=True if base.device.type == "cuda" else None,
     )
     order = training_order([r.length for r in rows], config.batch, steps, config.seed)
-    training = training or Training(parameters, no_weights)
     state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
@@ -201,9 +202,8 @@ def fit(
     steps_of = steps_of or completion_steps(base, config, soft)
     with steps_of(training, batches, state.step) as gradients:
         for step, parts in enumerate(batches, start=state.step):
-            rate = learning_rate(step, steps, peak, config.schedule, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group, own in zip(optimizer.param_groups, dict.fromkeys(peaks), strict=True):
+                group["lr"] = learning_rate(step, steps, own, config.schedule, config.warmup)
             loss = gradients.of(parts)
             if config.clip:
                 nn.utils.clip_grad_norm_(trained, config.clip)
@@ -263,67 +263,55 @@ class _State:
 
 
 def _save_state(
-    path: Path,
+    folder: Path,
     state: _State,
     training: Training,
     optimizer: torch.optim.AdamW,
 ) -> None:
-    """Values and both moments in one file with its digest behind, put in place whole."""
+    """Keep values and both moments, and what the kind wants kept beside them."""
     own = {} if training.state is None else training.state()
     tensors = {f"{_OWN}|{name}": tensor for name, tensor in own.items()}
     for name, parameter in training.parameters.items():
         moments = optimizer.state[parameter]
-        tensors[f"{name}|value"] = parameter.detach()
+        tensors[f"{name}|value"] = parameter
         tensors[f"{name}|mean"] = moments["exp_avg"]
         tensors[f"{name}|square"] = moments["exp_avg_sq"]
-    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
-    data = save_tensors(tensors, metadata={"state": json.dumps(state.__dict__)})
-    write_atomic(path, data + hashlib.sha256(data).digest())
+    checkpoints.save(folder, state.step, tensors, state.__dict__)
 
 
 def _load_state(
-    path: Path | None,
+    folder: Path | None,
     phase: str,
     training: Training,
     optimizer: torch.optim.AdamW,
     steps: int,
 ) -> _State:
-    """The state kept at `path`, put into parameters and optimizer, or a fresh one."""
+    """The newest usable state, put into parameters and optimizer, or a fresh one."""
     fresh = _State(phase, 0, steps, [], 0, 0.0)
-    if path is None or not path.is_file():
+
+    def check(found: checkpoints.Checkpoint) -> None:
+        if (found.facts["phase"], found.facts["steps"]) != (phase, steps):
+            told = f"{found.facts['phase']!r} with {found.facts['steps']} steps"
+            raise ValueError(f"it is of {told}")
+        for name, parameter in training.parameters.items():
+            for part in ("value", "mean", "square"):
+                if found.tensors[f"{name}|{part}"].shape != parameter.shape:
+                    raise ValueError("it has other shapes")
+
+    found = None if folder is None else checkpoints.newest(folder, check)
+    if found is None:
         return fresh
-    try:
-        stored = path.read_bytes()
-        data, digest = stored[:-32], stored[-32:]
-        if hashlib.sha256(data).digest() != digest:
-            raise ValueError("it is not what was written")
-        tensors = load_tensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        state = _State(**json.loads(header["__metadata__"]["state"]))
-        if (state.phase, state.steps) != (phase, steps):
-            raise ValueError(f"it is of {state.phase!r} with {state.steps} steps")
-        loaded = [
-            (parameter, *(tensors[f"{name}|{part}"] for part in ("value", "mean", "square")))
-            for name, parameter in training.parameters.items()
-        ]
-        for parameter, *parts in loaded:
-            if any(p.shape != parameter.shape for p in parts):
-                raise ValueError("it has other shapes")
-    except Exception as e:  # noqa: BLE001 - whatever is wrong with it, training starts afresh
-        aside = path.with_suffix(".damaged")
-        path.replace(aside)
-        logger.warning("checkpoint unusable (%s): set aside as %s, starting again", e, aside.name)
-        return fresh
-    for like, value, mean, square in loaded:
+    state = _State(**found.facts)
+    for name, like in training.parameters.items():
         with torch.no_grad():
-            like.copy_(value)
+            like.copy_(found.tensors[f"{name}|value"])
         optimizer.state[like] = {
             "step": torch.tensor(float(state.step)).to(like.device),
-            "exp_avg": mean.to(like.device),
-            "exp_avg_sq": square.to(like.device),
+            "exp_avg": found.tensors[f"{name}|mean"].to(like.device),
+            "exp_avg_sq": found.tensors[f"{name}|square"].to(like.device),
         }
     if training.load_state is not None:
-        own = {k.removeprefix(f"{_OWN}|"): v for k, v in tensors.items() if k.startswith(_OWN)}
-        training.load_state(own)
+        kept = found.tensors.items()
+        training.load_state({k.removeprefix(f"{_OWN}|"): v for k, v in kept if k.startswith(_OWN)})
     logger.info("going on with %s at step %d of %d", phase, state.step + 1, steps)
     return state

@@ -31,8 +31,11 @@ from lori_manager import (
 from lori_manager.config import default_toml
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
-from lori_manager.records import Alias, Base
-from lori_manager.refs import check_name
+from lori_manager.records import Adapter, Alias, Base
+from lori_manager.refs import AdapterRef, check_name
+from lori_manager.store import databases
+from lori_manager.store.database import reach
+from lori_manager.store.postgres import Postgres
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from lori_manager.reporting.contents import Report
     from lori_manager.reporting.kind_comparisons import KindsCompared
     from lori_manager.suggesting import Suggestion
+    from lori_manager.teaching import Trained, TrainOptions
 
 FOLDER = ".lori"
 
@@ -59,6 +63,7 @@ class Workspace(Context):
         base: str,
         revision: str | None = None,
         *,
+        database: str | None = None,
         trust_remote_code: bool = False,
     ) -> Workspace:
         """Make a workspace in `root` for a base model.
@@ -67,21 +72,28 @@ class Workspace(Context):
             root: a folder, made where it is missing.
             base: a model folder or a hub id.
             revision: of the hub id.
+            database: `postgresql://USER@HOST/DATABASE`, empty, for the rows; a file in `root` where
+                None. A password in it is used now and not kept.
             trust_remote_code: run Python code that comes with the base, see `base_files`.
         Raises:
             NotFound: no such base. Conflict: there is a workspace already.
+            StorageFailed: no such server or database, or it does not let us in.
             InvalidInput: the base asks for more than lori lets it, or for its own code.
         """
         root = Path(root).absolute()
-        begun = (root / FOLDER / "registry.db").exists()
-        if begun and _has_base(root / FOLDER):
+        server = None if database is None else Postgres.at(database)
+        begun = _begun(root / FOLDER, server)
+        if begun is not None and _has_base(begun):
+            begun.close()
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
+        if begun is None and server is not None:
+            reach(server)
         path, commit = models.locate(base, revision, code=trust_remote_code)
         code = models.check_base(path, trust_remote_code, base, revision)
         mark = models.fingerprint(path)
         kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
-        store = (Store.open if begun else Store.create)(root / FOLDER)
+        store = begun or Store.create(root / FOLDER, server)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
         store.set_base(Base(mark, source, commit, str(path), kind, now, code))
@@ -206,6 +218,20 @@ class Workspace(Context):
 
         return blame(self, ref, task, halve=halve, general=general, config=config)
 
+    def train_jobs(
+        self,
+        tasks: Sequence[str],
+        config: Config | None = None,
+        options: TrainOptions | None = None,
+        *,
+        jobs: int,
+    ) -> list[Trained]:
+        """Independent trainings, `jobs` at once through Ray; see `jobs.driving.train_jobs`."""
+        from lori_manager.jobs.driving import train_jobs
+        from lori_manager.jobs.on_ray import RayWorkers
+
+        return train_jobs(self, tasks, config, options, jobs, RayWorkers)
+
     def compare_kinds(self, task: str, kinds: Sequence[str], **options: Any) -> KindsCompared:
         """Several kinds of adapters on one task; see `kind_comparison.compare_kinds`."""
         from lori_manager.kind_comparison import compare_kinds
@@ -247,17 +273,50 @@ class Workspace(Context):
             Source(self.store), self.root.name, ref, tasks, rows, answers or stored_answers(self)
         )
 
+    def remove(self, refs: Sequence[str], *, reason: str = "") -> list[Adapter]:
+        """Hide versions, all of them or none; `Store.collect` frees their files later.
+
+        Raises:
+            Conflict: an alias, an unfinished training, or a version that was made from one and
+                is not among them needs it.
+        """
+        return self.store.remove(self._refs(refs), reason=reason)
+
+    def restore(self, refs: Sequence[str], *, reason: str = "") -> list[Adapter]:
+        """Bring removed versions back, while their files are there."""
+        return self.store.restore(self._refs(refs), reason=reason)
+
+    def _refs(self, refs: Sequence[str]) -> list[AdapterRef]:
+        found = [self.adapter(ref, removed=True) for ref in dict.fromkeys(refs)]
+        return [AdapterRef(a.line, str(a.version)) for a in found]
+
     def set_alias(self, ref: str, alias: str) -> Alias:
         """Let `line@alias` mean the adapter `ref`."""
         adapter = self.adapter(ref)
         return self.store.set_alias(adapter.line, check_name(alias, "alias"), adapter.version)
 
 
-def _has_base(folder: Path) -> bool:
+def _begun(folder: Path, server: Postgres | None) -> Store | None:
+    """The store in the folder, if one was made.
+
+    Raises:
+        Conflict: on another database than was asked for.
+    """
+    if not databases.begun(folder):
+        return None
+    store = Store.open(folder, None if server is None else server.password)
+    if server is not None and store.database != server.shown:
+        store.close()
+        raise Conflict(
+            f"{folder} was begun on {store.database}: name that, remove {folder}, or choose another"
+        )
+    return store
+
+
+def _has_base(store: Store) -> bool:
     """Whether a store is a workspace's; one without a base is of an `init` that was cut short."""
-    with Store.open(folder) as store:
-        try:
-            store.base()
-        except NotFound:
-            return False
+    try:
+        store.base()
+    except NotFound:
+        return False
     return True

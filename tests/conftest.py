@@ -93,3 +93,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """A PostgreSQL server of the tests' own."""
+    import servers
+
+    lacking = servers.missing()
+    if lacking:
+        pytest.skip(f"POSTGRESQL IS NOT TESTED: {lacking}")
+    with servers.serving() as server:
+        yield server

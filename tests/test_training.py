@@ -313,7 +313,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(base, tmp_path, stops, mask
     if masked:
         block = non_zero(block)
     mask = random_mask(block) if masked else None
-    config, path = CONFIG.replace(weight_decay=0.1), tmp_path / "state.safetensors"
+    config, path = CONFIG.replace(weight_decay=0.1), tmp_path / "state"
     layers, whole = train(base, block, mask, config)
     for step in stops:
         with pytest.raises(Stop):
@@ -324,15 +324,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(base, tmp_path, stops, mask
     assert_same_bits(trained_B(layers), trained_B(again))
     assert result.losses == whole.losses
     assert result.tokens == whole.tokens
-    assert not list(tmp_path.glob("*.damaged"))
+    assert not list(tmp_path.glob("*/*.damaged"))
 
 
 def test_a_checkpoint_is_written_no_more_often_than_asked(base, tmp_path):
-    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state.safetensors"
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state"
     train(base, block, None, CONFIG.replace(checkpoint_seconds=3600.0), checkpoint=path)
     assert not path.exists()
     train(base, block, None, CONFIG, checkpoint=path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    kept = [f"step-{step:09d}" for step in (STEPS - 2, STEPS - 1)]
+    assert sorted(p.name for p in path.iterdir()) == kept
 
 
 @pytest.mark.parametrize(("takes", "saves"), [(0, 14), (5, 1), (1, 3)])
@@ -358,7 +360,7 @@ def test_of_what_takes_long_to_save_a_tenth_of_the_time_is_spent(
 
 
 def test_modules_without_a_masked_entry_train_and_resume_beside_the_others(base, tmp_path):
-    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state.safetensors"
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state"
     mask = random_mask(block)
     empty = sorted(mask)[::2]
     for name in empty:
@@ -376,22 +378,76 @@ def interrupted(base, path, block, **options):
         train(base, block, None, checkpoint=path, on_progress=stop_after(3), **options)
 
 
-def cut(path, base, block):
-    path.write_bytes(path.read_bytes()[:-7])
+def tensors_cut(step):
+    file = step / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
 
 
-def empty(path, base, block):
-    path.write_bytes(b"")
+def tensors_empty(step):
+    (step / "tensors.safetensors").write_bytes(b"")
 
 
-def junk(path, base, block):
-    path.write_bytes(b"\xff" * 500)
+def tensors_gone(step):
+    (step / "tensors.safetensors").unlink()
 
 
-def one_bit(path, base, block):
-    data = bytearray(path.read_bytes())
+def one_bit_of_the_tensors(step):
+    file = step / "tensors.safetensors"
+    data = bytearray(file.read_bytes())
     data[-5000] ^= 4
-    path.write_bytes(data)
+    file.write_bytes(data)
+
+
+def manifest_gone(step):
+    (step / "manifest.json").unlink()
+
+
+def manifest_junk(step):
+    (step / "manifest.json").write_bytes(b"\xff" * 500)
+
+
+def one_digit_of_the_manifest(step):
+    file = step / "manifest.json"
+    text = file.read_text()
+    at = text.index("losses") + 15
+    file.write_text(text[:at] + str(9 - int(text[at])) + text[at + 1 :])
+
+
+DAMAGES = [tensors_cut, tensors_empty, tensors_gone, one_bit_of_the_tensors, manifest_gone,
+           manifest_junk, one_digit_of_the_manifest]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    base, tmp_path, caplog, damage
+):
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state"
+    layers, whole = train(base, block, None)
+    interrupted(base, path, block)
+    damage(path / "step-000000003")
+    seen = []
+    with caplog.at_level(logging.WARNING):
+        again, result = train(base, block, None, checkpoint=path, on_progress=seen.append)
+    assert seen[0].step == 3  # step 2's state was gone on from
+    assert_same_bits(trained_B(layers), trained_B(again))
+    assert result.losses == whole.losses
+    assert (path / "step-000000003.damaged").is_dir()
+    assert "checkpoint unusable" in caplog.text
+    assert "going back to step 2" in caplog.text
+
+
+def test_where_no_checkpoint_is_whole_training_starts_again(base, tmp_path, caplog):
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state"
+    layers, _ = train(base, block, None)
+    interrupted(base, path, block)
+    for step in list(path.iterdir()):
+        tensors_cut(step)
+    seen = []
+    with caplog.at_level(logging.WARNING):
+        again, _ = train(base, block, None, checkpoint=path, on_progress=seen.append)
+    assert seen[0].step == 1
+    assert_same_bits(trained_B(layers), trained_B(again))
+    assert "starting again" in caplog.text
 
 
 def other_phase(path, base, block):
@@ -412,25 +468,18 @@ def other_modules(path, base, block):
 
 
 @pytest.mark.parametrize(
-    "spoil",
-    [cut, empty, junk, one_bit, other_phase, other_steps, other_rank, other_modules],
-    ids=lambda f: f.__name__,
+    "other", [other_phase, other_steps, other_rank, other_modules], ids=lambda f: f.__name__
 )
-def test_a_damaged_or_foreign_checkpoint_is_set_aside_and_training_starts_again(
-    base, tmp_path, caplog, spoil
-):
-    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state.safetensors"
+def test_a_foreign_checkpoint_is_set_aside_and_training_starts_again(base, tmp_path, caplog, other):
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state"
     layers, whole = train(base, block, None)
-    if not spoil.__name__.startswith("other"):
-        interrupted(base, path, block)
-    spoil(path, base, block)
-    spoiled = path.read_bytes()
+    other(path, base, block)
     with caplog.at_level(logging.WARNING):
         again, result = train(base, block, None, checkpoint=path)
     assert_same_bits(trained_B(layers), trained_B(again))
     assert result.losses == whole.losses
-    assert (tmp_path / "state.damaged").read_bytes() == spoiled
-    assert "checkpoint unusable" in caplog.text
+    apart = sorted(p.name for p in path.glob("*.damaged"))
+    assert apart == ["step-000000002.damaged", "step-000000003.damaged"]
     assert "starting again" in caplog.text
 
 
@@ -461,12 +510,12 @@ def test_nothing_to_train_is_refused(base, rows):
         train(base, block, mask, rows=rows)
 
 
-def test_a_checkpoint_tells_its_place_in_its_header(base, tmp_path):
-    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state.safetensors"
+def test_a_checkpoint_tells_its_place_in_its_manifest(base, tmp_path):
+    block, path = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state"
     interrupted(base, path, block)
-    data = path.read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    state = json.loads(header["__metadata__"]["state"])
+    manifest = json.loads((path / "step-000000003" / "manifest.json").read_text())
+    state = manifest["facts"]
+    assert manifest["step"] == 3
     assert (state["phase"], state["step"], state["steps"]) == ("train", 3, STEPS)
     assert len(state["losses"]) == 3
 

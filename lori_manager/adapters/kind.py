@@ -47,6 +47,7 @@ class Training:
         state, load_state: what a checkpoint must hold beside parameters and moments.
         packs: whether rows may stand side by side in one sequence.
         graphs: whether a CUDA graph may hold its forward and backward.
+        rates: name -> peak learning rate, of parameters that have one of their own.
         notes: what the user should hear before it begins, a sentence each.
         facts: plain values, kept with the adapter.
     """
@@ -59,6 +60,7 @@ class Training:
     load_state: Callable[[Mapping[str, Tensor]], None] | None = None
     packs: bool = True
     graphs: bool = True
+    rates: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 

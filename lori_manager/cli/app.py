@@ -13,6 +13,7 @@ import typer
 from lori_manager.cli import (
     auditing,
     benching,
+    caring,
     comparing,
     history,
     kind_comparison,
@@ -60,7 +61,10 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "sample": sampling.sample,
     "export": transfer.export,
     "import": transfer.import_,
+    "rm": caring.rm,
+    "gc": caring.gc,
     "verify": store.verify,
+    "doctor": caring.doctor,
     "db": store.group,
 }
 
@@ -133,7 +137,8 @@ def lori(
     A REF is line@3, line@latest, line@alias, a bare line for its latest, or base.
     Exit codes: 2 unusable input, 3 audit failed, 4 not found, 5 bad data, 6 another
     base, 7 another database version, 8 damaged, 9 the disk refused, 10 in conflict,
-    11 import refused, 12 gate refused, 130 interrupted, 1 a bug or no memory.
+    11 import refused, 12 gate refused, 13 doctor found trouble, 130 interrupted, 1 a bug
+    or no memory.
     """
     ctx.obj = Session(workspace, verbose, quiet)
     ctx.obj.listen()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,11 +13,13 @@ from lori_manager.cli.output import Json
 from lori_manager.cli.scores import show_scores
 from lori_manager.cli.session import workspace
 from lori_manager.errors import InvalidInput
-from lori_manager.records import Adapter, Base, Score, Task
+from lori_manager.records import Adapter, Base, Removal, Score, Task
 from lori_manager.refs import BASE, is_number, parse_mask_ref
 
 if TYPE_CHECKING:
     from lori_manager.workspace import Workspace
+
+LAST = 100  # adapters that `lori log` lists
 
 
 def lines(ctx: typer.Context, json: Json = False) -> None:
@@ -51,19 +54,33 @@ def log(
         str | None,
         typer.Argument(help="All of them by default.", autocompletion=complete.lines),
     ] = None,
+    last: Annotated[
+        int, typer.Option(metavar="N", min=0, help="The newest; 0 for all there are.")
+    ] = LAST,
+    removed: Annotated[
+        bool, typer.Option("--removed", help="Those too that `lori rm` removed.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """List the adapters of one line or of all, in time."""
     with workspace(ctx) as ws:
-        found = ws.store.adapters(ws.store.line(line).name if line is not None else None)
+        name = ws.store.line(line).name if line is not None else None
+        # one more tells whether there are older ones
+        found = ws.store.adapters(name, removed=removed, last=last + 1 if last else None)
         aliases = ws.store.aliases(line)
+    if last and len(found) > last:
+        found = found[-last:]
+        typer.echo(f"the newest {last}; more with --last N, all with --last 0", err=True)
     if json:
         output.print_json(found)
         return
+    names: dict[str, list[str]] = defaultdict(list)
+    for alias in aliases:
+        names[f"{alias.line}@{alias.version}"].append(alias.name)
     columns = ["adapter", "made", "method", ">rank", "task", "mask", "from", ">size", "aliases"]
     rows = []
     for adapter in found:
-        own = [a.name for a in aliases if (a.line, a.version) == (adapter.line, adapter.version)]
+        own = names.get(adapter.ref, ["removed"] if adapter.hidden else [])
         rows.append(
             [
                 adapter.ref,
@@ -97,10 +114,15 @@ def show(
     with workspace(ctx) as ws:
         found = _find(ws, ref)
         scores = _scores(ws, found)
+        removal = _removal(ws, found)
     if json:
         output.print_json({"kind": type(found).__name__.lower(), "record": found, "scores": scores})
         return
     describe(found)
+    if removal is not None:
+        output.title("removed")
+        told = {"at": output.time(removal.at), "by": removal.user, "reason": removal.reason}
+        output.fields(told)
     if scores:
         output.title("scores")
         show_scores(scores)
@@ -119,12 +141,19 @@ def _find(ws: Workspace, ref: str) -> Shown:
         return ws.store.task(name, int(revision))
     if "@" not in ref and any(task.name == ref for task in ws.store.tasks()):
         return ws.store.task(ref)
-    return ws.adapter(ref)
+    return ws.adapter(ref, removed=True)
+
+
+def _removal(ws: Workspace, found: Shown) -> Removal | None:
+    """Who removed it, if anybody did."""
+    if not isinstance(found, Adapter) or not found.hidden:
+        return None
+    return [r for r in ws.store.removals(found.line) if r.version == found.version][-1]
 
 
 def _scores(ws: Workspace, found: Shown) -> list[Score]:
     if isinstance(found, Adapter):
-        return ws.store.scores(subject=found.ref)
+        return [] if found.hidden else ws.store.scores(subject=found.ref)
     if isinstance(found, Base):
         return ws.store.scores(subject=BASE)
     if isinstance(found, Task):

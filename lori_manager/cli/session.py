@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from lori_manager.cli.output import one_line
 from lori_manager.cli.progress import Teller
-from lori_manager.errors import LoriError, StorageFailed
+from lori_manager.errors import LoriError, NotFound, StorageFailed
 
 if TYPE_CHECKING:
     from lori_manager.workspace import Workspace
@@ -83,6 +83,22 @@ def workspace(ctx: typer.Context) -> Iterator[Workspace]:
         opened.on_message = teller.message
         opened.on_progress = teller.progress
         yield opened
+
+
+def store_folder(ctx: typer.Context) -> Path:
+    """The `.lori` that the command is for, whatever state its database is in.
+
+    Raises:
+        NotFound: none up to the root of the file system.
+    """
+    from lori_manager.workspace import FOLDER
+
+    session: Session = ctx.obj
+    start = session.folder.absolute()
+    root = next((f for f in (start, *start.parents) if (f / FOLDER).is_dir()), None)
+    if root is None:
+        raise NotFound(f"no workspace in {start} or above it: run `lori init --base MODEL` first")
+    return root / FOLDER
 
 
 class FailingGroup(TyperGroup):

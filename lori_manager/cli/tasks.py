@@ -85,7 +85,8 @@ def add_task(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Images to learn and score on, captions in metadata.jsonl or NAME.txt files.",
+            help="Images to learn and score on: captions in metadata.jsonl or NAME.txt files, or "
+            "for an image encoder LABEL/NAME.png or labels in metadata.jsonl.",
             rich_help_panel=IMAGES,
         ),
     ] = None,
@@ -106,18 +107,19 @@ def add_task(
     run: Annotated[bool, typer.Option("--run", help="Train the task at once.")] = False,
     json: Json = False,
 ) -> None:
-    """Check and freeze a task's rows, or its images where the base is a diffusion pipeline.
+    """Check and freeze a task's rows, or its images where the base takes images.
 
     Other rows than before make a new revision. What is not given comes from
     [tasks.NAME] in lori.toml, then from tasks/NAME/{train,eval,calibration,probe}.jsonl
     in the workspace.
     """
     of_text = (
-        train, eval, calibration, probe, scorer, probe_rows, lm_eval, lm_eval_include,
-        lm_eval_metric, lm_eval_fewshot, lm_eval_limit,
+        train, eval, calibration, probe, lm_eval, lm_eval_include, lm_eval_metric,
+        lm_eval_fewshot, lm_eval_limit,
     )  # fmt: skip
     if images is not None and (allow_overlap or any(given is not None for given in of_text)):
-        raise InvalidInput("--images goes with --eval-images, --eval-share and --seed alone")
+        raise InvalidInput("--images goes with --eval-images, --eval-share and --seed alone, and "
+                           "with labels also with --scorer and --probe-rows")  # fmt: skip
     if images is None and any(given is not None for given in (eval_images, eval_share, seed)):
         raise InvalidInput("--eval-images, --eval-share and --seed go with --images DIR")
     with workspace(ctx) as ws:
@@ -129,6 +131,8 @@ def add_task(
                 eval_share=eval_share,
                 seed=seed,
                 description=description,
+                scorer=scorer,
+                probe_rows=probe_rows,
             )
         else:
             added = ws.add_task(

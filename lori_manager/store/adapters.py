@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -19,7 +20,7 @@ from sqlalchemy import (
 from lori_manager.errors import NotFound, WrongBase
 from lori_manager.records import Adapter, NewAdapter, Parent
 from lori_manager.refs import LATEST, AdapterRef, check_name, parse_mask_ref
-from lori_manager.store import bases, masks, names, runs, tasks
+from lori_manager.store import bases, masks, names, removals, runs, tasks
 from lori_manager.store import tables as t
 from lori_manager.store.tables import now
 
@@ -42,7 +43,7 @@ def add(connection: Connection, new: NewAdapter, *, digest: str, size: int) -> A
     _check(connection, new)
     if names.find(connection, new.line, lock=True) is None:
         names.add(connection, check_name(new.line, "line"))
-    version = _latest(connection, new.line) + 1
+    version = _last(connection, new.line) + 1
     mask_task, mask_version = parse_mask_ref(new.mask) if new.mask else (None, None)
     key = connection.execute(
         insert(t.adapters).values(
@@ -104,19 +105,23 @@ def _check(connection: Connection, new: NewAdapter) -> None:
         masks.one(connection, *parse_mask_ref(new.mask))
 
 
-def one(connection: Connection, ref: AdapterRef) -> Adapter:
+def one(connection: Connection, ref: AdapterRef, *, hidden: bool = False) -> Adapter:
     """The adapter that a version, `latest` or an alias means.
 
+    Args:
+        hidden: take a version that is hidden, too; `latest` never means one.
     Raises:
-        NotFound: no such line, version or alias; says what there is.
+        NotFound: no such line, version or alias, or it is hidden; says what there is.
     """
     if ref.version is not None:
-        return of_version(connection, ref.line, ref.version)
+        return of_version(connection, ref.line, ref.version, hidden=hidden)
     names.require(connection, ref.line)
-    latest = _latest(connection, ref.line)
     if ref.selector == LATEST:
-        if latest == 0:
-            raise NotFound(f"line {ref.line!r} has no adapter yet: train or merge into it first")
+        newest = select(func.max(t.adapters.c.version)).where(t.adapters.c.line == ref.line)
+        latest = connection.execute(newest.where(removals.visible())).scalar_one()
+        if latest is None:
+            why = "has only removed adapters" if _last(connection, ref.line) else "has no adapter"
+            raise NotFound(f"line {ref.line!r} {why} yet: train or merge into it first")
         return of_version(connection, ref.line, latest)
     aliases = select(t.aliases.c.name, t.aliases.c.version).where(t.aliases.c.line == ref.line)
     marks = {row.name: row.version for row in connection.execute(aliases)}
@@ -125,24 +130,51 @@ def one(connection: Connection, ref: AdapterRef) -> Adapter:
     return of_version(connection, ref.line, marks[ref.selector])
 
 
-def of_version(connection: Connection, line: str, version: int) -> Adapter:
-    """The adapter `line@version`."""
-    latest = _latest(connection, line)
-    if 1 <= version <= latest:
+def digest_of(connection: Connection, ref: AdapterRef) -> tuple[str, str]:
+    """The digest of the weights that `one` would find, and their name in full; faster."""
+    if ref.version is not None:
+        columns = t.adapters.c
+        found = connection.execute(
+            select(columns.digest).where(
+                columns.line == ref.line, columns.version == ref.version, removals.visible()
+            )
+        ).scalar_one_or_none()
+        if found is not None:
+            return found, f"{ref.line}@{ref.version}"
+    adapter = one(connection, ref)
+    return adapter.digest, adapter.ref
+
+
+def of_version(connection: Connection, line: str, version: int, *, hidden: bool = False) -> Adapter:
+    """The adapter `line@version`; one that is hidden only where that is allowed."""
+    last = _last(connection, line)
+    if 1 <= version <= last:
         found = _select(connection, t.adapters.c.line == line, t.adapters.c.version == version)
+        if found and found[0].hidden and not hidden:
+            removal = removals.last(connection, line, version)
+            if removal is not None:
+                raise removals.gone(line, version, removal)
         if found:
             return found[0]
     names.require(connection, line)
-    there = f"it has 1 to {latest}" if latest else "it has none yet"
+    there = f"it has 1 to {last}" if last else "it has none yet"
     raise NotFound(f"line {line!r} has no version {version}: {there}")
 
 
-def every(connection: Connection, line: str | None) -> list[Adapter]:
-    """Adapters of one line or of all, by creation."""
-    if line is None:
-        return _select(connection)
-    names.require(connection, line)
-    return _select(connection, t.adapters.c.line == line)
+def every(
+    connection: Connection, line: str | None, *, hidden: bool = False, last: int | None = None
+) -> list[Adapter]:
+    """Adapters of one line or of all, by creation.
+
+    Args:
+        hidden: those too that are hidden.
+        last: only so many of the newest.
+    """
+    where = [] if hidden else [removals.visible()]
+    if line is not None:
+        names.require(connection, line)
+        where.append(t.adapters.c.line == line)
+    return _select(connection, *where, last=last)
 
 
 def newest_of(connection: Connection, newest: FromClause) -> list[Adapter]:
@@ -159,23 +191,38 @@ def of_run(connection: Connection, run: str, stage: int | None = None) -> list[A
     return sorted(found, key=lambda adapter: adapter.stage or 0)
 
 
+def times(connection: Connection) -> list[datetime]:
+    """When each adapter was made, in their order."""
+    query = select(t.adapters.c.created_at).order_by(t.adapters.c.id)
+    return list(connection.execute(query).scalars())
+
+
 def children(connection: Connection, ref: AdapterRef) -> list[Adapter]:
     """The adapters that were continued or merged from that one."""
     parent = one(connection, ref)
     of_parent = select(t.parents.c.adapter).where(
         t.parents.c.line == parent.line, t.parents.c.version == parent.version
     )
-    return _select(connection, t.adapters.c.id.in_(of_parent))
+    return _select(connection, t.adapters.c.id.in_(of_parent), removals.visible())
 
 
-def _latest(connection: Connection, line: str) -> int:
+def _last(connection: Connection, line: str) -> int:
+    """The highest number that the line ever gave, 0 for none: none is given twice."""
     newest = select(func.max(t.adapters.c.version)).where(t.adapters.c.line == line)
     return connection.execute(newest).scalar_one() or 0
 
 
-def _select(connection: Connection, *where: ColumnElement[bool]) -> list[Adapter]:
-    rows = connection.execute(select(t.adapters).where(*where).order_by(t.adapters.c.id)).all()
-    of_these = t.parents.c.adapter.in_(select(t.adapters.c.id).where(*where))
+def _select(
+    connection: Connection, *where: ColumnElement[bool], last: int | None = None
+) -> list[Adapter]:
+    chosen = select(t.adapters.c.id).where(*where)
+    if last is not None:
+        chosen = chosen.order_by(t.adapters.c.id.desc()).limit(last)
+    query = select(t.adapters)
+    query = query.where(*where) if last is None else query.where(t.adapters.c.id.in_(chosen))
+    rows = connection.execute(query.order_by(t.adapters.c.id)).all()
+    gone = removals.hidden_now(connection) if rows else set()
+    of_these = t.parents.c.adapter.in_(chosen)
     parents: dict[int, list[Parent]] = defaultdict(list)
     for row in connection.execute(
         select(t.parents).where(of_these).order_by(t.parents.c.adapter, t.parents.c.position)
@@ -183,10 +230,10 @@ def _select(connection: Connection, *where: ColumnElement[bool]) -> list[Adapter
         parents[row.adapter].append(
             Parent(ref=f"{row.line}@{row.version}", digest=row.digest, weight=row.weight)
         )
-    return [_adapter(row, tuple(parents[row.id])) for row in rows]
+    return [_adapter(row, tuple(parents[row.id]), (row.line, row.version) in gone) for row in rows]
 
 
-def _adapter(row: Row[Any], parents: tuple[Parent, ...]) -> Adapter:
+def _adapter(row: Row[Any], parents: tuple[Parent, ...], hidden: bool) -> Adapter:
     return Adapter(
         line=row.line,
         origin=row.origin,
@@ -208,4 +255,5 @@ def _adapter(row: Row[Any], parents: tuple[Parent, ...]) -> Adapter:
         digest=row.digest,
         bytes=row.bytes,
         created_at=row.created_at,
+        hidden=hidden,
     )

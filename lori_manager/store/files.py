@@ -12,13 +12,15 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 from lori_manager.errors import DamagedObject, StorageFailed
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"  # begins the names of what is being written
 _CHUNK = 1 << 20
 
 
@@ -59,6 +61,16 @@ def private_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def lasting_folder(folder: Path) -> None:
+    """Make `folder` and those above it, so that they survive a power cut. Raises OSError."""
+    missing = [folder]
+    while not missing[-1].is_dir():
+        missing.append(missing[-1].parent)
+    for above, below in zip(missing[::-1], missing[-2::-1], strict=False):
+        below.mkdir(exist_ok=True)
+        sync_folder(above)
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file that after any interruption is the old one or the new one, whole.
 
@@ -70,14 +82,21 @@ def write_atomic(path: Path, content: bytes) -> None:
         _write(path, (content,))
 
 
+def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a new file whose content survives a power cut; its name does once the folder is
+    synced. Raises OSError.
+    """
+    with path.open("xb") as f:
+        for chunk in chunks:
+            f.write(chunk)
+        f.flush()
+        os.fsync(f.fileno())
+
+
 def _write(path: Path, chunks: Iterable[bytes]) -> None:
-    temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
     try:
-        with temporary.open("xb") as f:
-            for chunk in chunks:
-                f.write(chunk)
-            f.flush()
-            os.fsync(f.fileno())
+        write_synced(temporary, chunks)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -158,6 +177,8 @@ class ObjectStore:
             if self._whole(path, digest, size):
                 # its writer may not have come to this step, and the caller commits a row next
                 sync_folder(path.parent)
+                with contextlib.suppress(FileNotFoundError):  # gc: the caller will look again
+                    os.utime(path)  # its time of grace begins anew
             else:
                 _write(path, chunks)
             sync_folder(self.root)
@@ -202,6 +223,25 @@ class ObjectStore:
                 ) from e
             raise
 
+    def where(self, digest: str) -> str:
+        """The path, as text."""
+        return str(self.path(digest))
+
+    def age(self, digest: str) -> timedelta | None:
+        """Time since it was put last, by the file's own clock; None where it is not there."""
+        try:
+            with storing(path := self.path(digest)):
+                return timedelta(seconds=time.time() - path.stat().st_mtime)
+        except StorageFailed as e:
+            if isinstance(e.__cause__, FileNotFoundError):
+                return None
+            raise
+
+    def remove(self, digest: str) -> None:
+        """Free the object. A power cut may bring the file back."""
+        with storing(path := self.path(digest)):
+            path.unlink(missing_ok=True)
+
     def digests(self) -> Iterator[str]:
         """The digests of all files, in order; foreign and temporary files are passed over."""
         for path in self._files():
@@ -209,9 +249,9 @@ class ObjectStore:
             if _DIGEST.fullmatch(digest):
                 yield digest
 
-    def leftovers(self) -> Iterator[Path]:
+    def leftovers(self) -> Iterator[str]:
         """Temporary files of writers that are at work now or were killed."""
-        return (path for path in self._files() if path.name.startswith(_TEMPORARY))
+        return (str(path) for path in self._files() if path.name.startswith(TEMPORARY))
 
     def _files(self) -> Iterator[Path]:
         with storing(self.root):

@@ -30,7 +30,7 @@ def note(
     connection.execute(
         insert(t.journal).values(
             at=at,
-            user=_user(),
+            user=user(),
             action=action,
             line=line,
             name=name,
@@ -58,7 +58,8 @@ def entries(
     return [JournalEntry(**row._mapping) for row in connection.execute(query)]
 
 
-def _user() -> str:
+def user() -> str:
+    """Whose process this is."""
     try:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):  # an id without an account, as in containers

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, Row, delete, insert, select
 
 from lori_manager.errors import NotFound
 from lori_manager.records import JSON, KindComparison, KindStep, Task
+from lori_manager.store import removals, tasks
 from lori_manager.store import tables as t
-from lori_manager.store import tasks
 from lori_manager.store.tables import canonical, now
 
 
@@ -41,16 +41,19 @@ def every(connection: Connection) -> list[KindComparison]:
 
 
 def add_step(connection: Connection, digest: str, step: KindStep) -> None:
-    """Note a step; one that is noted already stays as it is."""
+    """Note a step; one that is noted already stays as it is, unless its adapter was removed."""
     key = _key(connection, digest)
-    same = select(t.kind_steps.c.id).where(
+    same = select(t.kind_steps).where(
         t.kind_steps.c.comparison == key,
         t.kind_steps.c.entry == step.entry,
         t.kind_steps.c.step == step.step,
         t.kind_steps.c.point == step.point,
     )
-    if connection.execute(same).one_or_none() is not None:
-        return
+    noted = connection.execute(same).one_or_none()
+    if noted is not None:
+        if (noted.line, noted.version) not in removals.hidden_now(connection):
+            return
+        connection.execute(delete(t.kind_steps).where(t.kind_steps.c.id == noted.id))
     line, _, version = (step.adapter or "").partition("@")
     connection.execute(
         insert(t.kind_steps).values(
@@ -67,7 +70,8 @@ def add_step(connection: Connection, digest: str, step: KindStep) -> None:
 
 
 def steps(connection: Connection, digest: str) -> list[KindStep]:
-    """What is done, in the order in which it was."""
+    """What is done, in the order in which it was; what led to a removed adapter is not."""
+    gone = removals.hidden_now(connection)
     key = _key(connection, digest)
     query = select(t.kind_steps).where(t.kind_steps.c.comparison == key).order_by(t.kind_steps.c.id)
     return [
@@ -79,6 +83,7 @@ def steps(connection: Connection, digest: str) -> list[KindStep]:
             row.facts,
         )
         for row in connection.execute(query)
+        if (row.line, row.version) not in gone
     ]
 
 

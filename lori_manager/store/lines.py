@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, func, select
 from lori_manager.errors import Conflict
 from lori_manager.records import Adapter, Line
 from lori_manager.refs import check_name
-from lori_manager.store import adapters, aliases, names
+from lori_manager.store import adapters, aliases, names, removals
 from lori_manager.store import tables as t
 
 
@@ -49,6 +49,8 @@ def _select(connection: Connection, name: str | None) -> list[Line]:
         func.max(t.adapters.c.version).label("version"),
         func.count().label("versions"),
     ).group_by(t.adapters.c.line)
+    if removals.any_hidden(connection):
+        newest = newest.where(removals.visible())
     if name is not None:
         lines = lines.where(t.lines.c.name == name)
         newest = newest.where(t.adapters.c.line == name)

@@ -8,6 +8,7 @@ a setting lie in pages; see `pages`.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -19,7 +20,7 @@ from sqlalchemy import ColumnElement, Connection, Row, select
 from lori_manager.errors import DamagedObject, NotFound
 from lori_manager.records import Finding, Score, Task
 from lori_manager.refs import BASE
-from lori_manager.store import adapters, bases, outcomes, tasks, varints
+from lori_manager.store import adapters, bases, outcomes, removals, tasks, varints
 from lori_manager.store import pages as paging
 from lori_manager.store import tables as t
 from lori_manager.store.pages import DamagedPage, Directory, Listed
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 MEASURED = "measured"  # the origin of what lori scored itself
 SLOTS = 16  # bits of a score's id that number it within its page
 AT_ONCE = 1000  # keys a query
+_FEW = 20  # pages that are faster read without numpy
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MENDING = "score again, or restore registry.db from a copy"
+_MENDING = "score again, or restore the database from a copy"
 WHERE = (t.score_pages.c.id, t.score_pages.c.setting, t.score_pages.c.number)
 SETTING = (
     "task",
@@ -73,31 +75,63 @@ def every(
     settings = _settings(connection, *where)
     if not settings:
         return []
-    import numpy as np
-
-    names = _names(connection)
     only = None
-    if of_subject is not None:
+    if of_subject is None:
+        names = _names(connection)
+    else:
         digest, ref = of_subject
-        names = {key: (d, [ref]) for key, (d, _) in names.items() if d == digest}
-        only = next(iter(names), 0)
+        own_key = select(t.subjects.c.id).where(t.subjects.c.digest == digest)
+        only = connection.execute(own_key).scalar_one_or_none() or 0
+        names = {only: (digest, [ref])} if only else {}
     if subjects is not None:
         asked = frozenset(subjects)
         own = ((key, d, [ref for ref in refs if ref in asked]) for key, (d, refs) in names.items())
         names = {key: (d, refs) for key, d, refs in own if refs}
     stored = _directory_rows(connection, settings, all_settings=not where, subject=only)
-    found = _read(stored, settings)
-    wanted = np.ones(len(found.page), bool)
-    if subject is not None or subjects is not None:
-        wanted = np.isin(found.subject, list(names))
-    if since is not None:
-        wanted &= found.at >= micros(since)
-    if until is not None:
-        wanted &= found.at < micros(until)
-    chosen = paging.listed(found, np.flatnonzero(wanted).tolist())
-    of_pages = ((stored[page], one) for page, one in chosen)
-    listed = _records(connection, settings, of_pages, names)
+    times = (-math.inf if since is None else micros(since),
+             math.inf if until is None else micros(until))  # fmt: skip
+    if only is not None and len(stored) <= _FEW:
+        chosen = _of_one(stored, settings, only, times)
+    else:
+        every_name = subject is None and subjects is None
+        chosen = _of_many(stored, settings, None if every_name else names, times)
+    listed = _records(connection, settings, chosen, names)
     return sorted(listed, key=lambda score: (score.created_at, score.id))
+
+
+_Chosen = Iterator[tuple[Row[*tuple[Any, ...]], Listed]]
+
+
+def _of_one(
+    stored: Sequence[Row[*tuple[Any, ...]]],
+    settings: dict[int, Row[*tuple[Any, ...]]],
+    subject: int,
+    times: tuple[float, float],
+) -> _Chosen:
+    """A subject's scores on few pages, without numpy, which takes long to load."""
+    for page in stored:
+        if paging.opened(page.directory) is None:
+            _read([page], settings)  # says what is damaged
+        one = paging.look_up(page.directory, subject)
+        if one is not None and times[0] <= one.entry.at < times[1]:
+            yield page, one
+
+
+def _of_many(
+    stored: Sequence[Row[*tuple[Any, ...]]],
+    settings: dict[int, Row[*tuple[Any, ...]]],
+    subjects: Collection[int] | None,
+    times: tuple[float, float],
+) -> _Chosen:
+    """The scores of these subjects, or of all, made then."""
+    import numpy as np
+
+    found = _read(stored, settings)
+    wanted = (found.at >= times[0]) & (found.at < times[1])
+    if subjects is not None:
+        wanted &= np.isin(found.subject, list(subjects))
+    for page, one in paging.listed(found, np.flatnonzero(wanted).tolist()):
+        yield stored[page], one
 
 
 def known(
@@ -145,7 +179,8 @@ def known(
         for key, page in page_rows(connection, set(hits)).items()
         if _intact(connection, page, hits[key])
     ]
-    listed = _records(connection, fitting, whole, _names(connection), first_name=True)
+    names = _names(connection, digest)
+    listed = _records(connection, fitting, whole, names, first_name=True)
     for score in sorted(listed, key=lambda score: score.encoding == encoding):
         place = (score.task, score.task_revision, score.scorer, score.scorer_version)
         out[asked[place]] = score
@@ -230,11 +265,11 @@ def faults(connection: Connection, keys: Sequence[int]) -> Iterator[Finding]:
         chosen = range(len(found.page))
         told = paging.decode_bodies(found, chosen, [page.bodies], [page.reference], setting.rows)
         for i, values in enumerate(told):
-            _, called = names.get(int(found.subject[i]), ("", []))
+            digest, called = names.get(int(found.subject[i]), ("", []))
             fault = values if isinstance(values, str) else None
             if fault is None and found.weights[i]:
                 fault = weights_fault(connection, int(found.weights[i]), setting.rows)
-            if not called:
+            if not digest:
                 message = f"a score on {ref} is of weights that are not known"
                 yield Finding("damaged", ref, message)
             if fault is not None:
@@ -263,17 +298,25 @@ def _settings(
     return {row.id: row for row in connection.execute(query)}
 
 
-def _names(connection: Connection) -> dict[int, tuple[str, list[str]]]:
-    """Subject's key -> digest of the weights, and their names by creation."""
+def _names(connection: Connection, digest: str | None = None) -> dict[int, tuple[str, list[str]]]:
+    """Subject's key -> digest of the weights, and their names by creation, hidden ones left out.
+
+    Args:
+        digest: of these weights alone.
+    """
     query = (
         select(t.subjects.c.id, t.subjects.c.digest, t.adapters.c.line, t.adapters.c.version)
         .outerjoin(t.adapters, t.adapters.c.digest == t.subjects.c.digest)
         .order_by(t.adapters.c.id)
     )
+    if digest is not None:
+        query = query.where(t.subjects.c.digest == digest)
     names: dict[int, tuple[str, list[str]]] = {}
-    for key, digest, line, version in connection.execute(query):
-        own = names.setdefault(key, (digest, []))[1]
-        own.append(BASE if line is None else f"{line}@{version}")
+    gone = removals.hidden_now(connection)
+    for key, of, line, version in connection.execute(query):
+        own = names.setdefault(key, (of, []))[1]
+        if (line, version) not in gone:
+            own.append(BASE if line is None else f"{line}@{version}")
     return names
 
 
@@ -344,10 +387,10 @@ def _records(
         setting = settings[page.setting]
         value, error, rows = one.figures(setting.rows)
         digest, called = names.get(one.entry.subject, ("", []))
-        if not called or one.entry.facts not in facts:
+        if not digest or one.entry.facts not in facts:
             raise DamagedObject(
                 f"a score on {setting.task}#{setting.task_revision} points nowhere: "
-                "run `lori verify`, then restore registry.db from a copy"
+                "run `lori verify`, then restore the database from a copy"
             )
         for name in called[:1] if first_name else called:
             out.append(
@@ -422,8 +465,7 @@ def subject_of(connection: Connection, subject: str) -> tuple[str, str]:
     """The digest of the weights, and the name in full."""
     if subject == BASE:
         return bases.one(connection).fingerprint, BASE
-    adapter = adapters.one(connection, adapters.reference(subject))
-    return adapter.digest, adapter.ref
+    return adapters.digest_of(connection, adapters.reference(subject))
 
 
 def micros(at: datetime) -> int:

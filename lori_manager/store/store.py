@@ -6,19 +6,20 @@ kill -9 and a power cut, and an interruption leaves at most a file that no row n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from lori_manager.errors import NotFound
+from lori_manager.errors import InvalidInput
 from lori_manager.records import (
     Adapter,
     Alias,
     Base,
     Finding,
     Forecasted,
+    Freed,
     JournalEntry,
     KindComparison,
     KindStep,
@@ -26,6 +27,7 @@ from lori_manager.records import (
     Mask,
     NewAdapter,
     NewScore,
+    Removal,
     Run,
     Score,
     Split,
@@ -38,22 +40,39 @@ from lori_manager.store import (
     aliases,
     answers,
     bases,
+    collecting,
     database,
+    databases,
     forecasts,
+    homes,
     integrity,
     journal,
     kind_comparisons,
     lines,
     masks,
+    removals,
     runs,
     scores,
     tasks,
     trials,
 )
-from lori_manager.store.files import ObjectStore, private_folder, storing
+from lori_manager.store.files import (
+    MissingObject,
+    ObjectStore,
+    lasting_folder,
+    private_folder,
+    storing,
+    sync_folder,
+)
+from lori_manager.store.objects import Objects
+from lori_manager.store.postgres import Postgres
 
 if TYPE_CHECKING:
     import numpy as np
+    from sqlalchemy import Connection
+
+_Record = TypeVar("_Record")
+_ATTEMPTS = 5  # gc frees a file in between hardly ever, and never twice
 
 
 class Store:
@@ -64,43 +83,60 @@ class Store:
     IncompatibleStore (the schema was changed meanwhile). Unknown names are NotFound.
     """
 
-    def __init__(self, root: Path, db: database.Database) -> None:
+    def __init__(self, root: Path, db: database.Database, objects: Objects) -> None:
         self.root = root
-        self.objects = ObjectStore(root / "objects")
+        self.objects = objects
         self.runs = root / "runs"  # checkpoints of open runs, a folder each
         self._db = db
 
     @classmethod
-    def create(cls, root: Path) -> Store:
+    def create(cls, root: Path, server: Postgres | None = None) -> Store:
         """Make a store in the folder `root` (usually `.lori`), which only its owner may enter.
 
+        Args:
+            server: an empty database for the rows; a file in `root` where None.
         Raises:
-            Conflict: there is one already.
+            Conflict: there is one already, or the database is another's.
         """
         with storing(root):
-            root.parent.mkdir(parents=True, exist_ok=True)
+            lasting_folder(root.parent)
             private_folder(root)
-        database.create(root)
-        return cls.open(root)
+            sync_folder(root.parent)  # whoever made `root` may not have come to this
+        if server is None:
+            database.create(root)
+            return cls.open(root)
+        database.create_served(root, server)
+        return cls.open(root, server.password)
 
     @classmethod
-    def open(cls, root: Path) -> Store:
+    def open(cls, root: Path, password: str | None = None) -> Store:
         """Open the store in `root`.
 
+        Args:
+            password: for a server's database; None leaves it to PGPASSWORD and ~/.pgpass.
         Raises:
-            NotFound: no registry.db there.
+            NotFound: none there.
             IncompatibleStore: it is older or newer than this lori, or not lori's.
         """
-        path = root / database.REGISTRY
-        if not path.is_file():
-            raise NotFound(f"there is no {path}: run `lori init`")
-        store = cls(root, database.Database.sqlite(path))
-        with store._db.read():
-            pass
+        backend = databases.backend(root, password)
+        objects = ObjectStore(root / "objects")
+        store = cls(root, database.Database(backend), objects)
+        try:
+            with store._db.read() as c:
+                if isinstance(backend, Postgres):
+                    homes.check(c, databases.served(root).folder)
+        except BaseException:
+            store.close()
+            raise
         with storing(root):
-            private_folder(store.objects.root)
+            private_folder(objects.root)
             private_folder(store.runs)
         return store
+
+    @property
+    def database(self) -> str:
+        """Where the rows are: a path, or a URL without a password."""
+        return self._db.shown
 
     def close(self) -> None:
         """Release what is held; nothing is lost without it."""
@@ -153,16 +189,22 @@ class Store:
         """Add a task and its line, or a revision where rows or scorer differ from the latest.
 
         Args:
-            splits: must have "eval"; their files are in `objects` already.
+            splits: must have "eval"; their files are in `objects` already, and so are the
+                images that their rows name.
         Returns:
             The new revision, or the latest one, unchanged, where nothing differs.
         Raises:
             Conflict: the name is that of a line.
             InvalidInput: the name is not usable.
+            MissingObject: a file is not there.
         """
-        for split in splits.values():
-            self.objects.size(split.digest)  # a row never precedes its file
+        files = {split.digest for split in splits.values()}
+        if "images" in options:
+            images = integrity.Images(self.objects)
+            files |= {image for digest in files for image in images.of_rows(digest)}
         with self._db.write() as c:
+            for digest in files:
+                self.objects.size(digest)  # a row never precedes its file
             return tasks.add(
                 c,
                 name,
@@ -258,9 +300,9 @@ class Store:
         config: Mapping[str, Any],
     ) -> Mask:
         """Store the task's next mask; `projection` is the digest of the A it belongs to."""
-        digest = self.objects.put(blob)
-        with self._db.write() as c:
-            return masks.add(
+        return self._stored(
+            blob,
+            lambda c, digest: masks.add(
                 c,
                 task=task,
                 digest=digest,
@@ -270,7 +312,17 @@ class Store:
                 kept=kept,
                 total=total,
                 config=config,
-            )
+            ),
+        )
+
+    def _stored(self, blob: bytes, commit: Callable[[Connection, str], _Record]) -> _Record:
+        """Put the file, then commit its row; once more where gc came in between."""
+        for _ in range(_ATTEMPTS):
+            digest = self.objects.put(blob)
+            with self._db.write() as c:
+                if self.objects.exists(digest):
+                    return commit(c, digest)
+        raise MissingObject(f"object {digest} vanishes whenever it is stored: check the disk")
 
     def mask(self, task_name: str, version: int) -> Mask:
         """The mask `task%version`."""
@@ -297,19 +349,62 @@ class Store:
             WrongBase: made for another base.
             NotFound: no such task revision, mask, parent or run.
         """
-        digest = self.objects.put(blob)
+        return self._stored(
+            blob, lambda c, digest: adapters.add(c, new, digest=digest, size=len(blob))
+        )
+
+    def adapter(self, ref: AdapterRef, *, removed: bool = False) -> Adapter:
+        """The adapter that a version, `latest` or an alias means.
+
+        Args:
+            removed: take a removed version, too; `latest` never means one.
+        """
+        with self._db.read() as c:
+            return adapters.one(c, ref, hidden=removed)
+
+    def adapters(
+        self, line: str | None = None, *, removed: bool = False, last: int | None = None
+    ) -> list[Adapter]:
+        """Adapters of one line or of all, by creation.
+
+        Args:
+            removed: removed versions, too.
+            last: only so many of the newest.
+        """
+        with self._db.read() as c:
+            return adapters.every(c, line, hidden=removed, last=last)
+
+    def remove(self, refs: Sequence[AdapterRef], *, reason: str = "") -> list[Adapter]:
+        """Hide versions, all of them or none; their rows stay, and `gc` frees their files.
+
+        Raises:
+            Conflict: an alias, an unfinished training, or a version that was made from one and
+                is not among them needs it.
+        """
         with self._db.write() as c:
-            return adapters.add(c, new, digest=digest, size=len(blob))
+            chosen = [adapters.one(c, ref) for ref in refs]
+            removals.hide(c, [(a.line, a.version) for a in chosen], reason)
+            return [adapters.of_version(c, a.line, a.version, hidden=True) for a in chosen]
 
-    def adapter(self, ref: AdapterRef) -> Adapter:
-        """The adapter that a version, `latest` or an alias means."""
-        with self._db.read() as c:
-            return adapters.one(c, ref)
+    def restore(self, refs: Sequence[AdapterRef], *, reason: str = "") -> list[Adapter]:
+        """Bring removed versions back, all of them or none.
 
-    def adapters(self, line: str | None = None) -> list[Adapter]:
-        """Adapters of one line or of all, by creation."""
+        Raises:
+            NotFound: one is not removed.
+            MissingObject: `gc` has freed its file.
+            DamagedObject: the file is not what was written.
+        """
+        with self._db.write() as c:
+            chosen = [adapters.one(c, ref, hidden=True) for ref in refs]
+            for adapter in chosen:
+                removals.restore(c, adapter.line, adapter.version, reason)
+                self.objects.check(adapter.digest)
+            return [adapters.of_version(c, a.line, a.version) for a in chosen]
+
+    def removals(self, line: str | None = None) -> list[Removal]:
+        """Every removal and return there ever was, oldest first."""
         with self._db.read() as c:
-            return adapters.every(c, line)
+            return removals.every(c, line)
 
     def children(self, ref: AdapterRef) -> list[Adapter]:
         """The adapters that were continued or merged from that one, by creation."""
@@ -618,7 +713,27 @@ class Store:
         with self._db.read() as c:
             return journal.entries(c, line=line, alias=alias, since=since)
 
-    # integrity
+    # care
+
+    def times(self) -> list[datetime]:
+        """When each version was made by the clock of then, in the order of their making."""
+        with self._db.read() as c:
+            return adapters.times(c)
+
+    def collect(
+        self, *, grace: timedelta = collecting.GRACE, dry_run: bool = False
+    ) -> Iterator[Freed]:
+        """Free what no row needs: files, ended runs' folders, what killed writers left.
+
+        Args:
+            grace: since a file was written, a version removed, or a folder last changed.
+            dry_run: tell only.
+        Raises:
+            DamagedObject, MissingObject: rows that name images cannot be read; nothing was freed.
+        """
+        if grace < timedelta(0):
+            raise InvalidInput(f"the time of grace must be 0 or more, got {grace}")
+        return collecting.collect(self._db, self.objects, self.root, grace=grace, dry_run=dry_run)
 
     def verify(self) -> Iterator[Finding]:
         """Everything that is wrong with rows, files and the database; changes nothing."""

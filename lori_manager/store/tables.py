@@ -34,7 +34,7 @@ from sqlalchemy import (
 
 from lori_manager.errors import DamagedObject
 
-_DAMAGED = "run `lori verify`, then restore registry.db from a copy"
+_DAMAGED = "run `lori verify`, then restore the database from a copy"
 
 
 def canonical(value: object) -> str:
@@ -132,6 +132,15 @@ base = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("code", Text),
     UniqueConstraint("fingerprint"),
+    CheckConstraint("id = 1", name="one_row"),
+)
+
+home = Table(  # of a server's database: the folder that it goes with
+    "home",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("folder", Text, nullable=False),
+    Column("place", Text, nullable=False),
     CheckConstraint("id = 1", name="one_row"),
 )
 
@@ -290,7 +299,8 @@ score_facts = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("facts", Json, nullable=False),
-    UniqueConstraint("facts"),
+    Column("digest", Text, nullable=False),
+    UniqueConstraint("digest"),
 )
 
 row_weights = Table(  # token counts and the like, which many scores share
@@ -340,6 +350,20 @@ journal = Table(  # rows are only ever added: triggers refuse the rest
     Column("reason", Text, nullable=False),
     Column("verdict", Json, nullable=False),
     Index("ix_journal_line", "line"),
+)
+
+removals = Table(  # rows are only ever added: triggers refuse the rest
+    "removals",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("user", Text, nullable=False),
+    Column("line", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("hidden", Boolean, nullable=False),  # else brought back
+    Column("reason", Text, nullable=False),
+    ForeignKeyConstraint(["line", "version"], ["adapters.line", "adapters.version"]),
+    Index("ix_removals_line_version", "line", "version"),
 )
 
 forecasts = Table(  # rows are only ever added

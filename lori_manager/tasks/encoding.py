@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lori_manager.tasks.labelled import LabelledText
+
 Tokenizer = Any  # a transformers tokenizer, fast or slow
 _CHUNK = 4096  # texts a call: a fast tokenizer's results hold far more than the ids
 
@@ -42,6 +44,11 @@ class Encoded:
     def length(self) -> int:
         """Tokens."""
         return len(self.ids)
+
+    @property
+    def read_from(self) -> slice:
+        """The places whose next token belongs to the completion; the last one of a prompt alone."""
+        return slice(max(self.prompt_length, 1) - 1, max(len(self.ids) - 1, self.prompt_length))
 
 
 def encode_rows(
@@ -136,7 +143,7 @@ def encode_choices(tokenizer: Tokenizer, row: Row) -> tuple[list[list[int]], int
     return candidates, right
 
 
-def lengths_summary(encoded: Sequence[Encoded]) -> dict[str, int]:
+def lengths_summary(encoded: Sequence[Encoded | LabelledText]) -> dict[str, int]:
     """How long rows are, in tokens.
 
     `tokens` is the sum after truncation; `median`, `p95` (the nearest rank) and

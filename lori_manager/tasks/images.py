@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lori_manager.errors import BadData
 from lori_manager.extras import load_extra
 from lori_manager.pipelines import EXTRA
+from lori_manager.tasks.labelled import label_of
 from lori_manager.tasks.rows import Row, bad_row, decode_object, shorten
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ def stored_row(found: ImageRow) -> Row:
     return Row(found.caption or "", "", extra={"image": found.digest}, where=found.where)
 
 
+def labelled_row(found: ImageRow) -> Row:
+    """A labelled image as a task's row: the file's name, the label, the image's digest."""
+    return Row(found.where, found.label or "", extra={"image": found.digest}, where=found.where)
+
+
 def picture(row: Row, get: Callable[[str], bytes]) -> Picture:
     """A task's row as a picture.
 
@@ -96,7 +102,8 @@ def read_image_folder(
 
     Args:
         folder: of images.
-        kind: whether captions are looked for, or the names of the folders are the labels.
+        kind: whether captions are looked for, or labels: those of `metadata.jsonl`, or without
+            one the names of the folders.
     Raises:
         BadData: no such folder, no images, an image without caption or label, one that cannot
             be decoded or is too large, a link. Names the file.
@@ -104,7 +111,8 @@ def read_image_folder(
     if not folder.is_dir():
         raise BadData(f"{folder} is no folder: give one of images")
     if kind == "labels":
-        found = [ImageRow(p, _checked(p, w), None, p.parent.name, w) for p, w in _labelled(folder)]
+        named = _labels(folder)
+        found = [ImageRow(p, _checked(p, w), None, named[w], w) for p, w in _files(folder)]
     else:
         captions = _captions(folder)
         found = [ImageRow(p, _checked(p, w), captions[w], None, w) for p, w in _files(folder)]
@@ -187,24 +195,42 @@ def _files(folder: Path) -> Iterator[tuple[Path, str]]:
             yield path, where
 
 
-def _labelled(folder: Path) -> Iterator[tuple[Path, str]]:
-    for path, where in _files(folder):
+def _labels(folder: Path) -> dict[str, str]:
+    """Path inside the folder -> label, of all its images and of nothing else."""
+    metadata = folder / METADATA
+    if metadata.is_file():
+        return _named(folder, metadata, _metadata(metadata, "label", label_of))
+    found = {}
+    for _, where in _files(folder):
         if len(PurePosixPath(where).parts) != 2:
-            raise bad_row(where, "the image lies in no label's folder", "expected LABEL/NAME.png")
-        yield path, where
+            raise bad_row(
+                where,
+                "the image lies in no label's folder",
+                f"expected LABEL/NAME.png, or {METADATA} with `file_name` and `label`",
+            )
+        found[where] = label_of(PurePosixPath(where).parts[0], where)
+    return found
+
+
+def _named(folder: Path, metadata: Path, told: dict[str, str]) -> dict[str, str]:
+    """What the metadata tells of each image; BadData where it and the folder differ."""
+    found = {}
+    for _, where in _files(folder):
+        if where not in told:
+            raise bad_row(where, f"{METADATA} does not name it", "name it or take it away")
+        found[where] = told[where]
+    if lost := sorted(told.keys() - found.keys()):
+        raise BadData(f"{metadata} names {shorten(lost[0])}, which is no image of {folder}")
+    return found
 
 
 def _captions(folder: Path) -> dict[str, str]:
     """Path inside the folder -> caption, of all its images and of nothing else."""
     metadata = folder / METADATA
-    named = _metadata(metadata) if metadata.is_file() else None
+    if metadata.is_file():
+        return _named(folder, metadata, _metadata(metadata, "text", _caption))
     found = {}
     for path, where in _files(folder):
-        if named is not None:
-            if where not in named:
-                raise bad_row(where, f"{METADATA} does not name it", "name it or take it away")
-            found[where] = named.pop(where)
-            continue
         beside = path.with_suffix(".txt")
         if beside.is_symlink() or not beside.is_file():
             problem = f"no caption: neither {METADATA} nor {beside.name} beside it"
@@ -216,14 +242,12 @@ def _captions(folder: Path) -> dict[str, str]:
             found[where] = _caption(beside.read_text("utf-8-sig"), name)
         except UnicodeDecodeError as e:
             raise bad_row(name, "not UTF-8", "save it as UTF-8") from e
-    if named:
-        lost = next(iter(named))
-        raise BadData(f"{metadata} names {shorten(lost)}, which is no image of {folder}")
     return found
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    captions: dict[str, str] = {}
+def _metadata(path: Path, field: str, read: Callable[[Any, str], str]) -> dict[str, str]:
+    """`file_name` -> what `read(value, where)` makes of the field, of every line."""
+    found: dict[str, str] = {}
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as e:
@@ -234,18 +258,20 @@ def _metadata(path: Path) -> dict[str, str]:
         where = f"{METADATA}, line {number}"
         told = decode_object(line, where)
         name = told.get("file_name")
-        if not isinstance(name, str) or not isinstance(told.get("text"), str):
-            raise bad_row(where, "expected `file_name` and `text`, both text", "mend the line")
+        if not isinstance(name, str):
+            raise bad_row(where, f"expected `file_name` and `{field}`", "mend the line")
         name = PurePosixPath(name).as_posix()
-        if name in captions:
+        if name in found:
             raise bad_row(where, f"{shorten(name)} is named twice", "keep one line")
-        captions[name] = _caption(told["text"], where)
-    return captions
+        found[name] = read(told.get(field), where)
+    return found
 
 
-def _caption(text: str, where: str) -> str:
-    text = " ".join(text.split())
-    if not text or len(text) > LONGEST_CAPTION:
+def _caption(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise bad_row(where, "expected `file_name` and `text`, both text", "mend the line")
+    caption = " ".join(text.split())
+    if not caption or len(caption) > LONGEST_CAPTION:
         wanted = f"1 to {LONGEST_CAPTION:,} characters"
-        raise bad_row(where, f"a caption of {len(text):,} characters", f"write {wanted}")
-    return text
+        raise bad_row(where, f"a caption of {len(caption):,} characters", f"write {wanted}")
+    return caption

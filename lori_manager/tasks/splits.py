@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 
 from lori_manager.errors import BadData, InvalidInput
 from lori_manager.tasks.rows import Row, one_line, shorten
@@ -31,6 +32,7 @@ def make_splits(
     *,
     probe_rows: int = 256,
     allow_overlap: bool = False,
+    asked: Callable[[Row], str] = attrgetter("prompt"),
 ) -> PreparedSplits:
     """Check the files of a task against each other and set probe rows aside.
 
@@ -48,6 +50,7 @@ def make_splits(
         probe: None takes them from `train`.
         probe_rows: 0 takes none.
         allow_overlap: note shared prompts and go on.
+        asked: what counts as a row's prompt.
     Raises:
         InvalidInput: no eval rows, calibration without training rows, bad `probe_rows`.
         BadData: shared prompts, counted, the first one named.
@@ -62,7 +65,8 @@ def make_splits(
     splits = {name: list(rows) for name, rows in files.items() if rows}
     notes: list[str] = []
     learned = {name: rows for name, rows in splits.items() if name != "eval"}
-    overlaps = [text for name, rows in learned.items() if (text := _overlap(name, rows, eval))]
+    found = [_overlap(name, rows, eval, asked) for name, rows in learned.items()]
+    overlaps = [text for text in found if text]
     if overlaps and not allow_overlap:
         raise BadData(
             f"{'; '.join(overlaps)}. What is learned must not be scored: remove them on one "
@@ -138,24 +142,25 @@ def _key(row: Row) -> bytes:
     return row.key
 
 
-def _content(row: Row) -> tuple[bool, str]:
-    """What two rows must not share: the prompt, or without one the completion."""
-    return (True, row.prompt) if row.prompt.strip() else (False, row.completion)
+def _overlap(
+    name: str, rows: Iterable[Row], eval_rows: Sequence[Row], asked: Callable[[Row], str]
+) -> str | None:
+    def content(row: Row) -> tuple[bool, str]:
+        """What two rows must not share: the prompt, or without one the completion."""
+        return (True, prompt) if (prompt := asked(row)).strip() else (False, row.completion)
 
-
-def _overlap(name: str, rows: Iterable[Row], eval_rows: Sequence[Row]) -> str | None:
     seen: dict[tuple[bool, str], int] = {}
     rows = list(rows)
     for i, row in enumerate(rows):
-        seen.setdefault(_content(row), i)
-    shared = [(j, seen[c]) for j, row in enumerate(eval_rows) if (c := _content(row)) in seen]
+        seen.setdefault(content(row), i)
+    shared = [(j, seen[c]) for j, row in enumerate(eval_rows) if (c := content(row)) in seen]
     if not shared:
         return None
     j, i = shared[0]
     return (
         f"{len(shared)} of {len(eval_rows)} eval rows share their prompt with {name} rows, "
         f"the first: {_place('eval', eval_rows[j], j)} and {_place(name, rows[i], i)}, "
-        f"{shorten(_content(eval_rows[j])[1], 60)}"
+        f"{shorten(content(eval_rows[j])[1], 60)}"
     )
 
 

@@ -354,7 +354,7 @@ def test_ctrl_c_ends_the_process_with_130_and_one_line(lori):
         "import os, signal, lori_manager.workspace as w\n"
         # A shell's background job is born with SIGINT ignored, and so are these tests in one.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "w.Workspace.verify = lambda self: os.kill(os.getpid(), signal.SIGINT) or []\n"
+        "w.Workspace.verify = lambda self, deep: os.kill(os.getpid(), signal.SIGINT) or []\n"
         "from lori_manager.cli.app import main; main()"
     )
     run = subprocess.run(

@@ -135,7 +135,7 @@ def test_the_command_itself_killed_in_mid_training_goes_on_from_its_checkpoint(w
     before = everything(ws)
     running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(ws.store.runs.glob("*/0-training.safetensors")):
+    while not list(ws.store.runs.glob("*/0-training/*/manifest.json")):
         assert running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -70,7 +70,7 @@ def test_digests_are_listed_without_foreign_or_temporary_files(objects: ObjectSt
     (objects.path(digests[0]).parent / ".tmp-1").write_bytes(b"half")
     (objects.path(digests[0]).parent / "notes.txt").write_bytes(b"mine")
     assert list(objects.digests()) == digests
-    assert [path.name for path in objects.leftovers()] == [".tmp-1"]
+    assert [Path(place).name for place in objects.leftovers()] == [".tmp-1"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "append"])
