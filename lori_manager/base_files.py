@@ -39,7 +39,14 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds {ADAPTER_CONFIG}: transformers would put that adapter into the base; "
             "merge it into the base or move it away"
         )
-    for place, key, value in _settings(read_settings(folder / CONFIG), CONFIG):
+    config = read_settings(folder / CONFIG)
+    context = config.get("max_position_embeddings")
+    if context is not None and (type(context) is not int or context < 1):
+        raise InvalidInput(
+            f"{folder}/{CONFIG}: max_position_embeddings is {repr(context)[:60]}, expected a whole "
+            "number of 1 or more"
+        )
+    for place, key, value in _settings(config, CONFIG):
         where = ascii(place)[1:-1][:200]
         shown = repr(value)[:60]
         if _IMPLEMENTATION.search(key) and value is not None:

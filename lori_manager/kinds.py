@@ -103,7 +103,8 @@ KINDS = {
         Kind(
             "bottleneck", "bottleneck adapters", "arXiv:1902.00751", 1e-3, frozenset(),
             {"placement": "houlsby", "reduction": 16, "activation": "relu"},
-            low_rank=False, export=OWN_FORM, served="lori", encoders=False,
+            low_rank=False, export=OWN_FORM, served="lori",
+            encoders=False,
         ),
         Kind(
             "prefix", "prefix tuning", "arXiv:2101.00190", 1e-2, frozenset(),

@@ -77,8 +77,8 @@ class Workspace(Context):
             trust_remote_code: run Python code that comes with the base, see `base_files`.
         Raises:
             NotFound: no such base. Conflict: there is a workspace already.
-            InvalidInput: the base asks for more than lori lets it, or for its own code.
             StorageFailed: no such server or database, or it does not let us in.
+            InvalidInput: the base asks for more than lori lets it, or for its own code.
         """
         root = Path(root).absolute()
         server = None if database is None else Postgres.at(database)

@@ -55,8 +55,8 @@ ROWS = (
     ("merging", "metrics"),
     ("engine",),
     ("kinds",),
-    ("architectures",),
-    ("pipelines", "base_files"),
+    ("base_files", "architectures"),
+    ("pipelines",),
     ("config", "records", "refs", "registry", "sandbox", "extras", "plain", "rates"),
     ("foreign", "errors"),
 )

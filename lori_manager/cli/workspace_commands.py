@@ -25,6 +25,13 @@ def init(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python code that comes with the base; needs the whole commit as --revision.",
+        ),
+    ] = False,
     store: Annotated[
         str | None,
         typer.Option(
@@ -33,13 +40,6 @@ def init(
             "~/.pgpass.",
         ),
     ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run Python code that comes with the base; needs the whole commit as --revision.",
-        ),
-    ] = False,
     json: Json = False,
 ) -> None:
     """Make a workspace for one base model.

@@ -30,11 +30,11 @@ CREATE TABLE adapters (
 	CONSTRAINT uq_adapters_line_version UNIQUE (line, version), 
 	CONSTRAINT uq_adapters_run_stage UNIQUE (run, stage)
 );
-INSERT INTO "adapters" VALUES(1,'safety',1,'trained','safety',1,'safety',1,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,'1a7d4d687f804eaaa2fa3ce6f3b07f69',0,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:56:27.700537+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
-INSERT INTO "adapters" VALUES(2,'safety',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4',6,'2026-11-22T20:56:27.771286+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.5}');
-INSERT INTO "adapters" VALUES(3,'main',1,'merged',NULL,NULL,NULL,NULL,'concat',8,NULL,'ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'283128acef14943c127f7327ca8f57e7cd7c31ec6c5546de5d62ab16a2f9758a',5,'2026-11-22T20:56:27.817812+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
-INSERT INTO "adapters" VALUES(4,'main',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:56:27.851196+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
-INSERT INTO "adapters" VALUES(5,'safety',3,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'7c7bfe826b20f5e2dd3328afe12f02c6f6585af99bdf716fb617b5c06515fee7',13,'2026-11-22T20:56:28.574880+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(1,'safety',1,'trained','safety',1,'safety',1,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,'0f114d9aa2154227a58e54da0b7b7403',0,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:59:49.202734+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(2,'safety',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4',6,'2026-11-22T20:59:49.350450+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.5}');
+INSERT INTO "adapters" VALUES(3,'main',1,'merged',NULL,NULL,NULL,NULL,'concat',8,NULL,'ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'283128acef14943c127f7327ca8f57e7cd7c31ec6c5546de5d62ab16a2f9758a',5,'2026-11-22T20:59:49.468071+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(4,'main',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:59:49.551428+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(5,'safety',3,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'7c7bfe826b20f5e2dd3328afe12f02c6f6585af99bdf716fb617b5c06515fee7',13,'2026-11-22T20:59:51.012542+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
 CREATE TABLE alembic_version (
 	version_num VARCHAR(32) NOT NULL, 
 	CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
@@ -48,7 +48,7 @@ CREATE TABLE aliases (
 	CONSTRAINT pk_aliases PRIMARY KEY (line, name), 
 	CONSTRAINT fk_aliases_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version)
 );
-INSERT INTO "aliases" VALUES('main','production',2,'2026-11-22T20:56:28.168541+00:00');
+INSERT INTO "aliases" VALUES('main','production',2,'2026-11-22T20:59:50.426529+00:00');
 CREATE TABLE answers (
 	id INTEGER NOT NULL, 
 	digest TEXT NOT NULL, 
@@ -98,7 +98,7 @@ CREATE TABLE forecasts (
 	CONSTRAINT pk_forecasts PRIMARY KEY (id), 
 	CONSTRAINT fk_forecasts_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision)
 );
-INSERT INTO "forecasts" VALUES(1,'mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm','fp32','safety@1','safety',1,'exact_match','1','e',0.9,40,0.7,0.63,0.05,'2026-11-22T20:56:28.382067+00:00');
+INSERT INTO "forecasts" VALUES(1,'mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm','fp32','safety@1','safety',1,'exact_match','1','e',0.9,40,0.7,0.63,0.05,'2026-11-22T20:59:50.754586+00:00');
 CREATE TABLE home (
 	id INTEGER NOT NULL, 
 	folder TEXT NOT NULL, 
@@ -121,10 +121,10 @@ CREATE TABLE journal (
 	CONSTRAINT pk_journal PRIMARY KEY (id), 
 	CONSTRAINT fk_journal_line FOREIGN KEY(line) REFERENCES lines (name)
 );
-INSERT INTO "journal" VALUES(1,'2026-11-22T20:56:28.144653+00:00','root','set','main','production',NULL,1,0,'','null');
-INSERT INTO "journal" VALUES(2,'2026-11-22T20:56:28.168541+00:00','root','set','main','production',1,2,0,'better','null');
-INSERT INTO "journal" VALUES(3,'2026-11-22T20:56:28.188240+00:00','root','set','safety','champion',NULL,2,0,'','null');
-INSERT INTO "journal" VALUES(4,'2026-11-22T20:56:28.235884+00:00','root','removed','safety','champion',2,NULL,0,'','null');
+INSERT INTO "journal" VALUES(1,'2026-11-22T20:59:50.344500+00:00','root','set','main','production',NULL,1,0,'','null');
+INSERT INTO "journal" VALUES(2,'2026-11-22T20:59:50.426529+00:00','root','set','main','production',1,2,0,'better','null');
+INSERT INTO "journal" VALUES(3,'2026-11-22T20:59:50.488562+00:00','root','set','safety','champion',NULL,2,0,'','null');
+INSERT INTO "journal" VALUES(4,'2026-11-22T20:59:50.544008+00:00','root','removed','safety','champion',2,NULL,0,'','null');
 CREATE TABLE kind_comparisons (
 	id INTEGER NOT NULL, 
 	digest TEXT NOT NULL, 
@@ -136,7 +136,7 @@ CREATE TABLE kind_comparisons (
 	CONSTRAINT fk_kind_comparisons_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
 	CONSTRAINT uq_kind_comparisons_digest UNIQUE (digest)
 );
-INSERT INTO "kind_comparisons" VALUES(1,'ad41fe81a2ba0a3a2f0b959ab57e5450efb43df8095e2a6749f63d1134f55532','safety',1,'{"search":{"points":1},"steps":4}','2026-11-22T20:56:28.427087+00:00');
+INSERT INTO "kind_comparisons" VALUES(1,'ad41fe81a2ba0a3a2f0b959ab57e5450efb43df8095e2a6749f63d1134f55532','safety',1,'{"search":{"points":1},"steps":4}','2026-11-22T20:59:50.823574+00:00');
 CREATE TABLE kind_steps (
 	id INTEGER NOT NULL, 
 	comparison INTEGER NOT NULL, 
@@ -152,8 +152,8 @@ CREATE TABLE kind_steps (
 	CONSTRAINT fk_kind_steps_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version), 
 	CONSTRAINT uq_kind_steps_key UNIQUE (comparison, entry, step, point)
 );
-INSERT INTO "kind_steps" VALUES(1,1,'dora','search','0.001',NULL,NULL,'{"loss":0.5}','2026-11-22T20:56:28.464170+00:00');
-INSERT INTO "kind_steps" VALUES(2,1,'dora','train','0','safety',1,'{"rate":0.001}','2026-11-22T20:56:28.511099+00:00');
+INSERT INTO "kind_steps" VALUES(1,1,'dora','search','0.001',NULL,NULL,'{"loss":0.5}','2026-11-22T20:59:50.901223+00:00');
+INSERT INTO "kind_steps" VALUES(2,1,'dora','train','0','safety',1,'{"rate":0.001}','2026-11-22T20:59:50.958265+00:00');
 CREATE TABLE lines (
 	id INTEGER NOT NULL, 
 	name TEXT NOT NULL, 
@@ -163,10 +163,10 @@ CREATE TABLE lines (
 	CONSTRAINT pk_lines PRIMARY KEY (id), 
 	CONSTRAINT uq_lines_name UNIQUE (name)
 );
-INSERT INTO "lines" VALUES(1,'safety',1,'[]','2026-11-22T20:56:27.463610+00:00');
-INSERT INTO "lines" VALUES(2,'wiki',1,'[]','2026-11-22T20:56:27.574897+00:00');
-INSERT INTO "lines" VALUES(3,'main',0,'[]','2026-11-22T20:56:27.816944+00:00');
-INSERT INTO "lines" VALUES(4,'stages',0,'["safety#1","wiki#1"]','2026-11-22T20:56:27.879092+00:00');
+INSERT INTO "lines" VALUES(1,'safety',1,'[]','2026-11-22T20:59:48.587803+00:00');
+INSERT INTO "lines" VALUES(2,'wiki',1,'[]','2026-11-22T20:59:48.898854+00:00');
+INSERT INTO "lines" VALUES(3,'main',0,'[]','2026-11-22T20:59:49.467228+00:00');
+INSERT INTO "lines" VALUES(4,'stages',0,'["safety#1","wiki#1"]','2026-11-22T20:59:49.614160+00:00');
 CREATE TABLE masks (
 	id INTEGER NOT NULL, 
 	task TEXT NOT NULL, 
@@ -184,7 +184,7 @@ CREATE TABLE masks (
 	CONSTRAINT fk_masks_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
 	CONSTRAINT uq_masks_task_version UNIQUE (task, version)
 );
-INSERT INTO "masks" VALUES(1,'safety',1,1,'48bf9b4f142ab45cac6f33cf99415bca6ca8e07608a031237aa76560fec2204b','aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa',0.9,'model',1,10,'{"seed":1}','2026-11-22T20:56:27.621919+00:00');
+INSERT INTO "masks" VALUES(1,'safety',1,1,'48bf9b4f142ab45cac6f33cf99415bca6ca8e07608a031237aa76560fec2204b','aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa',0.9,'model',1,10,'{"seed":1}','2026-11-22T20:59:48.999879+00:00');
 CREATE TABLE parents (
 	adapter INTEGER NOT NULL, 
 	position INTEGER NOT NULL, 
@@ -210,7 +210,7 @@ CREATE TABLE removals (
 	CONSTRAINT pk_removals PRIMARY KEY (id), 
 	CONSTRAINT fk_removals_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version)
 );
-INSERT INTO "removals" VALUES(1,'2026-11-22T20:56:28.632175+00:00','root','safety',3,1,'a mistake');
+INSERT INTO "removals" VALUES(1,'2026-11-22T20:59:51.089733+00:00','root','safety',3,1,'a mistake');
 CREATE TABLE row_weights (
 	id INTEGER NOT NULL, 
 	digest TEXT NOT NULL, 
@@ -229,8 +229,8 @@ CREATE TABLE runs (
 	CONSTRAINT pk_runs PRIMARY KEY (id), 
 	CONSTRAINT uq_runs_open_plan UNIQUE (open_plan)
 );
-INSERT INTO "runs" VALUES('1a7d4d687f804eaaa2fa3ce6f3b07f69','{"options":{"start":null},"tasks":["safety#1"]}','ab565bb77abf4881b79a92e17479105e607d8b2f02b372edd294ee82cc6523ae','2026-11-22T20:56:27.648018+00:00');
-INSERT INTO "runs" VALUES('f904af03c5c746f9b5b26cf8fc068b87','{"options":{"start":"safety@1"},"tasks":["wiki#1"]}','2d8c1a440cc88e738d180393e8828e1dd3841c589e5c85929c2d2d1752bbf237','2026-11-22T20:56:27.739139+00:00');
+INSERT INTO "runs" VALUES('0f114d9aa2154227a58e54da0b7b7403','{"options":{"start":null},"tasks":["safety#1"]}','ab565bb77abf4881b79a92e17479105e607d8b2f02b372edd294ee82cc6523ae','2026-11-22T20:59:49.102129+00:00');
+INSERT INTO "runs" VALUES('3ff6cd0adcd4454795997f030f44a17a','{"options":{"start":"safety@1"},"tasks":["wiki#1"]}','2d8c1a440cc88e738d180393e8828e1dd3841c589e5c85929c2d2d1752bbf237','2026-11-22T20:59:49.272992+00:00');
 CREATE TABLE "score_facts" (
 	id INTEGER NOT NULL, 
 	facts TEXT NOT NULL, 
@@ -250,8 +250,8 @@ CREATE TABLE score_pages (
 	CONSTRAINT fk_score_pages_setting FOREIGN KEY(setting) REFERENCES settings (id), 
 	CONSTRAINT uq_score_pages_setting_number UNIQUE (setting, number)
 );
-INSERT INTO "score_pages" VALUES(1,1,0,X'0104000400000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E0000008001C492ACE0F6B8B00604010001810192F508010100048201E6E807010100048301D2AB0602010001607766EF',X'01F2957FCC38918016',X'008DEF02D2F7FDD72CBA2E487B5AAEEFB82D944E4A008DEF02D2');
-INSERT INTO "score_pages" VALUES(2,2,0,X'0103000300000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F0900000080019895B1E0F6B8B006150100248101CCA508250100248201F8F205350100247A825CAF',NULL,X'F36A2C3FB616BC3FB9CEFA3FA201753F29703940FC2A033F4E7E8240FB0A024077168B40B36EBA4580BF793F021B1E3F1CB12740095D7D4074F89D40D2D4623FB19958409577823F77BDDD3E227ECC51CF0AD33FE8C4864086420940695F0C40514B0740D00F613E3959543FB815A93FF8F74A3FA2EC9864');
+INSERT INTO "score_pages" VALUES(1,1,0,X'0104000400000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E0000008001D8EAE8A0F8B8B006040100018101CEA11A010100048201EAA414010100048301E0881102010001BF4E4593',X'01F2957FCC38918016',X'008DEF02D2F7FDD72CBA2E487B5AAEEFB82D944E4A008DEF02D2');
+INSERT INTO "score_pages" VALUES(2,2,0,X'0103000300000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F090000008001D28DF8A0F8B8B006150100248101E0BE16250100248201B08E113501002426D2C96F',NULL,X'F36A2C3FB616BC3FB9CEFA3FA201753F29703940FC2A033F4E7E8240FB0A024077168B40B36EBA4580BF793F021B1E3F1CB12740095D7D4074F89D40D2D4623FB19958409577823F77BDDD3E227ECC51CF0AD33FE8C4864086420940695F0C40514B0740D00F613E3959543FB815A93FF8F74A3FA2EC9864');
 CREATE TABLE settings (
 	id INTEGER NOT NULL, 
 	task TEXT NOT NULL, 
@@ -310,9 +310,9 @@ CREATE TABLE "tasks" (
 	CONSTRAINT uq_tasks_name_revision UNIQUE (name, revision), 
 	CONSTRAINT fk_tasks_name FOREIGN KEY(name) REFERENCES lines (name)
 );
-INSERT INTO "tasks" VALUES(1,'safety',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:56:27.464278+00:00');
-INSERT INTO "tasks" VALUES(2,'safety',2,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:56:27.528158+00:00');
-INSERT INTO "tasks" VALUES(3,'wiki',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:56:27.575302+00:00');
+INSERT INTO "tasks" VALUES(1,'safety',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:59:48.588594+00:00');
+INSERT INTO "tasks" VALUES(2,'safety',2,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:59:48.755841+00:00');
+INSERT INTO "tasks" VALUES(3,'wiki',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:59:48.899270+00:00');
 CREATE TABLE trials (
 	id INTEGER NOT NULL, 
 	recipe TEXT NOT NULL, 
@@ -329,7 +329,7 @@ CREATE TABLE trials (
 	CONSTRAINT fk_trials_task FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
 	CONSTRAINT uq_trials_key UNIQUE (recipe, task, task_revision, scorer, scorer_version, precision)
 );
-INSERT INTO "trials" VALUES(1,'rrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrr','dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd','wiki',1,'exact_match','1','fp32','2026-11-22T20:56:28.327556+00:00',X'789C63606060B0EC7B6C6BD9976CB77AD52A3B20DBEE89059FFDEA555AF64532EEF640717B00E8D50D19',NULL);
+INSERT INTO "trials" VALUES(1,'rrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrr','dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd','wiki',1,'exact_match','1','fp32','2026-11-22T20:59:50.684537+00:00',X'789C63606060B0EC7B6C6BD9976CB77AD52A3B20DBEE89059FFDEA555AF64532EEF640717B00E8D50D19',NULL);
 CREATE INDEX ix_adapters_digest ON adapters (digest);
 CREATE INDEX ix_parents_line_version ON parents (line, version);
 CREATE INDEX ix_journal_line ON journal (line);
