@@ -400,7 +400,7 @@ def train(
         if sequence is not None:
             placement = placed(ws, tasks[0], config)  # one A, so its first task decides
             if not done:  # a name is claimed for good, so only settings that can be used claim it
-                shapes = models.load_skeleton(ws.base_folder).linear_shapes
+                shapes = ws.skeleton().linear_shapes
                 if config.kind == LORI:
                     fresh_block(shapes, placement.config, sequence)
                 else:

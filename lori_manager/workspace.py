@@ -64,6 +64,7 @@ class Workspace(Context):
         revision: str | None = None,
         *,
         database: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Workspace:
         """Make a workspace in `root` for a base model.
 
@@ -73,9 +74,11 @@ class Workspace(Context):
             revision: of the hub id.
             database: `postgresql://USER@HOST/DATABASE`, empty, for the rows; a file in `root` where
                 None. A password in it is used now and not kept.
+            trust_remote_code: run Python code that comes with the base, see `base_files`.
         Raises:
             NotFound: no such base. Conflict: there is a workspace already.
             StorageFailed: no such server or database, or it does not let us in.
+            InvalidInput: the base asks for more than lori lets it, or for its own code.
         """
         root = Path(root).absolute()
         server = None if database is None else Postgres.at(database)
@@ -85,14 +88,15 @@ class Workspace(Context):
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
         if begun is None and server is not None:
             reach(server)
-        path, commit = models.locate(base, revision)
+        path, commit = models.locate(base, revision, code=trust_remote_code)
+        code = models.check_base(path, trust_remote_code, base, revision)
         mark = models.fingerprint(path)
         kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
         store = begun or Store.create(root / FOLDER, server)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
-        store.set_base(Base(mark, source, commit, str(path), kind, now))
+        store.set_base(Base(mark, source, commit, str(path), kind, now, code))
         if not (root / SETTINGS).exists():
             text = default_toml(pipelines.DEFAULTS if pipelines.is_pipeline(path) else None)
             (root / SETTINGS).write_text(text, encoding="utf-8")
@@ -128,8 +132,10 @@ class Workspace(Context):
             WrongBase: `path` holds other weights.
         """
         folder, _ = models.locate(path)
+        base = self.store.base()
+        models.check_base(folder, False, path, None, known=base.code)
         mark = models.fingerprint(folder)
-        if mark != (base := self.store.base()).fingerprint:
+        if mark != base.fingerprint:
             raise WrongBase(
                 f"{folder} holds weights {mark[:12]}, this workspace's base is "
                 f"{base.fingerprint[:12]}: one workspace has one base"
