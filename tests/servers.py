@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import pwd
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 PASSWORD = "s3cr@t/:%"
 LOCKED = "locked"  # the database that asks for a password, over TCP alone
@@ -94,6 +96,14 @@ class Server:
         """A new database, like the template; its name."""
         name = f"d{next(self._numbers)}"
         self.sql(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    def part(self, root: Path) -> str:
+        """The store in `root`, a copy of another one's folder, gets a copy of its database."""
+        path = root / "database.json"
+        told = json.loads(path.read_text())
+        name = self.database(template=urlsplit(told["url"]).path[1:])
+        path.write_text(json.dumps(told | {"url": self.url(name)}))
         return name
 
     def drop(self, name: str) -> None:

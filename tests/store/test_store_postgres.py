@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import threading
@@ -459,6 +460,29 @@ def test_an_upgrade_keeps_a_dump_that_can_be_restored(
         assert restored.add_adapter(build.new_adapter(), b"more").version == 2
         with pytest.raises(Exception, match="the journal only grows"):
             build.sql(restored, "DELETE FROM journal", rules=True)
+
+
+def test_an_upgrade_killed_at_any_time_is_whole_or_was_not(
+    served_store: Store, next_schema: Path, tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    served_store.add_line("main")
+    served_store.close()
+    chance, seen = random.Random(0), set()
+    for i in range(8):
+        process = start(build.upgrade_store, served_store.root, next_schema, tmp_path / "said")
+        process.join(chance.uniform(0.2, 0.6) if i < 7 else None)
+        process.kill()
+        process.join()
+        ((noted,),) = build.sql(served_store, "SELECT version_num FROM alembic_version")
+        columns = build.sql(
+            served_store,
+            "SELECT count(*) FROM information_schema.columns WHERE table_name = 'lines' "
+            "AND column_name = 'colour'",
+        )
+        assert columns == [(int(noted == NEXT),)]
+        seen.add(noted)
+    assert NEXT in seen
+    assert (tmp_path / "said").exists()
 
 
 @pytest.mark.parametrize("here", [None, "an old one", "a failing one"])
