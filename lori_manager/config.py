@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lori_manager import foreign
 from lori_manager.errors import InvalidInput
 from lori_manager.refs import check_name
 
@@ -83,7 +84,8 @@ class Config:
         for f in dataclasses.fields(self):
             given = getattr(self, f.name)
             if isinstance(f.default, float) and type(given) is int:
-                object.__setattr__(self, f.name, float(given))
+                object.__setattr__(self, f.name, _as_float(f.name, given))
+            need(type(given) is not int or abs(given) < 2**63, f.name, "less than 2**63")
             default = {} if f.name == "kind_options" else f.default
             _check_type(f.name, getattr(self, f.name), default)
         need(self.rank >= 1, "rank", "at least 1")
@@ -181,6 +183,14 @@ def types_to_place(targets: Sequence[str]) -> int | None:
     return int(count)
 
 
+def _as_float(key: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError as e:
+        raise InvalidInput(f"`{key}` is a number of {len(hex(value))} hexadecimal digits: "
+                           "give a smaller one") from e  # fmt: skip
+
+
 def _check_type(key: str, value: object, default: object) -> None:
     expected = type(default)
     if type(value) is not expected:
@@ -207,8 +217,8 @@ class GateRule:
         for name in ("margin", "confidence", "minimum"):
             value = getattr(self, name)
             if type(value) is int:
-                object.__setattr__(self, name, float(value))
-                value = float(value)
+                value = _as_float(name, value)
+                object.__setattr__(self, name, value)
             optional = name == "minimum" and value is None
             if not optional and (type(value) is not float or not math.isfinite(value)):
                 raise InvalidInput(f"`{name}` of a gate must be a number, got {value!r}")
@@ -309,11 +319,16 @@ class Settings:
     gate: Gate = field(default_factory=Gate)
 
 
-TASK_KEYS = frozenset(
-    {"train", "eval", "calibration", "probe", "scorer", "description", "probe_rows",
-     "allow_overlap", "lm_eval", "lm_eval_include", "lm_eval_metric", "lm_eval_fewshot",
-     "lm_eval_limit"}
-)  # fmt: skip
+# Key of [tasks.NAME] -> a value of its type.
+TASK_KEYS: Mapping[str, str | int | bool] = {
+    **dict.fromkeys(
+        ("train", "eval", "calibration", "probe", "scorer", "description", "lm_eval",
+         "lm_eval_include", "lm_eval_metric"), ""
+    ),
+    **dict.fromkeys(("probe_rows", "lm_eval_fewshot", "lm_eval_limit"), 0),
+    "allow_overlap": False,
+}  # fmt: skip
+SETTINGS_BYTES = 4 << 20
 
 
 def load_settings(path: Path) -> Settings:
@@ -323,14 +338,14 @@ def load_settings(path: Path) -> Settings:
         InvalidInput: not TOML, or an unknown or unusable key, named.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = foreign.read_whole(path, SETTINGS_BYTES).decode()
     except FileNotFoundError:
         return Settings()
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeDecodeError, foreign.Malformed) as e:
         raise InvalidInput(f"cannot read {path}: {e}; mend or remove the file") from e
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also numbers and dates that no computer holds
         raise InvalidInput(f"{path} is not TOML: {e}") from e
     tasks = data.pop("tasks", {})
     defaults = data.pop("defaults", {})
@@ -350,6 +365,11 @@ def load_settings(path: Path) -> Settings:
             if key not in TASK_KEYS:
                 known = ", ".join(sorted(TASK_KEYS))
                 raise InvalidInput(f"{path}: unknown key {key!r} in [tasks.{name}]; known: {known}")
+        try:
+            for key, value in entry.items():
+                _check_type(key, value, TASK_KEYS[key])
+        except InvalidInput as e:
+            raise InvalidInput(f"{path}: [tasks.{name}]: {e}") from e
     own = {}
     for name, value in scorers.items():
         try:

@@ -87,7 +87,7 @@ class Context:
         base = self.store.base()
         path = Path(base.path)
         if not path.is_dir():
-            path, _ = models.locate(base.source, base.revision)
+            path, _ = models.locate(base.source, base.revision, code=base.code is not None)
         mark = models.fingerprint(path, self.store.root / "fingerprint.json")
         if mark != base.fingerprint:
             raise WrongBase(
@@ -158,7 +158,11 @@ class Context:
     def tokenizer(self) -> Any:
         """The base's tokenizer; InvalidInput where the base does not read text."""
         self.check_text("a tokenizer")
-        return models.load_tokenizer(self.base_folder)
+        return models.load_tokenizer(self.base_folder, self.store.base().code)
+
+    def skeleton(self) -> models.Skeleton:
+        """The base's modules without its weights."""
+        return models.load_skeleton(self.base_folder, self.store.base().code)
 
     def base_model(self, config: Config) -> models.BaseModel:
         """The loaded base; kept for later calls with the same precision and bits."""
@@ -169,7 +173,9 @@ class Context:
         wanted = models.resolve_precision(config.precision), config.base_bits
         if self._model is None or (self._model.precision, self._model.base_bits) != wanted:
             self._model = None  # before the next is loaded: memory may hold one alone
-            self._model = models.load_base(self.base_folder, wanted[0], base_bits=wanted[1])
+            self._model = models.load_base(
+                self.base_folder, wanted[0], base_bits=wanted[1], code=self.store.base().code
+            )
             accelerate(self._model, config.kernels)
         return self._model
 

@@ -14,6 +14,7 @@ from lori_manager.config import Config
 from lori_manager.errors import InvalidInput
 
 LORI = "lori"
+OWN_FORM = "folder of lori's own"
 # Settings that some kinds have no use for; all others count for every kind.
 LOW_RANK = frozenset({"rank", "alpha", "targets"})
 _LORI_ALONE = frozenset(
@@ -58,6 +59,11 @@ class Kind:
     packed: bool = True
     encoders: bool = True
 
+    @property
+    def own_form(self) -> bool:
+        """Whether `lori export` writes a folder of lori's own, see `adapters.own_form`."""
+        return self.export.startswith(OWN_FORM)
+
 
 KINDS = {
     kind.name: kind
@@ -91,13 +97,13 @@ KINDS = {
         Kind(
             "full", "full fine-tuning", "arXiv:1801.06146", 5e-5, frozenset(),
             {"modules": "all"},
-            low_rank=False, export="folder of lori's own, whole model", served="vLLM (whole), lori",
+            low_rank=False, export=f"{OWN_FORM}, whole model", served="vLLM (whole), lori",
             packed=False, encoders=False,
         ),
         Kind(
             "bottleneck", "bottleneck adapters", "arXiv:1902.00751", 1e-3, frozenset(),
             {"placement": "houlsby", "reduction": 16, "activation": "relu"},
-            low_rank=False, export="folder of lori's own", served="lori",
+            low_rank=False, export=OWN_FORM, served="lori",
             encoders=False,
         ),
         Kind(

@@ -8,13 +8,14 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lori_manager import pipelines
+from lori_manager import base_files, foreign, pipelines
 from lori_manager.architectures import (
     CAUSAL,
     IMAGE_ENCODER,
@@ -23,7 +24,7 @@ from lori_manager.architectures import (
     check_architecture,
     context_of,
 )
-from lori_manager.errors import InvalidInput, NotFound, WrongBase, first_line
+from lori_manager.errors import InvalidInput, LoriError, NotFound, WrongBase, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +44,16 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vo
               "merges.txt"]  # fmt: skip
 
 
-def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+def locate(
+    source: str, revision: str | None = None, *, code: bool = False
+) -> tuple[Path, str | None]:
     """The local folder of a base and, for a hub id, the commit that it is.
 
     Args:
         source: a folder with config.json and safetensors weights, a diffusers pipeline's
             folder, or a hub id of either.
         revision: branch, tag or commit on the hub; refused for a folder.
+        code: fetch Python files, too.
     Raises:
         NotFound: neither a usable folder nor something the hub gave.
         InvalidInput: a revision for a folder, a pipeline that is not of the known kind.
@@ -75,7 +79,7 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
 
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=[pipelines.INDEX]))
-        files, left_out = _HUB_FILES, None
+        files, left_out = [*_HUB_FILES, *(["*.py"] if code else [])], None
         if pipelines.is_pipeline(path):
             files, left_out = pipelines.HUB_FILES, pipelines.HUB_VARIANTS
         path = Path(
@@ -94,22 +98,45 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     return path, path.name
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, those of its index where it has one.
+def check_base(
+    folder: Path, trust: bool, source: str, revision: str | None, *, known: str | None = None
+) -> str | None:
+    """Refuse a base whose files ask for too much; the digest of code that may be run.
 
-    Of a pipeline, those of all its parts.
+    Args:
+        folder: the base's. trust, source, revision: see `base_files.check_code`.
+        known: digest of the code that the base was taken with.
+    """
+    if pipelines.is_pipeline(folder):
+        if trust:
+            raise InvalidInput("a diffusion pipeline brings no code: leave --trust-remote-code out")
+        return None
+    base_files.check_folder(folder)
+    if known is not None:
+        base_files.may_run_code(folder, known)
+        return known
+    return base_files.check_code(folder, trust, source, revision)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder that transformers loads.
+
+    That is model.safetensors, else what its index names. Of a pipeline, those of all its parts.
     Raises:
         NotFound: none there. Pickled weights are never loaded.
     """
     if pipelines.is_pipeline(folder):
         return pipelines.weight_files(folder)
     index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            files = [folder / name for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise NotFound(f"{index} is not an index of safetensors files: fetch it again") from e
+            files = pipelines.named_files(index)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise NotFound(
+                f"{index} is not an index of safetensors files beside it: fetch it again"
+            ) from e
     else:
         files = sorted(folder.glob("*.safetensors"))
     missing = [f.name for f in files if not f.is_file()]
@@ -142,7 +169,13 @@ def fingerprint(folder: Path, cache: Path | None = None) -> str:
     tensors: dict[str, bytes] = {}
     for file in files:
         part = f"{file.parent.name}/" if pipelines.is_pipeline(folder) else ""
-        tensors |= {part + name: part.encode() + h for name, h in _tensor_hashes(file).items()}
+        found = {part + name: part.encode() + h for name, h in _tensor_hashes(file).items()}
+        if twice := sorted(tensors.keys() & found):
+            raise WrongBase(
+                f"{folder} has tensor {twice[0]!r} in {file.name} and in another file, so which "
+                "counts depends on who reads it: fetch the weights again"
+            )
+        tensors |= found
     h = hashlib.sha256()
     for name in sorted(tensors):
         h.update(tensors[name])
@@ -177,29 +210,13 @@ def stored_tensors(file: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     Raises:
         WrongBase: not a safetensors file, or cut short.
     """
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if length > min(100_000_000, size):
-            raise WrongBase(f"{file} is not a whole safetensors file")
-        text = f.read(length)
-    start = 8 + length
     try:
-        header = json.loads(text)
-        metadata = dict(header.pop("__metadata__", None) or {})
-        tensors = [
-            StoredTensor(file, name, str(info["dtype"]), tuple(int(n) for n in info["shape"]),
-                         start + int(begin), start + int(end))
-            for name, info in header.items()
-            for begin, end in [info["data_offsets"]]
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise WrongBase(f"{file} is not a whole safetensors file: {e}") from e
-    for t in tensors:
-        if not start <= t.begin <= t.end:
-            raise WrongBase(f"{file} is not a whole safetensors file: tensor {t.name!r}")
-        if t.end > size:
-            raise WrongBase(f"{file} is cut short at tensor {t.name!r}")
+        header, metadata = foreign.read_header(file)
+    except (foreign.Malformed, OSError) as e:
+        raise WrongBase(f"{file} is not a whole safetensors file: {e}; fetch it again") from e
+    tensors = [
+        StoredTensor(file, name, t.dtype, t.shape, t.begin, t.end) for name, t in header.items()
+    ]
     return sorted(tensors, key=lambda t: (t.begin, t.end, t.name)), metadata
 
 
@@ -222,14 +239,37 @@ def _tensor_hashes(file: Path) -> dict[str, bytes]:
     return out
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The base's tokenizer; never runs code that comes with a model."""
+def load_tokenizer(folder: Path, code: str | None = None) -> Any:
+    """The base's tokenizer.
+
+    Args:
+        code: digest of the base's own code, which is run only then; see `base_files`.
+    Raises:
+        NotFound: none that can be used. WrongBase: the code is another.
+    """
     from transformers import AutoTokenizer
 
+    run_code = base_files.may_run_code(folder, code)
+    with _built(f"{folder} holds no usable tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=run_code)
+
+
+@contextmanager
+def _built(what: str) -> Iterator[None]:
+    """Whatever a library makes of a stranger's files becomes one line.
+
+    Its readers fail in types of many libraries, those in Rust in one that is no `Exception`.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise NotFound(f"{folder} holds no usable tokenizer: {first_line(e)}") from e
+        yield
+    except LoriError:
+        raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+            raise
+        raise NotFound(f"{what}: {first_line(e)}") from e
 
 
 @dataclass
@@ -244,6 +284,7 @@ class BaseModel:
         base_bits: 4 where all linear layers but the head hold nf4, else 16.
         architecture: what kind of model it is.
         drawn: names of parameters of the head that the folder does not hold.
+        code: digest of the base's own code where that may run.
     """
 
     model: Any
@@ -252,6 +293,7 @@ class BaseModel:
     base_bits: int = 16
     architecture: Architecture = CAUSAL
     drawn: frozenset[str] = frozenset()
+    code: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -262,7 +304,7 @@ class BaseModel:
     @cached_property
     def tokenizer(self) -> Any:
         """Loaded on first use."""
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self.code)
 
     @cached_property
     def context(self) -> int | None:
@@ -346,7 +388,7 @@ def image_format(folder: Path) -> ImageFormat:
     """
     path = folder / "preprocessor_config.json"
     try:
-        told = json.loads(path.read_text("utf-8"))
+        told = foreign.read_json(path)
         size = told.get("crop_size") if told.get("do_center_crop") else None
         size = size or told["size"]
         if isinstance(size, dict):
@@ -369,13 +411,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         NotFound: missing or not a JSON object.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise NotFound(f"{folder} holds no readable config.json: {e}") from e
-    if not isinstance(config, dict):
-        raise NotFound(f"{folder}/config.json is not a JSON object")
-    return config
+    return base_files.read_settings(folder / base_files.CONFIG)
 
 
 def model_type(folder: Path) -> str:
@@ -475,28 +511,44 @@ class Skeleton:
     transposed: frozenset[str]
 
 
-def load_skeleton(folder: Path) -> Skeleton:
-    """Build the model's modules on the meta device, in well under a second; a pipeline's UNet."""
+def load_skeleton(folder: Path, code: str | None = None) -> Skeleton:
+    """Build the model's modules on the meta device, in well under a second; a pipeline's UNet.
+
+    Args:
+        code: digest of the base's own code, which is run only then; see `base_files`.
+    Raises:
+        NotFound, InvalidInput: no model can be built. WrongBase: the code is another.
+    """
     if pipelines.is_pipeline(folder):
-        unet = pipelines.bare_unet(folder)
+        pipelines.check_library("a diffusion pipeline")
+        with _built(f"{folder} holds no UNet that diffusers can build"):
+            unet = pipelines.bare_unet(folder)
         return Skeleton(unet, linear_shapes(unet), frozenset())
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = bare_model(config)
+    base_files.check_folder(folder)
+    run_code = base_files.may_run_code(folder, code)
+    architecture = check_architecture(read_config(folder))
+    with _built(f"{folder} is not {architecture.article} {architecture.title} lori can load"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=run_code)
+        model = bare_model(config, run_code=run_code)
     shapes = linear_shapes(model)
     transposed = {n for n in shapes if type(model.get_submodule(n)).__name__ == "Conv1D"}
     return Skeleton(model, shapes, frozenset(transposed))
 
 
-def bare_model(config: Any) -> Any:
-    """The modules of a transformers configuration, on the meta device."""
+def bare_model(config: Any, *, run_code: bool = False) -> Any:
+    """The modules of a transformers configuration, on the meta device.
+
+    Args:
+        run_code: the base's own code may be run, see `base_files.may_run_code`.
+    """
     import torch
     import transformers
 
     auto: Any = getattr(transformers, architecture_of(config.model_type).auto)
     with torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=False)
+        return auto.from_config(config, trust_remote_code=run_code)
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -527,7 +579,11 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def load_base(
-    folder: Path, precision: str = "auto", device: str | None = None, base_bits: int = 16
+    folder: Path,
+    precision: str = "auto",
+    device: str | None = None,
+    base_bits: int = 16,
+    code: str | None = None,
 ) -> BaseModel:
     """Load the base frozen, on the best device there is.
 
@@ -537,9 +593,12 @@ def load_base(
             "fp8" (bf16, then every linear layer but the head is quantised to e4m3).
         device: "cpu", "cuda", "mps"; None chooses by itself.
         base_bits: 4 packs every linear layer but the head as nf4, see `_nf4`.
+        code: digest of the base's own code, which is run only then; see `base_files`.
     Raises:
         NotFound: no causal language model and no encoder there.
-        InvalidInput: 4 bits without bitsandbytes, fp8 on a device that has no such products.
+        WrongBase: the code is another.
+        InvalidInput: 4 bits without bitsandbytes, fp8 on a device that has no such products,
+            a configuration that may not be followed.
     """
     import torch
     import transformers
@@ -552,18 +611,16 @@ def load_base(
     dtype = {"fp32": torch.float32, "bf16": bf16, "fp8": bf16}[precision]
     if precision == "fp8":
         fp8.check_device(device)
+    base_files.check_folder(folder)
+    run_code = base_files.may_run_code(folder, code)
     architecture = check_architecture(read_config(folder))
     auto: Any = getattr(transformers, architecture.auto)
-    packed = _nf4(dtype, device, folder) if base_bits == 4 else {}
-    try:
+    packed = _nf4(dtype, device, folder, code) if base_bits == 4 else {}
+    with _built(f"{folder} is not {architecture.article} {architecture.title} lori can load"):
         model, told = auto.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=run_code,
             output_loading_info=True, **packed,
         )  # fmt: skip
-    except (OSError, ValueError) as e:
-        raise NotFound(
-            f"{folder} is not a {architecture.title} lori can load: {first_line(e)}"
-        ) from e
     drawn = _drawn(model, told["missing_keys"], folder) if architecture.encoder else frozenset()
     model.requires_grad_(False)
     model.eval()
@@ -575,7 +632,7 @@ def load_base(
     model = model.to(device)
     if precision == "fp8":
         fp8.quantize_base(model, linear_shapes(model))
-    return BaseModel(model, folder, precision, base_bits, architecture, drawn)
+    return BaseModel(model, folder, precision, base_bits, architecture, drawn, code)
 
 
 def _drawn(model: Any, missing: Iterable[str], folder: Path) -> frozenset[str]:
@@ -587,7 +644,7 @@ def _drawn(model: Any, missing: Iterable[str], folder: Path) -> frozenset[str]:
     return frozenset(missing)
 
 
-def _nf4(compute: torch.dtype, device: str, folder: Path) -> dict[str, Any]:
+def _nf4(compute: torch.dtype, device: str, folder: Path, code: str | None) -> dict[str, Any]:
     """How `from_pretrained` packs linear layers, all but the head, on their way in.
 
     Blocks of 64 weights in 4-bit NormalFloat, the blocks' scales in 8 bits again (double
@@ -597,6 +654,7 @@ def _nf4(compute: torch.dtype, device: str, folder: Path) -> dict[str, Any]:
         compute: dtype of the products and of all that is not packed.
         device: where every tensor goes before it is packed.
         folder: of the base; an encoder's head, which may be several layers, is not packed.
+        code: digest of the base's own code.
     Raises:
         InvalidInput: no bitsandbytes, or one that transformers does not take.
     Source: QLoRA, arXiv:2305.14314, section 3.
@@ -613,7 +671,7 @@ def _nf4(compute: torch.dtype, device: str, folder: Path) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=head_names(load_skeleton(folder).model) or None,
+        llm_int8_skip_modules=head_names(load_skeleton(folder, code).model) or None,
     )
     return {"quantization_config": config, "device_map": {"": device}}
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lori_manager import foreign
 from lori_manager.errors import InvalidInput, NotFound
 from lori_manager.extras import check_extra
 
@@ -94,9 +95,11 @@ def _part_files(part: Path, stem: str) -> list[Path]:
     index = part / f"{stem}.safetensors.index.json"
     if index.is_file():
         try:
-            files = [part / name for name in sorted(set(_json(index)["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError) as e:
-            raise NotFound(f"{index} is not an index of safetensors files: fetch it again") from e
+            files = named_files(index)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise NotFound(
+                f"{index} is not an index of safetensors files beside it: fetch it again"
+            ) from e
     else:
         files = [part / f"{stem}.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
@@ -107,6 +110,19 @@ def _part_files(part: Path, stem: str) -> list[Path]:
             "safetensors in full"
         )
     return files
+
+
+def named_files(index: Path) -> list[Path]:
+    """The files that a safetensors index names, which must stand beside it.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OSError: it is no such index.
+    """
+    names = sorted(set(foreign.read_json(index)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
+            raise ValueError(f"{name!r} is no file beside it")
+    return [index.parent / name for name in names]
 
 
 def reading_digest(folder: Path) -> str:

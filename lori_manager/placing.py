@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lori_manager import models
 from lori_manager.config import Config, types_to_place
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import InvalidInput
@@ -142,7 +141,7 @@ def _layers_of(ws: Context, parent: Adapter) -> tuple[str, ...]:
     if not isinstance(weights, AdapterWeights):
         return tuple(parent.config["targets"])
     modules = set(weights.updates())
-    shapes = models.load_skeleton(ws.base_folder).linear_shapes
+    shapes = ws.skeleton().linear_shapes
     types = {name: own for name, own in module_types(shapes).items() if set(own) <= modules}
     covered = {module for own in types.values() for module in own}
     return tuple(types if covered == modules else sorted(modules))

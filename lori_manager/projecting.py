@@ -112,8 +112,7 @@ def start_of(
         if weights is None:
             return Start(_first(base, config, line, kept))
         return Start(lori.continued_block(weights, config))
-    # On one line, an A that comes beside others is neither theirs nor another task's.
-    label = line if weights is None else f"{line}/{task.name}/{len(weights.blocks)}"
+    label = _label(line, task, weights)
     fresh = lori.fresh_block(shapes, config, label)
     if config.projection == "orthogonal":
         row = _first_row(ws, label, config.rank)
@@ -132,6 +131,23 @@ def start_of(
             _keep(kept, *found)
     block, how = found
     return Start(block, weights, {"A": how["A"]} if how else {}, how)
+
+
+def reserve_rows(
+    ws: Context, task: Task, config: Config, line: str, parent: Adapter | None
+) -> None:
+    """Give an orthogonal A its rows before its training begins.
+
+    They are given in the order in which trainings ask: of those that run at once, that
+    order must not be left to chance.
+    """
+    weights = None if parent is None else ws.weights(parent)
+    _first_row(ws, _label(line, task, weights), config.rank)
+
+
+def _label(line: str, task: Task, weights: AdapterWeights | None) -> str:
+    """What an A is seeded by: beside others on a line, neither as they are nor as another task."""
+    return line if weights is None else f"{line}/{task.name}/{len(weights.blocks)}"
 
 
 def _first(base: BaseModel, config: Config, line: str, kept: Path | None) -> Block:

@@ -25,6 +25,7 @@ class Base:
     path: str  # the local folder that holds the files
     model_type: str
     created_at: datetime
+    code: str | None = None  # SHA-256 of the base's own Python files, where these may be run
 
 
 @dataclass(frozen=True)

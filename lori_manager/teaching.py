@@ -252,28 +252,41 @@ def _touches(ws: Context, mask: Mask, used: Mapping[str, Tensor]) -> bool:
     return any(bool((m & used[n]).any()) for n, m in ws.mask_tensors(mask).items())
 
 
-def train(
+@dataclass(frozen=True)
+class Course:
+    """A training that can begin: its tasks, in order, and settings that go together."""
+
+    tasks: tuple[Task, ...]
+    config: Config
+    options: TrainOptions
+    sequence: str | None = None
+
+    def plan(self, ws: Context) -> dict[str, Any]:
+        """What a run is known by: equal plans go on with one another."""
+        # What does not change the result may differ when an interrupted command is given again.
+        settings = {k: v for k, v in self.config.to_json().items() if k not in NOT_DECIDING}
+        return {
+            "sequence": self.sequence,
+            "tasks": [t.ref for t in self.tasks],
+            "config": settings,
+            "options": self.options.to_json(),
+            "base": ws.store.base().fingerprint,
+        }
+
+
+def prepared(
     ws: Context,
     names: Sequence[str],
     config: Config | None = None,
     options: TrainOptions | None = None,
     *,
     sequence: str | None = None,
-) -> list[Trained]:
-    """Train tasks, one after another.
-
-    Without `sequence` each is an adapter of its own, from the base or from
-    `options.start`. With it they are the stages of one line: one A, each stage
-    continuing the one before (with an orthogonal or nullspace A each stage adds a
-    block of its own to those before), and after every stage all the tasks are scored,
-    also the coming ones. Interrupted, the same call goes on.
+) -> Course:
+    """The training that these name, checked as far as it can be before a model is loaded.
 
     Raises:
-        Conflict: another process is at the same, or the line holds another sequence.
-        InvalidInput: options that do not go together.
+        InvalidInput, Conflict, NotFound: see `train`.
     """
-    from lori_manager.adapters.lori import fresh_block
-
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
     _check_kind(config, options, sequence)
@@ -322,22 +335,72 @@ def train(
         check_replay(ws, tasks, parent, sequence=sequence is not None)
     if sequence is not None:
         ws.check_line(sequence, sequence=True)
-    # What does not change the result may differ when an interrupted command is given again.
-    settings = {k: v for k, v in config.to_json().items() if k not in NOT_DECIDING}
-    plan = {
-        "sequence": sequence,
-        "tasks": [t.ref for t in tasks],
-        "config": settings,
-        "options": options.to_json(),
-        "base": ws.store.base().fingerprint,
-    }
-    with _running(ws, plan) as (run, folder):
+    return Course(tuple(tasks), config, options, sequence)
+
+
+def train_stage(
+    ws: Context,
+    course: Course,
+    stage: int,
+    run: str,
+    folder: Path,
+    done: Adapter | None = None,
+    before: Adapter | None = None,
+    placement: Placed | None = None,
+) -> Trained:
+    """Train, store and score one task of a run, or score what it left.
+
+    Args:
+        stage: the task's place in the course.
+        run, folder: the open run, see `running`.
+        done: what the run has stored for this stage.
+        before: the stage before, of a sequence.
+        placement: of a sequence; None places the task's own layers.
+    """
+    task, config, options = course.tasks[stage], course.config, course.options
+    adapter, mask, capacity = done, None, None
+    if adapter is None:
+        parent = before or (ws.adapter(options.start) if options.start else None)
+        adapter, mask, capacity = _train_stage(
+            ws, task, placement or placed(ws, task, config, parent), options, parent,
+            course.sequence, run, stage, folder,
+        )  # fmt: skip
+    scored = course.tasks if course.sequence is not None else [task]
+    scores = score_missing(ws, adapter.ref, scored, config)
+    return Trained(adapter, tuple(scores), mask, capacity, done is not None)
+
+
+def train(
+    ws: Context,
+    names: Sequence[str],
+    config: Config | None = None,
+    options: TrainOptions | None = None,
+    *,
+    sequence: str | None = None,
+) -> list[Trained]:
+    """Train tasks, one after another.
+
+    Without `sequence` each is an adapter of its own, from the base or from
+    `options.start`. With it they are the stages of one line: one A, each stage
+    continuing the one before (with an orthogonal or nullspace A each stage adds a
+    block of its own to those before), and after every stage all the tasks are scored,
+    also the coming ones. Interrupted, the same call goes on.
+
+    Raises:
+        Conflict: another process is at the same, or the line holds another sequence.
+        InvalidInput: options that do not go together.
+    """
+    from lori_manager.adapters.lori import fresh_block
+
+    course = prepared(ws, names, config, options, sequence=sequence)
+    tasks, config, options = course.tasks, course.config, course.options
+    with running(ws, course.plan(ws)) as (run, folder):
         done = {a.stage: a for a in ws.store.run_adapters(run)}
-        placement = Placed(config)
+        placement = None
         if sequence is not None:
             placement = placed(ws, tasks[0], config)  # one A, so its first task decides
             if not done:  # a name is claimed for good, so only settings that can be used claim it
-                shapes = models.load_skeleton(ws.base_folder).linear_shapes
+                shapes = ws.skeleton().linear_shapes
                 if config.kind == LORI:
                     fresh_block(shapes, placement.config, sequence)
                 else:
@@ -345,26 +408,13 @@ def train(
             _claim_sequence(ws, sequence, tasks, done)
             score_missing(ws, BASE, tasks, config)
         results: list[Trained] = []
-        for stage, task in enumerate(tasks):
-            adapter = done.get(stage)
-            mask = capacity = None
-            resumed = adapter is not None
-            if adapter is None:
-                parent = (
-                    results[-1].adapter
-                    if sequence is not None and results
-                    else (ws.adapter(options.start) if options.start else None)
-                )
-                if sequence is None:
-                    placement = placed(ws, task, config, parent)
-                adapter, mask, capacity = _train_stage(
-                    ws, task, placement, options, parent, sequence, run, stage, folder
-                )
-            else:
-                ws.on_message(f"{adapter.ref} is there already, going on")
-            scored = tasks if sequence is not None else [task]
-            scores = score_missing(ws, adapter.ref, scored, config)
-            results.append(Trained(adapter, tuple(scores), mask, capacity, resumed))
+        for stage in range(len(tasks)):
+            if stage in done:
+                ws.on_message(f"{done[stage].ref} is there already, going on")
+            before = results[-1].adapter if sequence is not None and results else None
+            results.append(
+                train_stage(ws, course, stage, run, folder, done.get(stage), before, placement)
+            )
         ws.store.finish_run(run)
     return results
 
@@ -587,7 +637,7 @@ def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> 
 
 
 @contextmanager
-def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+def running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     """The run of this plan, open or new, held by this process alone.
 
     Raises:
@@ -622,13 +672,13 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             line.release()
 
 
-def held_lock(path: Path, what: str) -> FileLock:
-    """A lock held by this process; Conflict where another has it."""
+def held_lock(path: Path, what: str, patience: float = 0) -> FileLock:
+    """A lock held by this process; Conflict where another has it for `patience` seconds more."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as e:
         raise Conflict(f"{what} is running in another process; wait for it") from e
     return lock

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, given to the caller after every step."""
+    """Where a run is, given to the caller after every step; `job` is which of several at once."""
 
     phase: str
     step: int
@@ -40,6 +40,7 @@ class Progress:
     loss: float
     tokens_per_second: float
     seconds_left: float
+    job: str = ""
 
 
 OnProgress = Callable[[Progress], None]

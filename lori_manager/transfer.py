@@ -115,7 +115,7 @@ def _head_for(
 def _told(ws: Context, adapter: Adapter, head: Head | None) -> dict[str, Any]:
     """What a PEFT directory says of an adapter, its head and its base."""
     base = ws.store.base()
-    skeleton = models.load_skeleton(ws.base_folder)
+    skeleton = ws.skeleton()
     told = {
         "base_name": base.source,
         "revision": base.revision,
@@ -171,7 +171,7 @@ def import_adapters(
 
     ws.check_language("importing PEFT adapters")
 
-    skeleton = models.load_skeleton(ws.base_folder)
+    skeleton = ws.skeleton()
     base = ws.store.base()
     names = {base.source, base.path, models.read_config(ws.base_folder).get("_name_or_path")}
     out = []

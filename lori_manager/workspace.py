@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lori_manager.reporting.contents import Report
     from lori_manager.reporting.kind_comparisons import KindsCompared
     from lori_manager.suggesting import Suggestion
+    from lori_manager.teaching import Trained, TrainOptions
 
 FOLDER = ".lori"
 
@@ -63,6 +64,7 @@ class Workspace(Context):
         revision: str | None = None,
         *,
         database: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Workspace:
         """Make a workspace in `root` for a base model.
 
@@ -72,9 +74,11 @@ class Workspace(Context):
             revision: of the hub id.
             database: `postgresql://USER@HOST/DATABASE`, empty, for the rows; a file in `root` where
                 None. A password in it is used now and not kept.
+            trust_remote_code: run Python code that comes with the base, see `base_files`.
         Raises:
             NotFound: no such base. Conflict: there is a workspace already.
             StorageFailed: no such server or database, or it does not let us in.
+            InvalidInput: the base asks for more than lori lets it, or for its own code.
         """
         root = Path(root).absolute()
         server = None if database is None else Postgres.at(database)
@@ -84,14 +88,15 @@ class Workspace(Context):
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
         if begun is None and server is not None:
             reach(server)
-        path, commit = models.locate(base, revision)
+        path, commit = models.locate(base, revision, code=trust_remote_code)
+        code = models.check_base(path, trust_remote_code, base, revision)
         mark = models.fingerprint(path)
         kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
         store = begun or Store.create(root / FOLDER, server)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
-        store.set_base(Base(mark, source, commit, str(path), kind, now))
+        store.set_base(Base(mark, source, commit, str(path), kind, now, code))
         if not (root / SETTINGS).exists():
             text = default_toml(pipelines.DEFAULTS if pipelines.is_pipeline(path) else None)
             (root / SETTINGS).write_text(text, encoding="utf-8")
@@ -127,8 +132,10 @@ class Workspace(Context):
             WrongBase: `path` holds other weights.
         """
         folder, _ = models.locate(path)
+        base = self.store.base()
+        models.check_base(folder, False, path, None, known=base.code)
         mark = models.fingerprint(folder)
-        if mark != (base := self.store.base()).fingerprint:
+        if mark != base.fingerprint:
             raise WrongBase(
                 f"{folder} holds weights {mark[:12]}, this workspace's base is "
                 f"{base.fingerprint[:12]}: one workspace has one base"
@@ -210,6 +217,20 @@ class Workspace(Context):
         from lori_manager.blaming import blame
 
         return blame(self, ref, task, halve=halve, general=general, config=config)
+
+    def train_jobs(
+        self,
+        tasks: Sequence[str],
+        config: Config | None = None,
+        options: TrainOptions | None = None,
+        *,
+        jobs: int,
+    ) -> list[Trained]:
+        """Independent trainings, `jobs` at once through Ray; see `jobs.driving.train_jobs`."""
+        from lori_manager.jobs.driving import train_jobs
+        from lori_manager.jobs.on_ray import RayWorkers
+
+        return train_jobs(self, tasks, config, options, jobs, RayWorkers)
 
     def compare_kinds(self, task: str, kinds: Sequence[str], **options: Any) -> KindsCompared:
         """Several kinds of adapters on one task; see `kind_comparison.compare_kinds`."""

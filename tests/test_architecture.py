@@ -16,7 +16,16 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("workspace",),
-    ("blaming", "differing", "forecasting", "gating", "kind_comparison", "benching", "suggesting"),
+    (
+        "blaming",
+        "differing",
+        "forecasting",
+        "gating",
+        "kind_comparison",
+        "benching",
+        "suggesting",
+        "jobs",
+    ),
     ("remerging",),
     ("image_intake",),
     ("teaching", "combining", "transfer", "intake", "integrity", "doctor", "sampling"),
@@ -46,9 +55,10 @@ ROWS = (
     ("merging", "metrics"),
     ("engine",),
     ("kinds",),
-    ("architectures",),
+    ("base_files", "architectures"),
     ("pipelines",),
-    ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain", "rates"),
+    ("config", "records", "refs", "registry", "sandbox", "extras", "plain", "rates"),
+    ("foreign", "errors"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -63,12 +73,12 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
-    "kind_comparison", "benching", "suggesting", "probing", "rates", "placement", "placing",
+    "kind_comparison", "benching", "suggesting", "jobs", "probing", "rates", "placement", "placing",
     "settings_file", "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding",
     "replaying", "merge_inputs", "context", "kinds", "auditing", "blaming", "differing",
     "remerging", "answering", "changes", "comparing", "plain", "reporting", "models", "store",
     "config", "architectures", "records", "refs", "registry", "sandbox", "extras", "errors",
-    "image_intake", "sampling", "pipelines",
+    "image_intake", "sampling", "pipelines", "base_files", "foreign",
 }  # fmt: skip
 
 

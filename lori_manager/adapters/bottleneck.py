@@ -149,7 +149,7 @@ def check(model: nn.Module, weights: KindWeights) -> None:
     if found != expected:
         odd = sorted(dict(expected.items() ^ found.items()))[0]
         raise WrongBase(
-            f"tensor {odd!r} of this bottleneck adapter is {found.get(odd, 'missing')}, this "
+            f"tensor {odd[:120]!r} of this bottleneck adapter is {found.get(odd, 'missing')}, this "
             f"{type(model).__name__} has {expected.get(odd, 'no such place')}: it was made for "
             "another model"
         )
@@ -191,6 +191,7 @@ def find_places(model: nn.Module, placement: str) -> dict[str, int]:
 def _check_options(options: Mapping[str, Any]) -> None:
     if (
         set(options) != {"placement", "reduction", "activation"}
+        or not all(isinstance(options[key], str) for key in ("placement", "activation"))
         or options["placement"] not in PLACEMENTS
         or options["activation"] not in ACTIVATIONS
         or type(options["reduction"]) is not int
@@ -198,7 +199,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     ):
         raise InvalidInput(
             f"kind `{KIND}` wants `placement` of {', '.join(PLACEMENTS)}, `activation` of "
-            f"{', '.join(ACTIVATIONS)} and `reduction` of at least 1, got {dict(options)}"
+            f"{', '.join(ACTIVATIONS)} and `reduction` of at least 1, got "
+            f"{str(dict(options))[:200]}"
         )
 
 

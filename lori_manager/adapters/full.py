@@ -132,7 +132,8 @@ def check(model: nn.Module, weights: KindWeights) -> None:
     for name, t in weights.tensors.items():
         if shapes.get(name) != tuple(t.shape):
             raise WrongBase(
-                f"the difference {name!r} is {tuple(t.shape)}, this {type(model).__name__} has "
+                f"the difference {name[:120]!r} is {tuple(t.shape)}, this "
+                f"{type(model).__name__} has "
                 f"{shapes.get(name, 'no such parameter')}: it was made for another model"
             )
 

@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lori_manager.adapters.peft_format import CARD_FILE, FINGERPRINT_KEY
+from lori_manager import foreign
+from lori_manager.adapters.peft_format import CARD_FILE, FINGERPRINT_KEY, FLOATS
 from lori_manager.adapters.staging import staged_directory
+from lori_manager.engine.codec import DIMENSIONS
 from lori_manager.engine.weights import KindWeights
 from lori_manager.errors import DamagedObject, ImportRefused
 from lori_manager.kinds import KINDS
@@ -26,8 +28,7 @@ JSON_FILE = "lori_adapter.json"
 TENSORS_FILE = "adapter.safetensors"
 FORMAT = "lori-kind"
 VERSION = 1
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FIELDS = frozenset({"format", "version", "kind", "source", "options", "base"})
 
 
 def write_own(weights: KindWeights, directory: Path, told: Mapping[str, Any]) -> None:
@@ -83,26 +84,29 @@ def read_own(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        doc = json.loads(path.read_bytes())
+        doc = foreign.read_json(foreign.file_inside(path.parent, path.name))
     except OSError as e:
         raise ImportRefused(f"{path.name} cannot be read: {e.strerror or e}") from e
-    except (ValueError, RecursionError) as e:
-        raise DamagedObject(f"{path.name} is not valid JSON: {e}; copy it again") from e
+    except foreign.Malformed as e:
+        raise DamagedObject(f"{path.name} is not usable: {e}; copy it again") from e
     if not isinstance(doc, dict) or doc.get("format") != FORMAT:
         raise ImportRefused(f"{path.name} must say that its format is {FORMAT!r}")
-    if doc.get("version") != VERSION:
+    if type(doc.get("version")) is not int or doc["version"] != VERSION:
         raise ImportRefused(
-            f"{path.name} is of version {str(doc.get('version'))[:20]}, this lori reads {VERSION}: "
-            "update lori"
+            f"{path.name} is of version {str(doc.get('version'))[:20]!r}, this lori reads "
+            f"{VERSION}: update lori"
         )
     kind = doc.get("kind")
     row = KINDS.get(kind) if isinstance(kind, str) else None
-    if row is None or row.low_rank:
-        known = ", ".join(k.name for k in KINDS.values() if not k.low_rank)
+    if row is None or not row.own_form:
+        known = ", ".join(k.name for k in KINDS.values() if k.own_form)
         raise ImportRefused(f"kind {str(kind)[:40]!r} has no such folder; these may have: {known}")
     for key in ("options", "base"):
         if not isinstance(doc.get(key), dict):
             raise ImportRefused(f"`{key}` of {path.name} must be an object")
+    unknown = doc.keys() - _FIELDS
+    if unknown:
+        raise ImportRefused(f"{path.name} has the unknown field {min(unknown)[:40]!r}: update lori")
     return doc
 
 
@@ -112,7 +116,7 @@ def _check_base(
     recorded = base.get("fingerprint")
     if recorded is not None and recorded != fingerprint:
         raise ImportRefused(
-            f"made for a base with fingerprint {str(recorded)[:20]}, this base has "
+            f"made for a base with fingerprint {str(recorded)[:20]!r}, this base has "
             f"{fingerprint[:20]}: import it into a workspace of its own base"
         )
     if recorded is None and base.get("base_name") not in names and not assume:
@@ -124,19 +128,28 @@ def _check_base(
 
 def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(directory / TENSORS_FILE, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-    except (SafetensorError, OSError, ValueError) as e:
+        path = foreign.file_inside(directory, TENSORS_FILE)
+        header, _ = foreign.read_header(path)
+    except (foreign.Malformed, OSError) as e:
         raise DamagedObject(f"{TENSORS_FILE} cannot be read: {e}; copy it again") from e
-    dtypes = {t.dtype for t in tensors.values()}
-    if len(dtypes) != 1 or not dtypes.issubset(_DTYPES):
+    dtypes = {entry.dtype for entry in header.values()}
+    if len(dtypes) != 1 or not dtypes.issubset(FLOATS):
         raise ImportRefused(
-            f"{TENSORS_FILE} must hold tensors of one dtype of float32, bfloat16 and float16, got "
-            f"{', '.join(sorted(map(str, dtypes))) or 'none'}"
+            f"{TENSORS_FILE} must hold tensors of one dtype of {', '.join(FLOATS)}, got "
+            f"{', '.join(sorted(dtypes)) or 'none'}"
         )
+    for name, entry in header.items():
+        if not 1 <= len(entry.shape) <= DIMENSIONS or 0 in entry.shape:
+            raise ImportRefused(
+                f"tensor {name[:80]!r} of {TENSORS_FILE} has the shape {list(entry.shape)}: "
+                f"expected values in 1 to {DIMENSIONS} dimensions"
+            )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in sorted(header)}
+    except (SafetensorError, OSError) as e:
+        raise DamagedObject(f"{TENSORS_FILE} cannot be read: {e}; copy it again") from e
     for name, t in tensors.items():
-        if not name.isprintable() or not t.ndim or not t.numel():
-            raise ImportRefused(f"tensor {name[:80]!r} of {TENSORS_FILE} has no values or no name")
         if not bool(torch.isfinite(t).all()):
             raise DamagedObject(
                 f"tensor {name[:80]!r} has values that are not finite: take an earlier export"

@@ -22,7 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lori_manager.adapters.kind import Training, own_start
-from lori_manager.adapters.peft_format import CONFIG_FILE, FINGERPRINT_KEY, WEIGHTS_FILE
+from lori_manager.adapters.peft_config import shown
+from lori_manager.adapters.peft_format import (
+    CONFIG_FILE,
+    FINGERPRINT_KEY,
+    FLOATS,
+    WEIGHTS_FILE,
+)
 from lori_manager.adapters.peft_import import check_base, read_config, read_header
 from lori_manager.adapters.staging import staged_directory
 from lori_manager.config import Config
@@ -33,6 +39,11 @@ from lori_manager.models import BaseModel
 KIND = "prefix"
 PEFT_TYPE = "PREFIX_TUNING"
 TENSOR = "prompt_embeddings"  # PEFT's name
+# Of the configuration: what changes nothing of a stored prefix.
+_HARMLESS = frozenset(
+    {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
+     "auto_mapping", "peft_version", "init_weights", "encoder_hidden_size", "prefix_projection"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -169,12 +180,11 @@ def read(
             raise ImportRefused(
                 f"{WEIGHTS_FILE} must hold {TENSOR!r} alone: save it with PEFT again"
             )
+        _check_described(config, header[TENSOR], cache_shape(model))
         try:
             values = load_tensors((directory / WEIGHTS_FILE).read_bytes())[TENSOR]
         except (SafetensorError, OSError) as e:
             raise DamagedObject(f"{WEIGHTS_FILE} cannot be read: {e}; copy it again") from e
-        if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ImportRefused(f"{TENSOR} is {values.dtype}: convert it and save again")
         if not bool(torch.isfinite(values).all()):
             raise DamagedObject(f"{TENSOR} has values that are not finite")
     except (ImportRefused, DamagedObject) as e:
@@ -182,6 +192,46 @@ def read(
     weights = KindWeights(KIND, _options(cache_shape(model)), {TENSOR: values})
     check(model, weights)
     return weights, config, tuple(notes)
+
+
+def _check_described(config: Mapping[str, Any], found: Mapping[str, Any], shape: Shape) -> None:
+    """Refuse values that are not what the configuration and this model have.
+
+    Raises:
+        ImportRefused: names the field.
+    """
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ImportRefused(
+            f"task_type is {shown(config['task_type'])}: only CAUSAL_LM adapters can be imported"
+        )
+    if found["dtype"] not in FLOATS:
+        raise ImportRefused(f"{TENSOR} is {found['dtype']}: convert it and save again")
+    rows = found["shape"][0] if found["shape"] else 0
+    if rows < 1 or found["shape"] != [rows, shape.width]:
+        raise ImportRefused(
+            f"{TENSOR} has shape {found['shape']}, expected [virtual tokens, {shape.width}] from "
+            "this base: it was made for another model"
+        )
+    expected = {
+        "num_virtual_tokens": rows,
+        "num_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "token_dim": shape.token_dim,
+        "num_transformer_submodules": 1,
+    }
+    for field, value in expected.items():
+        given = config.get(field)
+        if given is not None and (type(given) is not int or given != value):
+            raise ImportRefused(
+                f"{field} is {shown(given)}, and the tensor and this base have {value}: correct "
+                f"{CONFIG_FILE} or the file"
+            )
+    for field in sorted(config.keys() - expected.keys() - _HARMLESS):
+        if config[field]:
+            raise ImportRefused(
+                f"{shown(field, 60)} is set ({shown(config[field])}): this lori does not know "
+                "what it computes; train without it"
+            )
 
 
 def check(model: nn.Module, weights: KindWeights) -> None:

@@ -45,6 +45,7 @@ def _base(base: Base) -> None:
             "type": f"{base.model_type}, a {architecture_of(base.model_type).title}",
             "path": base.path,
             "fingerprint": base.fingerprint,
+            "code": base.code and f"{base.code}, runs",
             "since": output.time(base.created_at),
         }
     )

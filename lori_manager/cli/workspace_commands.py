@@ -25,6 +25,13 @@ def init(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python code that comes with the base; needs the whole commit as --revision.",
+        ),
+    ] = False,
     store: Annotated[
         str | None,
         typer.Option(
@@ -45,7 +52,9 @@ def init(
     from lori_manager.workspace import Workspace
 
     folder = directory or ctx.obj.folder
-    with Workspace.create(folder, base, revision, database=store) as ws:
+    with Workspace.create(
+        folder, base, revision, database=store, trust_remote_code=trust_remote_code
+    ) as ws:
         made = ws.store.base()
         if json:
             output.print_json({"root": ws.root, "base": made})

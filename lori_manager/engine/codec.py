@@ -80,7 +80,9 @@ MASK_FORMAT = "lori-mask"
 FREE_ENTRIES = 2**25
 ENTRIES_PER_BYTE = 256
 
+DIMENSIONS = 8  # of a tensor of a kind, at most
 _SIZE_LIMIT = 2**31
+_WIDEST = 2**18  # inputs of a module whose A is made: the time for an entry grows with them
 _SEED_LIMIT = 2**64
 
 # name -> dtype, integers of its size, and the bits that are all ones in inf and nan,
@@ -335,6 +337,8 @@ def _block_sizes(block: Block) -> Sizes:
                 raise ValueError(f"mask of {name!r}: expected bool like B, got {_kind(m)}")
             if bool(torch.any((B != 0) & ~m)):
                 raise ValueError(f"B of {name!r} is not zero outside its mask")
+        if spec is not None and A_shape[1] > _WIDEST:
+            raise ValueError(f"{name!r} has {A_shape[1]} inputs: at most {_WIDEST} can be stored")
         sizes[name] = (B.shape[0], A_shape[1], A_shape[0])
     return sizes
 
@@ -391,6 +395,8 @@ def _decode_projection(record: dict[str, Any], sizes: Sizes, at: str) -> Project
         raise DamagedObject(f"{at} has an impossible seed or line")
     if any(rank != record["rank"] for _, _, rank in sizes.values()):
         raise DamagedObject(f"{at} and its modules have different ranks")
+    if any(columns > _WIDEST for _, columns, _ in sizes.values()):
+        raise DamagedObject(f"{at} is for more than {_WIDEST} inputs")
     return ProjectionSpec.from_json(record, {n: columns for n, (_, columns, _) in sizes.items()})
 
 
@@ -548,8 +554,8 @@ def _group(sizes: Sizes) -> list[Any]:
 
 
 def _ungroup(groups: list[Any], dimensions: int | None, where: str) -> Sizes:
-    """The inverse of `_group`; `dimensions` None takes any number from one to eight."""
-    lengths = range(2, 10) if dimensions is None else (dimensions + 1,)
+    """The inverse of `_group`; `dimensions` None takes any number from one to `DIMENSIONS`."""
+    lengths = range(2, DIMENSIONS + 2) if dimensions is None else (dimensions + 1,)
     sizes: Sizes = {}
     for group in groups:
         if not isinstance(group, list) or len(group) not in lengths:

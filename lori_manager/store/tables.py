@@ -130,6 +130,7 @@ base = Table(
     Column("path", Text, nullable=False),
     Column("model_type", Text, nullable=False),
     Column("created_at", UtcTime, nullable=False),
+    Column("code", Text),
     UniqueConstraint("fingerprint"),
     CheckConstraint("id = 1", name="one_row"),
 )
