@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import pwd
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 PASSWORD = "s3cr@t/:%"
 LOCKED = "locked"  # the database that asks for a password, over TCP alone
@@ -44,6 +46,16 @@ def missing() -> str | None:
     return None
 
 
+# Ends the server and removes its folder once nobody holds the other end of its input any more, as
+# when the tests were killed.
+_WATCH = """
+cat > /dev/null
+pid=$(head -n 1 "$0/data/postmaster.pid") && kill -QUIT "$pid"
+while [ "$pid" ] && kill -0 "$pid"; do sleep 0.05; done
+rm -rf "$0"
+"""
+
+
 class Server:
     """Serves until it is closed; the superuser is `lori`."""
 
@@ -51,6 +63,14 @@ class Server:
         self.folder = folder
         self.port = _free_port()
         self._numbers = itertools.count()
+        self._watch = subprocess.Popen(
+            ["sh", "-c", _WATCH, str(folder)],
+            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        """Make the cluster, start it, and make the database that asks for a password."""
+        folder = self.folder
         _own(folder)
         self._run("initdb", "--username=lori", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync",
                   f"--pgdata={folder / 'data'}")  # fmt: skip
@@ -61,6 +81,11 @@ class Server:
         quoted = PASSWORD.replace("'", "''")
         self.sql(f"CREATE ROLE guarded LOGIN PASSWORD '{quoted}'")
         self.sql(f"CREATE DATABASE {LOCKED} OWNER guarded")
+
+    def close(self) -> None:
+        assert self._watch.stdin is not None
+        self._watch.stdin.close()
+        self._watch.wait()
 
     def start(self) -> None:
         self._run("pg_ctl", "start", "--wait", f"--pgdata={self.folder / 'data'}",
@@ -96,6 +121,14 @@ class Server:
         self.sql(f"CREATE DATABASE {name} TEMPLATE {template}")
         return name
 
+    def part(self, root: Path) -> str:
+        """The store in `root`, a copy of another one's folder, gets a copy of its database."""
+        path = root / "database.json"
+        told = json.loads(path.read_text())
+        name = self.database(template=urlsplit(told["url"]).path[1:])
+        path.write_text(json.dumps(told | {"url": self.url(name)}))
+        return name
+
     def drop(self, name: str) -> None:
         self.sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
@@ -122,15 +155,12 @@ def serving(where: str | None = None) -> Iterator[Server]:
         where: a folder to lie in instead.
     """
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    folder = Path(tempfile.mkdtemp(prefix="lori-pg-", dir=where or memory))
+    server = Server(Path(tempfile.mkdtemp(prefix="lori-pg-", dir=where or memory)))
     try:
-        server = Server(folder)
-        try:
-            yield server
-        finally:
-            server.stop("immediate")
+        server.begin()
+        yield server
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        server.close()
 
 
 def _binaries() -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +79,8 @@ def settle(root: Path) -> None:
 
 def place(root: Path) -> str:
     """The folder, for people on other machines."""
+    import socket
+
     return f"{socket.gethostname()}:{root.absolute()}"
 
 

@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from lori_manager.errors import IncompatibleStore, InvalidInput, LoriError
 from lori_manager.extras import load_extra
-from lori_manager.store import postgres_dump, postgres_failures
+from lori_manager.store import postgres_failures
 
 if TYPE_CHECKING:
     from psycopg import Connection as Driver
@@ -209,6 +209,8 @@ class Postgres:
 
     def back_up(self, folder: Path, revision: str) -> tuple[Path | None, str]:
         """Dump the schema's tables; while a migration holds the write lock none changes."""
+        from lori_manager.store import postgres_dump
+
         facts = self.facts()
         return postgres_dump.dump(
             folder / f"registry.{revision}.dump", self.shown, facts.schema, facts.version,

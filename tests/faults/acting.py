@@ -22,7 +22,9 @@ from lori_manager.errors import Conflict
 from lori_manager.records import Base, NewAdapter, NewScore, Parent, Split
 from lori_manager.refs import AdapterRef
 from lori_manager.store import database
+from lori_manager.store.databases import REGISTRY
 from lori_manager.store.files import private_folder, storing
+from lori_manager.store.postgres import Postgres
 from lori_manager.store.store import Store
 
 Ack = Callable[[str], None]
@@ -38,9 +40,9 @@ def act(function: Callable[[Path, Ack], None]) -> Callable[[Path, Ack], None]:
     return function
 
 
-def prepare(place: Path) -> None:
+def prepare(place: Path, server: Postgres | None = None) -> None:
     """A store with a task, two trained adapters and an old database beside it."""
-    with Store.create(place / ".lori") as store:
+    with Store.create(place / ".lori", server) as store:
         store.set_base(Base(FINGERPRINT, "tiny", None, str(place), "llama", datetime.now(UTC)))
         rows = b"".join(b'{"prompt":"%d","completion":"x"}\n' % i for i in range(ROWS))
         digest = store.objects.put(rows)
@@ -52,9 +54,15 @@ def prepare(place: Path) -> None:
             store.add_adapter(adapter("safety"), b"first weights %d" % i)
     old = place / "old"
     old.mkdir()
-    with sqlite3.connect(old / database.REGISTRY) as file:
+    with sqlite3.connect(old / REGISTRY) as file:
         file.executescript((SCHEMAS / f"{OLD}.sql").read_text())
     file.close()
+
+
+def spare(place: Path) -> Postgres | None:
+    """An empty database for a first start; None for a file."""
+    told = place / "spare"
+    return Postgres.at(told.read_text()) if told.exists() else None
 
 
 def adapter(line: str, **changes: Any) -> NewAdapter:
@@ -79,7 +87,7 @@ def create(place: Path, ack: Ack) -> None:
     """A first start, in a folder that was not there."""
     root = place / "team" / "project" / ".lori"
     with contextlib.suppress(Conflict):
-        Store.create(root).close()
+        Store.create(root, spare(place)).close()
     with Store.open(root) as store:
         store.set_base(Base(FINGERPRINT, "tiny", None, str(place), "llama", datetime.now(UTC)))
         store.add_adapter(adapter("first"), b"first")
@@ -218,7 +226,7 @@ def check(place: Path, acks: list[str]) -> None:
                 assert every[words[0]].hidden, told
         last = [told.split() for told in acks if told.startswith("alias")][-1:]
         assert all(aliases[word] >= int(version) for _, word, version in last)
-    old = sqlite3.connect(place / "old" / database.REGISTRY)
+    old = sqlite3.connect(place / "old" / REGISTRY)
     (revision,) = old.execute("SELECT version_num FROM alembic_version").fetchone()
     (rows,) = old.execute("SELECT count(*) FROM adapters").fetchone()
     assert old.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

@@ -16,8 +16,10 @@ from typing import Any
 
 import acting
 import pytest
+import servers
 
 import lori_manager
+from lori_manager.store.postgres import Postgres
 
 HERE = Path(__file__).parent
 SOAK = float(os.environ.get("LORI_SOAK") or 0)
@@ -134,3 +136,49 @@ def scene(server: Server, prepared: Path, ground: Path) -> Callable[[str], Scene
         return Scene(server, place, told)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def disk_server() -> Iterator[Any]:
+    """A PostgreSQL server on the real disk."""
+    lacking = servers.missing()
+    if lacking:
+        pytest.skip(f"POSTGRESQL IS NOT TESTED: {lacking}")
+    with servers.serving(tempfile.gettempdir()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def served(ground: Path, postgres_server: Any) -> Path:
+    """As `prepared`, on PostgreSQL."""
+    place = ground / "served"
+    place.mkdir()
+    acting.prepare(place, Postgres.at(postgres_server.url(postgres_server.database())))
+    return place
+
+
+@pytest.fixture
+def served_scene(
+    server: Server, served: Path, ground: Path, postgres_server: Any
+) -> Iterator[Callable[[str], Scene]]:
+    """As `scene`, on PostgreSQL, with an empty database for a first start beside it."""
+    made: list[str] = []
+
+    def drop() -> None:
+        while made:
+            postgres_server.drop(made.pop())
+
+    def make(name: str) -> Scene:
+        drop()
+        place = ground / name
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(served, place)
+        made.append(postgres_server.part(place / ".lori"))
+        made.append(postgres_server.database())
+        (place / "spare").write_text(postgres_server.url(made[-1]))
+        told = ground / f"{name}.acks"
+        told.unlink(missing_ok=True)
+        return Scene(server, place, told)
+
+    yield make
+    drop()

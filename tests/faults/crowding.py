@@ -14,14 +14,15 @@ from lori_manager.errors import Conflict, NotFound
 from lori_manager.records import Parent
 from lori_manager.refs import AdapterRef
 from lori_manager.store.files import MissingObject
+from lori_manager.store.postgres import Postgres
 from lori_manager.store.store import Store
 
 
-def start(root: Path, said: Path, at: float) -> None:
+def start(root: Path, server: Postgres | None, said: Path, at: float) -> None:
     """A first start, at a time that all have agreed on."""
     time.sleep(max(0.0, at - time.time()))
     try:
-        Store.create(root).close()
+        Store.create(root, server).close()
         said.write_text("created")
     except Conflict:
         said.write_text("conflict")

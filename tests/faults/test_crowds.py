@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import acting
 import crowding
 import pytest
 
+from lori_manager.store.postgres import Postgres
 from lori_manager.store.store import Store
 
 
@@ -34,15 +35,31 @@ def start() -> Iterator[Callable[..., Any]]:
         process.join()
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest) -> Any:
+    """PostgreSQL's, or None; on the real disk, where locks and fsync take their time."""
+    return None if request.param == "sqlite" else request.getfixturevalue("disk_server")
+
+
 @pytest.fixture
-def root(prepared: Path, tmp_path: Path) -> Path:
-    """On the real disk, where locks and fsync take their time."""
-    shutil.copytree(prepared, tmp_path / "place")
+def empty(server: Any) -> Postgres | None:
+    """An empty database on the server."""
+    return server and Postgres.at(server.url(server.database()))
+
+
+@pytest.fixture
+def root(empty: Postgres | None, tmp_path: Path) -> Path:
+    (tmp_path / "place").mkdir()
+    acting.prepare(tmp_path / "place", empty)
     return tmp_path / "place" / ".lori"
 
 
+def _called(server: object) -> str:
+    return "SQLite" if server is None else "PostgreSQL"
+
+
 def test_processes_write_consecutive_versions(
-    root: Path, start: Callable[..., Any], many: Callable[[int, int], int]
+    root: Path, server: Any, start: Callable[..., Any], many: Callable[[int, int], int]
 ) -> None:
     processes, each = many(8, 16), many(10, 50)
     at = time.time() + 1
@@ -56,26 +73,36 @@ def test_processes_write_consecutive_versions(
         versions = [a.version for a in store.adapters("safety")]
         assert versions == list(range(1, 2 + processes * each + 1))
         assert list(store.verify()) == []
-    print(f"\n{processes} processes x {each} versions in {spent:.1f} s, 0 errors")
+    print(
+        f"\n{_called(server)}: {processes} processes x {each} versions in {spent:.1f} s, 0 errors"
+    )
 
 
 def test_first_starts_at_once_make_one_store(
-    tmp_path: Path, start: Callable[..., Any], many: Callable[[int, int], int]
+    tmp_path: Path,
+    start: Callable[..., Any],
+    many: Callable[[int, int], int],
+    empty: Postgres | None,
 ) -> None:
     count = many(8, 32)
     at = time.time() + 1
     said = [tmp_path / str(i) for i in range(count)]
-    started = [start(crowding.start, tmp_path / "new" / ".lori", path, at) for path in said]
+    root = tmp_path / "new" / ".lori"
+    started = [start(crowding.start, root, empty, path, at) for path in said]
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0] * count
     results = sorted(path.read_text() for path in said)
     assert results == ["conflict"] * (count - 1) + ["created"]
-    print(f"\n{count} first starts: one migration, 0 errors")
+    print(f"\n{_called(empty)}: {count} first starts: one migration, 0 errors")
 
 
 def test_gc_frees_nothing_that_merges_and_trainings_need(
-    root: Path, tmp_path: Path, start: Callable[..., Any], many: Callable[[int, int], int]
+    root: Path,
+    server: Any,
+    tmp_path: Path,
+    start: Callable[..., Any],
+    many: Callable[[int, int], int],
 ) -> None:
     rounds = many(10, 100)
     stop, said = tmp_path / "stop", tmp_path / "freed"
@@ -104,5 +131,6 @@ def test_gc_frees_nothing_that_merges_and_trainings_need(
                 assert {parent.ref for parent in adapter.parents} <= visible
     freed = int(said.read_text())
     assert freed > rounds  # orphans, one a round, and files of removed versions beside
-    print(f"\n{rounds} rounds of gc, {len(every)} versions, {len(every) - len(visible)} removed, "
-          f"{freed} files freed, 0 needed ones")  # fmt: skip
+    hidden = len(every) - len(visible)
+    done = f"{rounds} rounds of gc, {len(every)} versions, {hidden} removed, {freed} files freed"
+    print(f"\n{_called(server)}: {done}, 0 needed ones")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
@@ -49,31 +48,24 @@ class Servers(Files):
         self.server = server
         self._made: list[str] = []
         super().__init__(folder)
-        self._template, self._made = self._made[0], []
+        self._made = []  # what has been made by now stays
 
     def backend(self) -> Postgres:
         """An empty database."""
-        return self._at(self.server.database())
+        self._made.append(self.server.database())
+        return Postgres.at(self.server.url(self._made[-1]))
 
     def make(self, root: Path) -> Store:
         return Store.create(root, self.backend())
 
     def new(self, root: Path) -> None:
-        self._duplicate(self._new, self._template, root)
+        super().new(root)
+        self._made.append(self.server.part(root))
 
     def copy(self, store: Store, root: Path) -> None:
-        store.close()  # a template must have no connections
-        self._duplicate(store.root, store._db.backend.subject, root)
-
-    def _at(self, name: str) -> Postgres:
-        self._made.append(name)
-        return Postgres.at(self.server.url(name))
-
-    def _duplicate(self, folder: Path, name: str, root: Path) -> None:
-        shutil.copytree(folder, root)
-        path = root / "database.json"
-        url = self._at(self.server.database(name)).shown
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"url": url}))
+        store.close()  # what is copied must have no connections
+        super().copy(store, root)
+        self._made.append(self.server.part(root))
 
     def tidy(self) -> None:
         while self._made:

@@ -17,7 +17,6 @@ import numpy as np
 import store_builders as build
 
 from lori_manager.records import Task
-from lori_manager.store import database
 from lori_manager.store.store import Store
 
 
@@ -97,7 +96,7 @@ def main() -> None:
         root = Path(name) / ".lori"
         with Store.create(root) as store:
             fill(store)
-        connection = sqlite3.connect(root / database.REGISTRY)
+        connection = sqlite3.connect(root / "registry.db")
         sys.stdout.write("".join(f"{line}\n" for line in connection.iterdump()))
         connection.close()
 

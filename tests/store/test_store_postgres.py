@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import alembic.command
 import pytest
 import servers as pg
 import store_builders as build
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from store_builders import HEAD, NEXT
 
 from lori_manager.errors import (
@@ -30,6 +34,9 @@ from lori_manager.store import database, postgres, postgres_dump
 from lori_manager.store.database import Database
 from lori_manager.store.postgres import Postgres
 from lori_manager.store.store import Store
+from lori_manager.store.tables import metadata
+
+FIRST = "0007"  # the schema with which servers came
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +58,24 @@ def everything_below(folder: Path) -> str:
     return "".join(
         path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file()
     )
+
+
+@pytest.fixture
+def stores_at(
+    servers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Path]]:
+    """Makes the store of an earlier schema."""
+
+    def make(schema: str) -> Path:
+        with monkeypatch.context() as patch:
+            upgrade = alembic.command.upgrade
+            patch.setattr(alembic.command, "upgrade", lambda config, _: upgrade(config, schema))
+            patch.setattr(database, "HEAD", schema)
+            servers.make(tmp_path / schema).close()
+        return tmp_path / schema
+
+    yield make
+    servers.tidy()
 
 
 # the URL
@@ -459,6 +484,41 @@ def test_an_upgrade_keeps_a_dump_that_can_be_restored(
         assert restored.add_adapter(build.new_adapter(), b"more").version == 2
         with pytest.raises(Exception, match="the journal only grows"):
             build.sql(restored, "DELETE FROM journal", rules=True)
+
+
+def test_a_database_of_every_schema_since_the_first_on_a_server_becomes_one_of_today(
+    stores_at: Callable[[str], Path],
+) -> None:
+    for number in range(int(FIRST), int(HEAD)):
+        root = stores_at(f"{number:04d}")
+        done = database.upgrade(root)
+        assert (done.before, done.after) == (f"{number:04d}", HEAD)
+        with Store.open(root) as store, store._db.read() as connection:
+            context = MigrationContext.configure(connection, opts={"compare_type": True})
+            assert compare_metadata(context, metadata) == []
+
+
+def test_an_upgrade_killed_at_any_time_is_whole_or_was_not(
+    served_store: Store, next_schema: Path, tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    served_store.add_line("main")
+    served_store.close()
+    chance, seen = random.Random(0), set()
+    for i in range(8):
+        process = start(build.upgrade_store, served_store.root, next_schema, tmp_path / "said")
+        process.join(chance.uniform(0.2, 0.6) if i < 7 else None)
+        process.kill()
+        process.join()
+        ((noted,),) = build.sql(served_store, "SELECT version_num FROM alembic_version")
+        columns = build.sql(
+            served_store,
+            "SELECT count(*) FROM information_schema.columns WHERE table_name = 'lines' "
+            "AND column_name = 'colour'",
+        )
+        assert columns == [(int(noted == NEXT),)]
+        seen.add(noted)
+    assert NEXT in seen
+    assert (tmp_path / "said").exists()
 
 
 @pytest.mark.parametrize("here", [None, "an old one", "a failing one"])
