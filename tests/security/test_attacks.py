@@ -428,7 +428,10 @@ def coded(base, tmp_path, monkeypatch):
 
 def test_code_of_a_base_is_refused_unless_asked_for_with_its_commit(coded, tmp_path):
     snapshot, ran = coded
-    create = lambda *a, **k: Workspace.create(tmp_path / "ws", *a, **k)  # noqa: E731
+
+    def create(*a, **k):
+        return Workspace.create(tmp_path / "ws", *a, **k)
+
     assert "--trust-remote-code" in one_line(lambda: create("org/own"))
     assert "--trust-remote-code" in one_line(lambda: create(str(snapshot)))
     trust = {"trust_remote_code": True}
@@ -465,7 +468,10 @@ def test_code_of_another_repository_is_refused_even_when_asked_for(coded, tmp_pa
     edit(
         snapshot / "config.json", auto_map={"AutoConfig": "evil/repo--configuration_own.OwnConfig"}
     )
-    create = lambda: Workspace.create(tmp_path / "ws", "org/own", COMMIT, trust_remote_code=True)  # noqa: E731
+
+    def create():
+        return Workspace.create(tmp_path / "ws", "org/own", COMMIT, trust_remote_code=True)
+
     assert "code of another repository" in one_line(create)
     assert not ran.exists()
 
@@ -474,7 +480,10 @@ def test_trust_without_code_is_refused(base, tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(base))
-    create = lambda: Workspace.create(tmp_path / "ws", "org/a", COMMIT, trust_remote_code=True)  # noqa: E731
+
+    def create():
+        return Workspace.create(tmp_path / "ws", "org/a", COMMIT, trust_remote_code=True)
+
     assert "brings no code" in one_line(create)
 
 
