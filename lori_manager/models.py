@@ -388,7 +388,7 @@ def image_format(folder: Path) -> ImageFormat:
     """
     path = folder / "preprocessor_config.json"
     try:
-        told = json.loads(path.read_text("utf-8"))
+        told = foreign.read_json(path)
         size = told.get("crop_size") if told.get("do_center_crop") else None
         size = size or told["size"]
         if isinstance(size, dict):
@@ -528,7 +528,8 @@ def load_skeleton(folder: Path, code: str | None = None) -> Skeleton:
 
     base_files.check_folder(folder)
     run_code = base_files.may_run_code(folder, code)
-    with _built(f"{folder} is no model lori can load"):
+    architecture = check_architecture(read_config(folder))
+    with _built(f"{folder} is not {architecture.article} {architecture.title} lori can load"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=run_code)
         model = bare_model(config, run_code=run_code)
     shapes = linear_shapes(model)
@@ -540,7 +541,7 @@ def bare_model(config: Any, *, run_code: bool = False) -> Any:
     """The modules of a transformers configuration, on the meta device.
 
     Args:
-        run_code: let the base's own code make them; see `base_files`.
+        run_code: the base's own code may be run, see `base_files.may_run_code`.
     """
     import torch
     import transformers
@@ -594,7 +595,8 @@ def load_base(
         base_bits: 4 packs every linear layer but the head as nf4, see `_nf4`.
         code: digest of the base's own code, which is run only then; see `base_files`.
     Raises:
-        NotFound: no causal language model and no encoder there. WrongBase: the code is another.
+        NotFound: no causal language model and no encoder there.
+        WrongBase: the code is another.
         InvalidInput: 4 bits without bitsandbytes, fp8 on a device that has no such products,
             a configuration that may not be followed.
     """
@@ -609,12 +611,12 @@ def load_base(
     dtype = {"fp32": torch.float32, "bf16": bf16, "fp8": bf16}[precision]
     if precision == "fp8":
         fp8.check_device(device)
+    base_files.check_folder(folder)
+    run_code = base_files.may_run_code(folder, code)
     architecture = check_architecture(read_config(folder))
     auto: Any = getattr(transformers, architecture.auto)
     packed = _nf4(dtype, device, folder, code) if base_bits == 4 else {}
-    base_files.check_folder(folder)
-    run_code = base_files.may_run_code(folder, code)
-    with _built(f"{folder} is not a {architecture.title} lori can load"):
+    with _built(f"{folder} is not {architecture.article} {architecture.title} lori can load"):
         model, told = auto.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=run_code,
             output_loading_info=True, **packed,
@@ -652,6 +654,7 @@ def _nf4(compute: torch.dtype, device: str, folder: Path, code: str | None) -> d
         compute: dtype of the products and of all that is not packed.
         device: where every tensor goes before it is packed.
         folder: of the base; an encoder's head, which may be several layers, is not packed.
+        code: digest of the base's own code.
     Raises:
         InvalidInput: no bitsandbytes, or one that transformers does not take.
     Source: QLoRA, arXiv:2305.14314, section 3.

@@ -1,6 +1,6 @@
 """Settings for a task out of a few short trainings within a time that is told beforehand.
 
-    time of a step -> learning rate -> rank and sparsity -> steps
+    time of a step -> learning rate -> layers -> rank and sparsity -> steps
 
 Every probe trains on a part of the task's training rows and is judged by the loss on
 another part; eval rows are never looked at. Of sizes and of lengths the smallest is taken
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 FIRST = 8  # steps of the probe that finds how long a step takes
 LEAST = 10  # steps below which a probe tells nothing
 RATES = 4  # tried, the best two of them again twice as long
-RATE_SHARE, SIZE_SHARE = 0.4, 0.6  # of the time that is left then
+RATE_SHARE, LAYER_SHARE, SIZE_SHARE = 0.4, 0.2, 0.6  # of the time that is left then
+TOP = 3  # types of layers that PLoP chooses
 SPARE = 1.1  # by how much a probe may take longer than those before
 
 
@@ -44,7 +45,7 @@ SPARE = 1.1  # by how much a probe may take longer than those before
 class Tried:
     """One probe: what for, with what, and how it went."""
 
-    what: str  # "time", "rate", "size" or "steps"
+    what: str  # "time", "rate", "layers", "size" or "steps"
     settings: Mapping[str, Any]
     steps: int
     loss: float  # held-out, nats per completion token; infinite where it diverged
@@ -118,10 +119,9 @@ def suggest(
     work.probe("time", config, min(FIRST, full))
     choices: list[Choice] = []
     config = _rate(work, config, full, choices)
+    config = _layers(work, config, full, base_loss, choices)
     config = _size(work, config, full, base_loss, choices)
     config = _length(work, config, full, base_loss, choices)
-    targets = "as configured: no probe was made of it"
-    choices.append(Choice("targets", list(config.targets), targets))
     keys = ["kind", *(("rank", "alpha") if _ranked(config) else ()), "learning_rate", "steps"]
     if config.kind == LORI:
         keys.insert(3, "sparsity")
@@ -247,7 +247,7 @@ class _Prober:
         self.ws, self.task, self.parts, self.clock = ws, task, parts, clock
         self.done: list[Tried] = []
         self.mask_seconds = 0.0  # of the last mask that was made
-        self._masks: dict[tuple[int, float], dict[str, Tensor]] = {}
+        self._masks: dict[object, dict[str, Tensor]] = {}
 
     def base_loss(self, config: Config) -> float:
         """Of the base alone on the held-out rows."""
@@ -259,10 +259,13 @@ class _Prober:
 
     def probe(self, what: str, config: Config, steps: int) -> Probe:
         """One probe, whatever time there is."""
-        told = {"learning_rate": config.learning_rate, "rank": config.rank}
+        told: dict[str, Any] = {"learning_rate": config.learning_rate, "rank": config.rank}
         if config.kind == LORI:
             told["sparsity"] = config.sparsity
         words = ", ".join(f"{key} {value:g}" for key, value in told.items())
+        if what == "layers":
+            told["targets"] = list(config.targets)
+            words = ", ".join(config.targets)
         mask = self._mask(config) if config.kind == LORI else None
         phase = f"probing {words}"
         found = probe(self.ws, self.task, config, self.parts, steps=steps, mask=mask, phase=phase)
@@ -274,8 +277,8 @@ class _Prober:
         return found
 
     def _mask(self, config: Config) -> dict[str, Tensor]:
-        """Of LoRI at that rank and sparsity, made once: no learning rate is part of it."""
-        key = config.rank, config.sparsity
+        """Of LoRI at that rank, sparsity and layers, made once: no learning rate is part of it."""
+        key = config.rank, config.sparsity, config.targets
         if key not in self._masks:
             begin = time.monotonic()
             self._masks[key] = probing_mask(self.ws, self.task, config, self.parts)
@@ -284,7 +287,9 @@ class _Prober:
 
     def fits(self, config: Config, steps: int) -> bool:
         """Whether there is time for a probe."""
-        new = config.kind == LORI and (config.rank, config.sparsity) not in self._masks
+        new = config.kind == LORI and (
+            config.rank, config.sparsity, config.targets
+        ) not in self._masks  # fmt: skip
         return self.clock.fits(steps, self.mask_seconds if new else 0.0)
 
     def within(self, what: str, settings: Sequence[Config], steps: int) -> list[Probe]:
@@ -344,6 +349,29 @@ def _short(full: int) -> int:
 
 def _ranked(config: Config) -> bool:
     return "rank" in kind_of(config.kind).settings
+
+
+def _layers(
+    work: _Prober, config: Config, full: int, base_loss: float, choices: list[Choice]
+) -> Config:
+    """The layers that PLoP chooses, where they are shown to keep what the configured ones gain."""
+    from lori_manager.placing import place
+
+    if "targets" not in kind_of(config.kind).settings:
+        return config
+    chosen = place(work.ws, work.task.name, config).targets(TOP)
+    candidates = [config.replace(targets=chosen), config]
+    steps = work.steps(LAYER_SHARE, 2, 2, _short(full), masks=1)
+    found = work.within("layers", candidates, steps) if steps >= min(LEAST, full) else []
+    if len(found) < len(candidates) or not any(len(p.by_row) for p in found):
+        why = "as configured: no time was left to probe others"
+        choices.append(Choice("targets", list(config.targets), why))
+        return config
+    number, why = _kept(found, base_loss, steps, "values trained")
+    best = candidates[number]
+    against = f"PLoP's {', '.join(chosen)} against {', '.join(config.targets)}: {why}"
+    choices.append(Choice("targets", list(best.targets), against))
+    return best
 
 
 def _size(

@@ -63,7 +63,7 @@ def test_the_rate_of_the_lowest_loss_is_proposed(ws, monkeypatch):
     found = suggest(ws, "colour", budget=3600, config=ws.settings.config.replace(steps=100))
     assert found.changes["learning_rate"] == 3e-2
     assert [c.setting for c in found.choices] == [
-        "learning_rate", "rank", "sparsity", "steps", "targets",
+        "learning_rate", "targets", "rank", "sparsity", "steps",
     ]  # fmt: skip
     again = [p for p in found.probes if p.what == "rate"][-2:]
     assert [p.steps for p in again] == [100, 100]  # twice half of a training
@@ -80,6 +80,20 @@ def test_a_size_that_does_not_matter_is_the_smallest_and_one_that_does_is_kept(w
     Machine(monkeypatch, bowl(1e-2, size=lambda c: 2.0 * (c.rank < 8)))
     found = suggest(ws, "colour", budget=3600, config=config)
     assert (found.changes["rank"], found.changes["sparsity"]) == (8, 0.95)
+
+
+def test_plops_layers_are_proposed_where_they_keep_what_all_gain(ws, monkeypatch):
+    config = ws.settings.config.replace(steps=100)
+    chosen = ws.place("colour", config).targets(3)
+    Machine(monkeypatch, bowl(1e-2))
+    found = suggest(ws, "colour", budget=3600, config=config)
+    assert found.changes["targets"] == chosen
+    Machine(monkeypatch, bowl(1e-2, size=lambda c: 0.5 * (c.targets == chosen)))
+    found = suggest(ws, "colour", budget=3600, config=config)
+    assert "targets" not in found.changes
+    why = next(c for c in found.choices if c.setting == "targets")
+    assert why.value == ["all-linear"]
+    assert why.why.startswith(f"PLoP's {', '.join(chosen)} against all-linear: the best of 2")
 
 
 def test_steps_are_the_fewest_that_keep_what_the_longest_gains(ws, monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lori_manager import base_files
 from lori_manager.adapters.kind import Training
 from lori_manager.engine.layers import attached
 from lori_manager.engine.weights import Head
@@ -117,7 +118,8 @@ def _modules(base: BaseModel, labels: int) -> dict[str, nn.Module]:
     config = copy.deepcopy(base.model.config)
     config.num_labels = labels
     config.quantization_config = None
-    model = bare_model(config)
+    run_code = base_files.may_run_code(base.folder, base.code)
+    model = bare_model(config, run_code=run_code)
     return {name: model.get_submodule(name).eval() for name in head_names(model)}
 
 
