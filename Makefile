@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test soak lint env clean
+.PHONY: demo test soak audit lint env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -14,7 +14,12 @@ test: lint
 
 # The tests of faults with their large counts: hours on two cores.
 soak: $(VENV)/.dev
-	LORI_SOAK=1 $(BIN)/python -m pytest -s --timeout 36000 tests/faults
+	LORI_SOAK=1 $(BIN)/python -m pytest -s --timeout 36000 tests/faults tests/security/test_fuzz.py
+
+# Known holes in what is installed; asks the advisories of PyPI, so it needs the network.
+audit: $(VENV)/.dev
+	$(PIP) "pip-audit>=2.9,<3"
+	$(BIN)/pip-audit --skip-editable
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

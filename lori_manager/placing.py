@@ -128,7 +128,8 @@ def apply_placement(ws: Context, targets: tuple[str, ...]) -> Path:
     path = ws.root / SETTINGS
     with storing(path):
         text = path.read_bytes().decode() if path.exists() else ""
-    write_atomic(path, with_default(text, "targets", list(targets), str(path)).encode())
+    changed = with_default(text, "targets", list(targets), str(path))
+    write_atomic(path, changed.encode(), private=False)
     ws.__dict__.pop("settings", None)  # to be read again
     return path
 

@@ -91,7 +91,7 @@ def sample(
         rows.append(row)
     labels = [BASE, *(a.ref for a in adapters)]
     target = Path(path)
-    write_atomic(target, png(grid(rows, labels, prompts)))
+    write_atomic(target, png(grid(rows, labels, prompts)), private=False)
     return Sampled(target, tuple(labels), tuple(prompts))
 
 

@@ -8,6 +8,7 @@ of its own, which takes the open workspace and returns what it stored.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ from lori_manager import (
 )
 from lori_manager.config import default_toml
 from lori_manager.context import SETTINGS, Context
-from lori_manager.errors import Conflict, NotFound, WrongBase
+from lori_manager.errors import Conflict, InvalidInput, NotFound, WrongBase
 from lori_manager.records import Adapter, Alias, Base
 from lori_manager.refs import AdapterRef, check_name
 from lori_manager.store import databases
@@ -108,10 +109,13 @@ class Workspace(Context):
 
         Raises:
             NotFound: none up to the root of the file system.
+            InvalidInput: it is above `path` and another user's, whose lori.toml may name code.
         """
         start = Path(path).absolute()
         for folder in (start, *start.parents):
             if (folder / FOLDER).is_dir():
+                if folder != start:
+                    _check_owner(folder)
                 return cls(folder, Store.open(folder / FOLDER))
         raise NotFound(f"no workspace in {start} or above it: run `lori init --base MODEL` first")
 
@@ -311,6 +315,16 @@ def _begun(folder: Path, server: Postgres | None) -> Store | None:
             f"{folder} was begun on {store.database}: name that, remove {folder}, or choose another"
         )
     return store
+
+
+def _check_owner(root: Path) -> None:
+    """Refuse a workspace that was not named, and that somebody else put above this folder."""
+    owner = (root / FOLDER).stat().st_uid
+    if hasattr(os, "geteuid") and owner not in (os.geteuid(), 0):
+        raise InvalidInput(
+            f"the workspace {root} above this folder belongs to another user, and its lori.toml "
+            f"may name code to run: if you trust it, say so with `lori -C {root}`"
+        )
 
 
 def _has_base(store: Store) -> bool:

@@ -91,7 +91,7 @@ def compare(
         if len(found) != 1:
             raise InvalidInput(f"--plot draws one comparison, and there are {len(found)}: name "
                                "the task and settings of one")  # fmt: skip
-        write_atomic(plot.absolute(), standalone(found[0]).encode())
+        write_atomic(plot.absolute(), standalone(found[0]).encode(), private=False)
     if json:
         output.print_json(found if listed else found[0])
         return

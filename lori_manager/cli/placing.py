@@ -56,7 +56,7 @@ def place(
         targets = found.targets(top)
         applied = ws.apply_placement(targets) if apply else None
     if plot is not None:
-        write_atomic(plot, placement_svg(found, top).encode())
+        write_atomic(plot, placement_svg(found, top).encode(), private=False)
     if json:
         output.print_json(_document(found, top, config, applied, plot))
         return

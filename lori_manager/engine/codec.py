@@ -81,6 +81,7 @@ FREE_ENTRIES = 2**25
 ENTRIES_PER_BYTE = 256
 
 DIMENSIONS = 8  # of a tensor of a kind, at most
+_LARGEST = float(np.finfo(np.float32).max)
 _SIZE_LIMIT = 2**31
 _WIDEST = 2**18  # inputs of a module whose A is made: the time for an entry grows with them
 _SEED_LIMIT = 2**64
@@ -314,8 +315,8 @@ def _block_sizes(block: Block) -> Sizes:
     """The sizes of a block, once it is known that the block can be stored."""
     _check_names(block.B)
     spec, A, mask = block.projection, block.tensors or {}, block.mask
-    if not math.isfinite(block.scaling):
-        raise ValueError(f"`scaling` must be finite, got {block.scaling}")
+    if not abs(block.scaling) <= _LARGEST:
+        raise ValueError(f"`scaling` must be finite in float32, got {block.scaling}")
     if spec is not None and not (
         max(spec.seed, spec.first_row) < _SEED_LIMIT and spec.line.isprintable()
     ):
@@ -361,8 +362,8 @@ def _encode_block(block: Block, sizes: Sizes, at: str, tensors: Tensors) -> dict
 
 
 def _decode_block(record: dict[str, Any], sizes: Sizes, at: str, tensors: Tensors) -> Block:
-    if not math.isfinite(record["scaling"]):
-        raise DamagedObject(f"the scaling of {at} is not finite")
+    if not abs(record["scaling"]) <= _LARGEST:
+        raise DamagedObject(f"the scaling of {at} is not finite in float32")
     if (record["projection"] is None) == (record["A"] is None):
         raise DamagedObject(f"{at} must have either a projection or a stored A")
     spec = A = mask = flat = None

@@ -63,7 +63,7 @@ def _row(kind: KindResult, found: KindsCompared) -> str:
     if kind.against is not None:
         told = kind.against
         css, mark = MARKS.get(told.verdict, ("", ""))
-        words = f"{told.verdict} {_text(found.first)}"
+        words = f"{_text(told.verdict)} {_text(found.first)}"
         verdict = f'<span class="{css}">{mark} {words}</span>' if mark else words
         p = "&lt;1e-6" if told.corrected < 1e-6 else f"{told.corrected:.2g}"
         against = (

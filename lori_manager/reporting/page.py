@@ -67,7 +67,7 @@ def write_page(report: Report, path: Path) -> int:
         StorageFailed: the disk refused, or there is no such folder.
     """
     content = page(report).encode()
-    write_atomic(path.absolute(), content)
+    write_atomic(path.absolute(), content, private=False)
     return len(content)
 
 

@@ -22,7 +22,7 @@ from lori_manager.errors import (
 from lori_manager.store import databases, homes
 from lori_manager.store.backend import Backend
 from lori_manager.store.databases import REGISTRY
-from lori_manager.store.files import storing, sync_folder
+from lori_manager.store.files import PRIVATE, storing, sync_folder
 from lori_manager.store.postgres import Postgres
 from lori_manager.store.sqlite import BUSY_SECONDS, SQLite, discard
 
@@ -185,6 +185,7 @@ def create(root: Path) -> None:
         if path.exists():
             raise Conflict(f"{path} is already there: use it, or choose another folder")
         discard(unfinished)  # of a killed `create`
+        unfinished.touch(PRIVATE)
         database = Database.sqlite(unfinished, create=True)
         try:
             with database.migrating() as connection:

@@ -21,6 +21,7 @@ from lori_manager.errors import DamagedObject, StorageFailed
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 TEMPORARY = ".tmp-"  # begins the names of what is being written
+PRIVATE, OPEN = 0o600, 0o666  # modes, less what the umask takes
 _CHUNK = 1 << 20
 
 
@@ -71,32 +72,36 @@ def lasting_folder(folder: Path) -> None:
         sync_folder(above)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, *, private: bool = True) -> None:
     """Write a file that after any interruption is the old one or the new one, whole.
 
     The folder must exist. On return the file survives a power cut.
+    Args:
+        private: for its owner alone; no is for what the user asked for, a report or a plot,
+            which is as open as the user's other files.
     Raises:
         StorageFailed: full, read-only or failing disk.
     """
     with storing(path):
-        _write(path, (content,))
+        _write(path, (content,), PRIVATE if private else OPEN)
 
 
-def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
+def write_synced(path: Path, chunks: Iterable[bytes], mode: int = PRIVATE) -> None:
     """Write a new file whose content survives a power cut; its name does once the folder is
     synced. Raises OSError.
     """
-    with path.open("xb") as f:
+    path.touch(mode, exist_ok=False)
+    with path.open("wb") as f:
         for chunk in chunks:
             f.write(chunk)
         f.flush()
         os.fsync(f.fileno())
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> None:
+def _write(path: Path, chunks: Iterable[bytes], mode: int = PRIVATE) -> None:
     temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
     try:
-        write_synced(temporary, chunks)
+        write_synced(temporary, chunks, mode)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -25,7 +25,7 @@ from lori_manager.errors import (
     LoriError,
     StorageFailed,
 )
-from lori_manager.store.files import sync_folder
+from lori_manager.store.files import PRIVATE, sync_folder
 from lori_manager.store.mounts import file_system
 
 BUSY_SECONDS = 30.0
@@ -195,6 +195,7 @@ class SQLite:
         target = folder / f"registry.{revision}.db"
         unfinished = target.with_name(f".{target.name}.new")
         discard(unfinished)
+        unfinished.touch(PRIVATE)
         try:
             with (
                 contextlib.closing(sqlite3.connect(self.path)) as source,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lori_manager.errors import BadData, InvalidInput
-from lori_manager.sandbox.forked import Forked, Refused
+from lori_manager.sandbox.forked import Bounds, Forked, Refused
 from lori_manager.tasks.rows import RenderChat, Row, bad_row, candidate_completions
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def lengths_summary(encoded: Sequence[Encoded | LabelledText]) -> dict[str, int]
     }
 
 
-def chat_renderer(tokenizer: Tokenizer) -> RenderChat:
+def chat_renderer(tokenizer: Tokenizer, bounds: Bounds | None = None) -> RenderChat:
     """A function from messages to (prompt, completion) by the tokenizer's chat template.
 
     The prompt ends where the template would have the assistant begin. The completion is
@@ -172,7 +172,10 @@ def chat_renderer(tokenizer: Tokenizer) -> RenderChat:
     writes a finished conversation differently from one that waits for its answer.
 
     A template is a program of the model's author. transformers runs it in Jinja's sandbox, which
-    lets it call and change nothing but does not end it: so it runs in a fork, within `Bounds`.
+    lets it call and change nothing but does not end it: so it runs in a fork.
+
+    Args:
+        bounds: of one conversation; the usual ones where None.
     """
 
     def written(turns: list[dict[str, Any]]) -> tuple[str, str]:
@@ -181,7 +184,7 @@ def chat_renderer(tokenizer: Tokenizer) -> RenderChat:
         )
         return prompt, tokenizer.apply_chat_template(turns, tokenize=False)
 
-    forked = Forked(written)
+    forked = Forked(written, bounds)
 
     def render(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         if not getattr(tokenizer, "chat_template", None):

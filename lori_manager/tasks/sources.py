@@ -28,6 +28,8 @@ from lori_manager.tasks.rows import (
 HUB = "hf:"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
+_HUB_NAME = re.compile(r"[\w-](?:[\w-]|\.(?!\.))*(?:/[\w-](?:[\w-]|\.(?!\.))*)?")
+_FORM = "{}: expected " + HUB + "owner/name[:config][:split], or a folder in the place of the name"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -58,6 +60,8 @@ def read_source(
     name = one_line(str(spec))
     if isinstance(spec, str) and spec.startswith(HUB):
         source, config, split = _parts(spec[len(HUB) :], name)
+        if not (root / source).is_dir() and not _HUB_NAME.fullmatch(source):
+            raise InvalidInput(_FORM.format(name))
         objects = _data_set(source, config, split, root / source, name)
     else:
         path = _locate(spec, name, root)
@@ -171,7 +175,7 @@ def _parts(spec: str, name: str) -> tuple[str, str | None, str | None]:
     # A colon inside brackets belongs to a slice: train[:100].
     source, *rest = re.split(r":(?![^\[\]]*\])", spec)
     if not source or len(rest) > 2 or "\0" in spec:
-        raise InvalidInput(f"{name}: expected {HUB}owner/name[:config][:split]")
+        raise InvalidInput(_FORM.format(name))
     config = rest[0] if len(rest) == 2 else None
     split = rest[-1] if rest else None
     return source, config or None, split or None
