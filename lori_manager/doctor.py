@@ -50,7 +50,7 @@ def examine(root: Path) -> Iterator[Check]:
     yield from _permissions(root)
     try:
         with Store.open(root) as store:
-            for part in (_clock, _base, _runs):
+            for part in (_objects, _clock, _base, _runs):
                 yield from _guarded(part, store)
     except LoriError as e:
         yield Check("store", TROUBLE, str(e))
@@ -147,6 +147,12 @@ def _permissions(root: Path) -> Iterator[Check]:
         yield Check("permissions", TROUBLE, told)
     if not wrong:
         yield Check("permissions", OK, "folders are this user's alone")
+
+
+def _objects(store: Store) -> Iterator[Check]:
+    """Whether the place for objects can be reached and is this store's."""
+    store.objects.confirm()
+    yield Check("objects", OK, store.objects.url)
 
 
 def _clock(store: Store) -> Iterator[Check]:

@@ -29,6 +29,7 @@ from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
 from lori_manager.records import Adapter, Alias, Base
 from lori_manager.refs import AdapterRef, check_name
+from lori_manager.store.s3 import normal_url
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
@@ -46,17 +47,28 @@ class Workspace(Context):
     """A folder with `.lori/` in it: one base, its tasks, adapters and scores."""
 
     @classmethod
-    def create(cls, root: str | Path, base: str, revision: str | None = None) -> Workspace:
+    def create(
+        cls,
+        root: str | Path,
+        base: str,
+        revision: str | None = None,
+        *,
+        objects: str | None = None,
+    ) -> Workspace:
         """Make a workspace in `root` for a base model.
 
         Args:
             root: a folder, made where it is missing.
             base: a model folder or a hub id.
             revision: of the hub id.
+            objects: `s3://bucket/prefix` for all files; the workspace's own folder where None.
         Raises:
             NotFound: no such base. Conflict: there is a workspace already.
+            StorageFailed: no such bucket, no network, no permission.
         """
         root = Path(root).absolute()
+        if objects is not None:
+            objects = normal_url(objects)
         begun = (root / FOLDER / "registry.db").exists()
         if begun and _has_base(root / FOLDER):
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
@@ -65,6 +77,8 @@ class Workspace(Context):
         config = models.read_config(path)
         root.mkdir(parents=True, exist_ok=True)
         store = (Store.open if begun else Store.create)(root / FOLDER)
+        if objects is not None:
+            store.keep_objects_at(objects)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
         store.set_base(Base(mark, source, commit, str(path), config.get("model_type", ""), now))

@@ -25,6 +25,13 @@ def init(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    objects: Annotated[
+        str | None,
+        typer.Option(
+            metavar="s3://BUCKET/PREFIX",
+            help="Keep files there; credentials come from the provider's own chain.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a workspace for one base model.
@@ -35,7 +42,8 @@ def init(
     from lori_manager.context import SETTINGS
     from lori_manager.workspace import Workspace
 
-    with Workspace.create(directory or ctx.obj.folder, base, revision) as ws:
+    folder = directory or ctx.obj.folder
+    with Workspace.create(folder, base, revision, objects=objects) as ws:
         made = ws.store.base()
         if json:
             output.print_json({"root": ws.root, "base": made})

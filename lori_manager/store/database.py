@@ -24,7 +24,7 @@ from lori_manager.store.backend import Backend
 from lori_manager.store.files import storing, sync_folder
 from lori_manager.store.sqlite import BUSY_SECONDS, SQLite, discard
 
-HEAD = "0005"  # the schema that this lori reads and writes
+HEAD = "0006"  # the schema that this lori reads and writes
 REGISTRY = "registry.db"
 UNFINISHED = ".registry.db.new"
 

@@ -105,6 +105,17 @@ def _write(path: Path, chunks: Iterable[bytes]) -> None:
     sync_folder(path.parent)
 
 
+def object_name(digest: str) -> str:
+    """`ab/cdef...`: how the object of that digest is called among others.
+
+    Raises:
+        DamagedObject: no SHA-256 in lower-case hex, as an altered row may hold.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise DamagedObject(f"{digest[:80]!r} is no SHA-256: run `lori verify`")
+    return f"{digest[:2]}/{digest[2:]}"
+
+
 class MissingObject(DamagedObject):
     """An object whose file is gone."""
 
@@ -124,9 +135,7 @@ class ObjectStore:
         Raises:
             DamagedObject: no SHA-256 in lower-case hex, as an altered row may hold.
         """
-        if not _DIGEST.fullmatch(digest):
-            raise DamagedObject(f"{digest[:80]!r} is no SHA-256: run `lori verify`")
-        return self.root / digest[:2] / digest[2:]
+        return self.root / object_name(digest)
 
     def exists(self, digest: str) -> bool:
         """Whether a file is there; `get` alone knows whether it is whole."""
@@ -252,6 +261,14 @@ class ObjectStore:
     def leftovers(self) -> Iterator[str]:
         """Temporary files of writers that are at work now or were killed."""
         return (str(path) for path in self._files() if path.name.startswith(TEMPORARY))
+
+    @property
+    def url(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def confirm(self) -> None:
+        """A workspace's own folder is nobody else's."""
 
     def _files(self) -> Iterator[Path]:
         with storing(self.root):

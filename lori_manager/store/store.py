@@ -45,6 +45,7 @@ from lori_manager.store import (
     journal,
     lines,
     masks,
+    places,
     removals,
     runs,
     scores,
@@ -53,13 +54,13 @@ from lori_manager.store import (
 )
 from lori_manager.store.files import (
     MissingObject,
-    ObjectStore,
     lasting_folder,
     private_folder,
     storing,
     sync_folder,
 )
 from lori_manager.store.objects import Objects
+from lori_manager.store.s3 import check_installed, normal_url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,14 +109,29 @@ class Store:
         path = root / database.REGISTRY
         if not path.is_file():
             raise NotFound(f"there is no {path}: run `lori init`")
-        objects = ObjectStore(root / "objects")
-        store = cls(root, database.Database.sqlite(path), objects)
-        with store._db.read():
-            pass
+        db = database.Database.sqlite(path)
+        with db.read() as c:
+            store = cls(root, db, places.objects(places.one(c), root))
         with storing(root):
-            private_folder(objects.root)
+            private_folder(root / places.OWN)
             private_folder(store.runs)
         return store
+
+    def keep_objects_at(self, url: str) -> None:
+        """Keep objects in a bucket, `s3://bucket/prefix`, from the first one on.
+
+        Raises:
+            InvalidInput: no such URL, or the extra is not installed.
+            Conflict: they are kept elsewhere already, or others keep theirs there.
+            StorageFailed: no bucket, no network, no permission.
+        """
+        url = normal_url(url)
+        check_installed()
+        with self._db.write() as c:
+            place = places.choose(c, url)
+        objects = place.open(self.root)
+        objects.claim()
+        self.objects = objects
 
     def close(self) -> None:
         """Release what is held; nothing is lost without it."""
@@ -682,6 +698,7 @@ class Store:
         """
         if grace < timedelta(0):
             raise InvalidInput(f"the time of grace must be 0 or more, got {grace}")
+        self.objects.confirm()
         return collecting.collect(self._db, self.objects, self.root, grace=grace, dry_run=dry_run)
 
     def verify(self) -> Iterator[Finding]:

@@ -134,6 +134,15 @@ base = Table(
     CheckConstraint("id = 1", name="one_row"),
 )
 
+object_place = Table(  # where objects lie when not in the store's own folder
+    "object_place",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("owner", Text, nullable=False),
+    CheckConstraint("id = 1", name="one_row"),
+)
+
 # Every task owns the line of its name, so this table alone keeps names unique.
 lines = Table(
     "lines",
