@@ -183,21 +183,35 @@ class ObjectStore:
         path = self.path(digest)
         with storing(path):
             private_folder(path.parent)
-            if self._whole(path, digest, size):
-                # its writer may not have come to this step, and the caller commits a row next
-                sync_folder(path.parent)
-                with contextlib.suppress(FileNotFoundError):  # gc: the caller will look again
-                    os.utime(path)  # its time of grace begins anew
-            else:
+            if not self._kept(path, digest, size):
                 _write(path, chunks)
             sync_folder(self.root)
 
+    def keep(self, digest: str) -> bool:
+        """Whether it is there, whole; if so, it is durable on return and its age begins anew.
+
+        Raises:
+            StorageFailed: the disk fails.
+        """
+        path = self.path(digest)
+        with storing(path):
+            kept = self._kept(path, digest)
+            if kept:
+                sync_folder(self.root)
+        return kept
+
     @staticmethod
-    def _whole(path: Path, digest: str, size: int) -> bool:
+    def _kept(path: Path, digest: str, size: int | None = None) -> bool:
         try:
-            return path.stat().st_size == size and _digest_of(path) == digest
+            whole = size in (None, path.stat().st_size) and _digest_of(path) == digest
         except FileNotFoundError:
             return False
+        if whole:
+            # its writer may not have come to this step, and the caller commits a row next
+            sync_folder(path.parent)
+            with contextlib.suppress(FileNotFoundError):  # gc: the caller will look again
+                os.utime(path)  # its time of grace begins anew
+        return whole
 
     def get(self, digest: str) -> bytes:
         """The content, checked against the digest.

@@ -37,6 +37,10 @@ class Objects(Protocol):
         """Store a copy of a file; else like `put`."""
         ...
 
+    def keep(self, digest: str) -> bool:
+        """Whether it is there, whole; if so, it is durable on return and its age begins anew."""
+        ...
+
     def get(self, digest: str) -> bytes:
         """The content, checked against the digest.
 

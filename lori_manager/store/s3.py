@@ -147,7 +147,7 @@ class S3Objects:
                 f"({LARGEST:,}): keep it in a folder store"
             )
         key = self._key(digest)
-        if not self._create(key, content) and not self._good(digest):
+        if not self._create(key, content) and not self.keep(digest):
             with self._asking():
                 self._obstore.put(self._store, key, content, mode="overwrite", use_multipart=False)
         self._cache.put(digest, content)
@@ -168,28 +168,33 @@ class S3Objects:
                 return False
         return True
 
-    def _good(self, digest: str) -> bool:
-        """Whether what is there is whole, and young enough to stay."""
+    def keep(self, digest: str) -> bool:
+        """Whether it is there, whole, and young enough to be spared by `gc` for hours."""
         age = self.age(digest)
         if age is None or age >= RENEWED:
             return False
         try:
-            self.check(digest)
+            self._cache.put(digest, self._fetch(digest))
         except DamagedObject:
             return False
         return True
 
     def get(self, digest: str) -> bytes:
         """The content, checked against the digest; out of the cache where it is there."""
-        key = self._key(digest)
+        object_name(digest)
         content = self._cache.get(digest)
-        if content is not None:
-            return content
+        if content is None:
+            content = self._fetch(digest)
+            self._cache.put(digest, content)
+        return content
+
+    def _fetch(self, digest: str) -> bytes:
+        """What lies in the bucket, checked."""
+        key = self._key(digest)
         with self._reading(digest):
             content = bytes(self._obstore.get(self._store, key).bytes())
         if hashlib.sha256(content).hexdigest() != digest:
             raise DamagedObject(self._altered(digest))
-        self._cache.put(digest, content)
         return content
 
     def check(self, digest: str) -> None:

@@ -7,6 +7,7 @@ kill -9 and a power cut, and an interruption leaves at most a file that no row n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +46,9 @@ from lori_manager.store import (
     journal,
     lines,
     masks,
+    parcels,
     places,
+    receiving,
     removals,
     runs,
     scores,
@@ -60,6 +63,7 @@ from lori_manager.store.files import (
     sync_folder,
 )
 from lori_manager.store.objects import Objects
+from lori_manager.store.parcels import Parcel
 from lori_manager.store.s3 import check_installed, normal_url
 
 if TYPE_CHECKING:
@@ -679,6 +683,50 @@ class Store:
         """
         with self._db.read() as c:
             return journal.entries(c, line=line, alias=alias, since=since)
+
+    # moving between stores: see `moving`
+
+    def parcel(self, refs: Sequence[AdapterRef] | None = None) -> Parcel:
+        """Adapters with all that they need, or everything, as of one moment."""
+        with self._db.read() as c:
+            return parcels.whole(c) if refs is None else parcels.of_adapters(c, refs)
+
+    def news(self, parcel: Parcel) -> receiving.News:
+        """What of another store's parcel is new here.
+
+        Raises:
+            WrongBase: it is of another base.
+            Conflict: the same name is something else here.
+        """
+        with self._db.read() as c:
+            return receiving.compare(c, parcel)
+
+    def score_keys(self) -> set[tuple[Any, ...]]:
+        """What each score here is known by; see `receiving.score_key`."""
+        with self._db.read() as c:
+            return receiving.score_keys(c)
+
+    def take(
+        self,
+        parcel: Parcel,
+        outcomes: Sequence[tuple[np.ndarray, np.ndarray | None]],
+        said: str,
+        files: Sequence[str],
+    ) -> receiving.News | None:
+        """Add what is new of a parcel, all of it or nothing; None where a file is gone again.
+
+        Args:
+            outcomes: of the parcel's scores.
+            said: where it is from, for the record.
+            files: digests of what its new rows need, put before.
+        Raises:
+            As `news`.
+        """
+        with self._db.write() as c:
+            with ThreadPoolExecutor(8) as pool:
+                if not all(pool.map(self.objects.exists, files)):
+                    return None
+            return receiving.add(c, parcel, outcomes, said)
 
     # care
 

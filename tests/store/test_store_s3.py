@@ -58,10 +58,12 @@ def remote_store(bucket: str, tmp_path: Path) -> Store:
 def test_what_was_put_is_there(either: Any, tmp_path: Path) -> None:
     assert not either.exists(DIGEST)
     assert either.age(DIGEST) is None
+    assert not either.keep(DIGEST)
     assert either.put(CONTENT) == either.put(CONTENT) == DIGEST
     assert either.get(DIGEST) == CONTENT
     either.check(DIGEST)
     assert either.exists(DIGEST)
+    assert either.keep(DIGEST)
     assert either.size(DIGEST) == len(CONTENT)
     assert either.age(DIGEST) < timedelta(minutes=2)
     assert DIGEST[2:] in either.where(DIGEST)
@@ -128,8 +130,8 @@ def test_what_is_old_is_written_again_so_that_gc_spares_it(
     objects.put(CONTENT)
     monkeypatch.setattr(remote, "RENEWED", timedelta(0))
     seen = []
-    check = objects.check
-    monkeypatch.setattr(objects, "check", lambda digest: seen.append(digest) or check(digest))
+    fetch = objects._fetch
+    monkeypatch.setattr(objects, "_fetch", lambda digest: seen.append(digest) or fetch(digest))
     objects.put(CONTENT)
     assert seen == []  # it was written again instead
     monkeypatch.setattr(remote, "RENEWED", timedelta(hours=1))
@@ -217,8 +219,8 @@ def test_no_bucket(bucket: str, tmp_path: Path) -> None:
     objects = S3Objects("s3://no-such-bucket/x", "me", Cache(tmp_path / "cache"))
     for call in (lambda: objects.put(b"x"), lambda: objects.get(DIGEST), objects.claim,
                  lambda: list(objects.digests())):  # fmt: skip
-        assert refused(call) == "s3://no-such-bucket/x: there is no such bucket: make it, or name " \
-            "another"  # fmt: skip
+        told = "s3://no-such-bucket/x: there is no such bucket: make it, or name another"
+        assert refused(call) == told
 
 
 def test_no_network(objects: S3Objects, monkeypatch: pytest.MonkeyPatch) -> None:
