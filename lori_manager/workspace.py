@@ -8,7 +8,8 @@ of its own, which takes the open workspace and returns what it stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,12 @@ from lori_manager import (
     intake,
     integrity,
     models,
+    moving,
     teaching,
     transfer,
 )
 from lori_manager.config import default_toml
-from lori_manager.context import SETTINGS, Context
+from lori_manager.context import FOLDER, SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
 from lori_manager.records import Adapter, Alias, Base
 from lori_manager.refs import AdapterRef, check_name
@@ -39,8 +41,7 @@ if TYPE_CHECKING:
     from lori_manager.differing import Diff
     from lori_manager.reporting.changed_rows import Answers
     from lori_manager.reporting.contents import Report
-
-FOLDER = ".lori"
+    from lori_manager.store.moving import Moved
 
 
 class Workspace(Context):
@@ -139,6 +140,42 @@ class Workspace(Context):
     routed = transfer.routed
     import_adapters = transfer.import_adapters
     verify = integrity.verify
+    push = moving.push
+    pull = moving.pull
+    bundle = moving.bundle
+
+    @classmethod
+    def clone(
+        cls,
+        source: str | Path,
+        root: str | Path,
+        *,
+        base: str | None = None,
+        objects: str | None = None,
+        on_message: Callable[[str], None] = lambda _: None,
+    ) -> tuple[Workspace, Moved]:
+        """A new workspace with all that is in another one or in a bundle; again, it goes on.
+
+        Args:
+            source: a workspace's folder, or a bundle's file.
+            root: the new folder.
+            base: where the base's weights are on this machine; where the source has them if None.
+            objects: as for `create`.
+        Raises:
+            WrongBase: those are other weights.
+        """
+        root = Path(root)
+        origin = moving.origin(source)
+        if (root / FOLDER / "registry.db").exists() and _has_base(root / FOLDER):
+            ws = cls.open(root)
+            moving.check_base(ws.store.base(), origin.base, root)
+        else:
+            given, revision = moving.find_base(origin.base, base)
+            ws = cls.create(root, given, revision, objects=objects)
+            if origin.settings is not None:
+                shutil.copyfile(origin.settings, root / SETTINGS)
+        ws.on_message = on_message
+        return ws, ws.pull(source, aliases=True)
 
     def audit(
         self,

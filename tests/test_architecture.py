@@ -18,7 +18,7 @@ ROWS = (
     ("workspace",),
     ("blaming", "differing", "forecasting", "gating"),
     ("remerging",),
-    ("teaching", "combining", "transfer", "intake", "integrity", "doctor"),
+    ("teaching", "combining", "transfer", "moving", "intake", "integrity", "doctor"),
     ("trials", "rehearsal"),
     ("merge_inputs",),
     ("answering",),
@@ -57,7 +57,7 @@ PEFT = "adapters"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"}
 LIGHT_PARTS = {
     "__main__", "cli", "workspace", "forecasting", "gating", "teaching", "combining", "transfer",
-    "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding", "replaying",
+    "moving", "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding", "replaying",
     "merge_inputs", "context", "kinds", "auditing", "blaming", "differing", "remerging",
     "answering", "changes", "comparing", "plain", "reporting", "models", "store", "config",
     "records", "refs", "registry", "sandbox", "extras", "errors",

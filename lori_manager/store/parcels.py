@@ -9,7 +9,7 @@ from datetime import datetime
 from sqlalchemy import Connection, select
 
 from lori_manager.errors import DamagedObject, InvalidInput
-from lori_manager.records import Adapter, Alias, Base, Mask, Run, Score, Task
+from lori_manager.records import SPLITS, Adapter, Alias, Base, Mask, Run, Score, Task
 from lori_manager.refs import BASE, AdapterRef, check_name, parse_mask_ref
 from lori_manager.store import adapters, aliases, bases, masks, runs, scores, tasks
 from lori_manager.store import tables as t
@@ -224,7 +224,8 @@ def check(parcel: Parcel, shown: str) -> None:
         insist(len(own) == len(every), f"a {what} stands there twice")
     for task in parcel.tasks:
         insist(task.name in lines, f"{task.ref} has no line")
-        insist("eval" in task.splits and task.revision > 0, f"{task.ref} is no task")
+        insist({"eval"} <= set(task.splits) <= set(SPLITS), f"{task.ref} has no such rows")
+        insist(task.revision > 0, f"{task.ref} is no task")
     for mask in parcel.masks:
         insist((mask.task, mask.task_revision) in own_tasks, f"the task of {mask.ref} is missing")
         insist(mask.version > 0 and 0 <= mask.kept <= mask.total, f"{mask.ref} is no mask")

@@ -113,8 +113,8 @@ def _new_tasks(connection: Connection, parcel: Parcel, against: list[str]) -> tu
 
 
 def _content(task: Task) -> Any:
-    digests = {name: split.digest for name, split in task.splits.items()}
-    return task.scorer, task.scorer_version, digests
+    splits = {name: (split.digest, split.rows) for name, split in task.splits.items()}
+    return task.scorer, task.scorer_version, splits
 
 
 def _new_masks(connection: Connection, parcel: Parcel) -> tuple[tuple[Mask, ...], dict[str, str]]:
