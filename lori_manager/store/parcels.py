@@ -115,7 +115,7 @@ def _with_parents(connection: Connection, adapter: Adapter, found: dict[str, Ada
         last = waiting[-1]
         missing = [p.ref for p in last.parents if p.ref not in found]
         if missing:
-            refs = map(adapters.reference, missing)
+            refs = map(adapters.reference, reversed(missing))
             waiting += [adapters.one(connection, ref, hidden=True) for ref in refs]
         else:
             found.setdefault(last.ref, last)

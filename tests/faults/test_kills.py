@@ -37,4 +37,4 @@ def test_kills_at_random_times_lose_nothing(
         versions += sum(told.startswith("version") for told in here.acks)
     told = {"kills": kills, "in mid-act": interrupted}
     print(f"\n{told}")
-    assert interrupted > kills / 2
+    assert interrupted > kills / 3
