@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -88,23 +89,26 @@ def test_kills_while_moving_leave_no_row_without_a_good_file_and_the_same_call_g
             acting.score(near, made.ref, made.digest)
         versions = {a.ref: a.digest for a in near.adapters()}
     chance = random.Random(0)
-    wanted, kills, interrupted, partly, lasting = many(6, 200), 0, 0, 0, 0.0
-    while kills < wanted:
-        remote, back = (tmp_path / name / str(kills) for name in ("remote", "back"))
-        store(remote, f"s3://{bucket}/{kills}").close()
+    wanted, kills, interrupted, partly = many(6, 200), 0, 0, 0
+    lasting: dict[bool, float] = {}  # up or down -> seconds from the beginning
+    for number in itertools.count():
+        if kills >= wanted:
+            break
+        remote, back = (tmp_path / name / str(number) for name in ("remote", "back"))
+        store(remote, f"s3://{bucket}/{number}").close()
         store(back).close()
         for source, target in ((place, remote), (remote, back)):
-            paths = source / ".lori", target / ".lori"
-            if lasting:
+            paths, up = (source / ".lori", target / ".lori"), source == place
+            if up in lasting:
                 process = moving(*paths)
-                time.sleep(chance.uniform(0, lasting))
+                time.sleep(chance.uniform(0, lasting[up]))
                 process.kill()
                 kills += 1
                 interrupted += not ended(process)
                 partly += 0 < check(paths[1], versions) < VERSIONS
-            start = time.perf_counter()
-            assert ended(moving(*paths))
-            lasting = lasting or time.perf_counter() - start
+            process, start = moving(*paths), time.perf_counter()
+            assert ended(process)
+            lasting.setdefault(up, time.perf_counter() - start)
             assert check(paths[1], versions) == VERSIONS
         shutil.rmtree(remote)
         shutil.rmtree(back)
