@@ -120,7 +120,7 @@ class Worker:
         if kind.startswith("lora"):
             found = self._lora(rows, config, rate)
         else:
-            block = lori.fresh_block(self.base.linear_shapes, config, line)
+            block = lori.first_block(self.base, config, line)
             mask = None
             if kind.startswith("lori-s"):
                 chosen = rows[: config.calibration_rows]
@@ -380,5 +380,5 @@ class Worker:
         return Config(
             seed=spec["seed"], batch=32, steps=max(1, math.ceil(rows * passes / 32)),
             rank=spec.get("rank", 32), alpha=2.0 * spec.get("rank", 32),
-            dense_learning_rate=dense, calibration_steps=20,
+            dense_learning_rate=dense, calibration_steps=20, init=spec.get("init", "random"),
         )  # fmt: skip

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 SPARE = 16  # tokens beyond the longest completion that an answer may have
 # By these a row is right if and only if the answer is the completion itself.
-RIGHT_IS_THE_COMPLETION = frozenset({"exact_match", "choice_accuracy"})
+RIGHT_IS_THE_COMPLETION = frozenset({"exact_match", "choice_accuracy", "label_accuracy"})
+NO_HEAD = "(no head for this task)"
 
 
 def in_words(ws: Context, task: Task) -> bool:
     """Whether the task's rows are answered in words; by perplexity, a row's outcome is all."""
     scorer = ws.scorer(task)
-    return scorer.reads == "text" or (scorer.reads == "tokens" and scorer.binary)
+    return scorer.reads == "text" or (scorer.reads in ("tokens", "labels") and scorer.binary)
 
 
 def known_answers(
@@ -53,7 +54,8 @@ def run_answers(
     """Row -> what the model answers to it now; kept.
 
     Text is decoded greedily, up to 16 tokens more than the task's longest completion or what
-    the scorer allows. Of rows with choices it is the completion of the most likely one.
+    the scorer allows. Of rows with choices it is the completion of the most likely one, of rows
+    with labels the likeliest label.
 
     Args:
         adapter: None is the base.
@@ -61,6 +63,48 @@ def run_answers(
         config: precision, bits and batch as for scoring.
     """
     scorer = ws.scorer(task)
+    if scorer.reads == "labels":
+        found = dict(zip(rows, _labels(ws, adapter, task, rows, config), strict=True))
+    else:
+        found = _said(ws, adapter, task, scorer, rows, config)
+    ws.store.add_answers(
+        digest=_digest(ws, adapter),
+        task=task,
+        scorer_version=str(scorer.version),
+        precision=ws.score_precision(config),
+        encoding=ws.encoding,
+        found=found,
+    )
+    return found
+
+
+def _labels(
+    ws: Context, adapter: Adapter | None, task: Task, rows: Sequence[int], config: Config
+) -> list[str]:
+    """The likeliest label of each row, the first of those that are alike."""
+    from lori_manager.adapters.applying import applied
+    from lori_manager.classification import label_logits
+
+    weights = None if adapter is None else ws.stored(adapter)
+    head = None if weights is None else weights.heads.get(task.name)
+    if head is None:
+        return [NO_HEAD] * len(rows)
+    _, encoded = ws.labelled(task, "eval")
+    base = ws.base_model(config)
+    with applied(base, weights):
+        logits = label_logits(base, head, [encoded[i] for i in rows], config.score_batch)
+    return [head.labels[place] for place in logits.argmax(axis=1)]
+
+
+def _said(
+    ws: Context,
+    adapter: Adapter | None,
+    task: Task,
+    scorer: Scorer,
+    rows: Sequence[int],
+    config: Config,
+) -> dict[int, str]:
+    """Row -> what the model writes or chooses."""
     base = ws.base_model(config)
     every, encoded = ws.rows(task, "eval")
     most = _new_tokens(scorer, encoded)
@@ -77,14 +121,6 @@ def run_answers(
         )
         found |= dict(zip(numbers, texts, strict=True))
         told(len(found), len(rows))
-    ws.store.add_answers(
-        digest=_digest(ws, adapter),
-        task=task,
-        scorer_version=str(scorer.version),
-        precision=ws.score_precision(config),
-        encoding=ws.encoding,
-        found=found,
-    )
     return found
 
 

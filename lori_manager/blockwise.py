@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lori_manager.engine.layers import attached
 from lori_manager.engine.siblings import inputs_watched
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import Forward, place, real_tokens
+from lori_manager.forward import real_tokens
+from lori_manager.labelling import Runner
 from lori_manager.models import BaseModel
-from lori_manager.tasks.encoding import Encoded
 
 
 class _Reached(Exception):
@@ -35,7 +35,7 @@ class Stream:
     """One member's probe tokens on their way through the blocks, by its model and the merged."""
 
     def __init__(
-        self, base: BaseModel, forward: Forward, rows: Sequence[Encoded], blocks: nn.ModuleList
+        self, base: BaseModel, forward: Runner, rows: Sequence[Any], blocks: nn.ModuleList
     ) -> None:
         batch = forward.batch(list(rows))
         self.real = forward.real(batch, rows)
@@ -49,7 +49,7 @@ class Stream:
 
         hooks = [b.register_forward_pre_hook(hook, with_kwargs=True) for b in blocks]
         try:
-            forward.run(place(batch, base.device))
+            forward.run(forward.place(batch))
         finally:
             for one in hooks:
                 one.remove()
@@ -64,18 +64,19 @@ class Stream:
     def _flat(self, x: Tensor) -> Tensor:
         return real_tokens(x, self.real)
 
-    def token_weights(self, rows: Sequence[Encoded], answers: float) -> Tensor:
+    def token_weights(self, rows: Sequence[Any], answers: float) -> Tensor:
         """The weight of every real token, (tokens,) float32 of sum 1.
 
         Args:
             rows: as given.
-            answers: share on the places whose next token belongs to a completion, and on
-                the last token of a row that is a prompt alone.
+            answers: share on the places that answers are read from, see `Encoded.read_from`.
         """
         places = []
+        # Rows of images are all as long as each other, and nothing of theirs says how long.
+        alike = self.real is None and self.own.shape[0] == len(rows)
         for row in rows:
-            place = torch.zeros(len(row.ids))
-            place[max(row.prompt_length, 1) - 1 : max(len(row.ids) - 1, row.prompt_length)] = 1.0
+            place = torch.zeros(self.own.shape[1] if alike else row.length)
+            place[row.read_from] = 1.0
             places.append(place)
         at = torch.cat(places)
         weights = (1 - answers) / len(at) + at * (answers / float(at.sum()))

@@ -161,6 +161,17 @@ def merge(
             f"method {chosen.name!r} reads probe rows itself: `--weights search` goes with "
             "methods that do not"
         )
+    if weights == SEARCH or chosen is None:
+        reads = f"`--weights {SEARCH}`" if weights == SEARCH else f"`--method {AUTO}`"
+        ws.check_language(f"{reads} reads probe prompts and")
+    elif (needs := chosen.facts.get("needs")) is not None and not (
+        ws.architecture.encoder and (needs == "grams" or chosen.facts.get("encoders"))
+    ):
+        ws.check_language(f"`--method {chosen.name}` reads probe prompts and")
+    if ws.architecture.encoder:
+        if given.get("general"):
+            ws.check_language("`--general`")
+        told = replace(told, general=0.0)
     inputs = MergeInputs(ws, members, config, rows, text)
     kept: dict[str, Any] = {"weights": shares, "options": given}
     if text is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lori_manager import foreign
 from lori_manager.errors import InvalidInput
 from lori_manager.refs import check_name
 
@@ -18,11 +19,14 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 BASE_BITS = (16, 4)
 PROJECTIONS = ("task", "shared", "orthogonal", "nullspace")
 NULLSPACE_SCALES = ("rows", "inputs")
+INITS = ("random", "svd")
 SCHEDULES = ("constant", "linear", "cosine")
 SWITCHES = ("auto", "off")
 PACKING = ("auto", "on", "off")
 CHECKPOINTING = ("off", "on")
 STORE_DTYPES = ("bf16", "fp32")
+PLOP = "plop"
+PLOP_TYPES = 3
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Config:
     sparsity: float = 0.9
     scope: str = "model"
     targets: tuple[str, ...] = ("all-linear",)
+    init: str = "random"
     projection: str = "task"
     nullspace_energy: float = 0.99
     nullspace_scale: str = "rows"
@@ -53,6 +58,7 @@ class Config:
     calibration_rows: int = 1024
     learning_rate: float = 0.0
     dense_learning_rate: float = 2e-3
+    head_learning_rate: float = 1e-3
     schedule: str = "linear"
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -78,7 +84,8 @@ class Config:
         for f in dataclasses.fields(self):
             given = getattr(self, f.name)
             if isinstance(f.default, float) and type(given) is int:
-                object.__setattr__(self, f.name, float(given))
+                object.__setattr__(self, f.name, _as_float(f.name, given))
+            need(type(given) is not int or abs(given) < 2**63, f.name, "less than 2**63")
             default = {} if f.name == "kind_options" else f.default
             _check_type(f.name, getattr(self, f.name), default)
         need(self.rank >= 1, "rank", "at least 1")
@@ -86,6 +93,8 @@ class Config:
         need(0 <= self.sparsity < 1, "sparsity", "in [0, 1)")
         need(self.scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}")
         need(bool(self.targets) and all(self.targets), "targets", "a list of module names")
+        need(self.init in INITS, "init", f"one of {', '.join(INITS)}")
+        types_to_place(self.targets)
         need(self.projection in PROJECTIONS, "projection", f"one of {', '.join(PROJECTIONS)}")
         need(0 <= self.nullspace_energy < 1, "nullspace_energy", "a share in [0, 1)")
         scales = ", ".join(NULLSPACE_SCALES)
@@ -102,6 +111,7 @@ class Config:
         need(self.epochs > 0, "epochs", "above 0")
         need(self.learning_rate >= 0, "learning_rate", "above 0, or 0 for the kind's usual one")
         need(self.dense_learning_rate > 0, "dense_learning_rate", "above 0")
+        need(self.head_learning_rate > 0, "head_learning_rate", "above 0")
         need(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
         need(0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)")
         need(self.weight_decay >= 0, "weight_decay", "0 or more")
@@ -153,6 +163,34 @@ class Config:
         return cls(**values)
 
 
+def types_to_place(targets: Sequence[str]) -> int | None:
+    """How many types of layers `targets` leave to PLoP; None where they name layers.
+
+    Args:
+        targets: "plop" is `PLOP_TYPES` of them, "plop:5" five.
+    Raises:
+        InvalidInput: such a word beside others, or not followed by a number of 1 or more.
+    """
+    words = [target for target in targets if target.partition(":")[0] == PLOP]
+    if not words:
+        return None
+    count = words[0].partition(":")[2] if ":" in words[0] else str(PLOP_TYPES)
+    if len(targets) > 1 or not count.isdecimal() or int(count) < 1:
+        raise InvalidInput(
+            f'`targets` must be names of layers, or "{PLOP}" or "{PLOP}:N" (N types of layers) '
+            f"alone, got {', '.join(targets)}"
+        )
+    return int(count)
+
+
+def _as_float(key: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError as e:
+        raise InvalidInput(f"`{key}` is a number of {len(hex(value))} hexadecimal digits: "
+                           "give a smaller one") from e  # fmt: skip
+
+
 def _check_type(key: str, value: object, default: object) -> None:
     expected = type(default)
     if type(value) is not expected:
@@ -179,8 +217,8 @@ class GateRule:
         for name in ("margin", "confidence", "minimum"):
             value = getattr(self, name)
             if type(value) is int:
-                object.__setattr__(self, name, float(value))
-                value = float(value)
+                value = _as_float(name, value)
+                object.__setattr__(self, name, value)
             optional = name == "minimum" and value is None
             if not optional and (type(value) is not float or not math.isfinite(value)):
                 raise InvalidInput(f"`{name}` of a gate must be a number, got {value!r}")
@@ -281,11 +319,16 @@ class Settings:
     gate: Gate = field(default_factory=Gate)
 
 
-TASK_KEYS = frozenset(
-    {"train", "eval", "calibration", "probe", "scorer", "description", "probe_rows",
-     "allow_overlap", "lm_eval", "lm_eval_include", "lm_eval_metric", "lm_eval_fewshot",
-     "lm_eval_limit"}
-)  # fmt: skip
+# Key of [tasks.NAME] -> a value of its type.
+TASK_KEYS: Mapping[str, str | int | bool] = {
+    **dict.fromkeys(
+        ("train", "eval", "calibration", "probe", "scorer", "description", "lm_eval",
+         "lm_eval_include", "lm_eval_metric"), ""
+    ),
+    **dict.fromkeys(("probe_rows", "lm_eval_fewshot", "lm_eval_limit"), 0),
+    "allow_overlap": False,
+}  # fmt: skip
+SETTINGS_BYTES = 4 << 20
 
 
 def load_settings(path: Path) -> Settings:
@@ -295,14 +338,14 @@ def load_settings(path: Path) -> Settings:
         InvalidInput: not TOML, or an unknown or unusable key, named.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = foreign.read_whole(path, SETTINGS_BYTES).decode()
     except FileNotFoundError:
         return Settings()
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeDecodeError, foreign.Malformed) as e:
         raise InvalidInput(f"cannot read {path}: {e}; mend or remove the file") from e
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also numbers and dates that no computer holds
         raise InvalidInput(f"{path} is not TOML: {e}") from e
     tasks = data.pop("tasks", {})
     defaults = data.pop("defaults", {})
@@ -322,6 +365,11 @@ def load_settings(path: Path) -> Settings:
             if key not in TASK_KEYS:
                 known = ", ".join(sorted(TASK_KEYS))
                 raise InvalidInput(f"{path}: unknown key {key!r} in [tasks.{name}]; known: {known}")
+        try:
+            for key, value in entry.items():
+                _check_type(key, value, TASK_KEYS[key])
+        except InvalidInput as e:
+            raise InvalidInput(f"{path}: [tasks.{name}]: {e}") from e
     own = {}
     for name, value in scorers.items():
         try:
@@ -346,7 +394,10 @@ COMMENTS = {
     "rank": "rank of B A; alpha / rank is the update's scaling",
     "sparsity": "share of B frozen at zero; 0.9 is LoRI-S of the paper",
     "scope": "where the mask's threshold is set: " + ", ".join(SCOPES),
-    "targets": '"all-linear" (every linear layer but the head) or names like ["q_proj", "v_proj"]',
+    "targets": '"all-linear" (every linear layer but the head), names like ["q_proj", "v_proj"], '
+    'or "plop" ("plop:N"): the 3 (N) types of layers that `lori place` chooses for the task',
+    "init": "A is random, see `projection`; svd: each module's leading right singular vectors, "
+    "which are kept in the file",
     "projection": "A is random, one a task (task) or one for all (shared); orthogonal: to the A of "
     "every other task; nullspace: off the inputs of the tasks taught before",
     "nullspace_energy": "of an earlier task's inputs, the share in the directions that A avoids",
@@ -364,6 +415,7 @@ COMMENTS = {
     "kind": "what is trained: see `lori kinds`",
     "kind_options": "options of that kind alone",
     "learning_rate": "0: the kind's usual one; dense_learning_rate is LoRI's without a mask",
+    "head_learning_rate": "of what stands behind an encoder and tells its labels",
     "schedule": "after the warm-up: " + ", ".join(SCHEDULES),
     "warmup": "share of the steps",
     "clip": "largest norm of the gradient, 0 is off",
@@ -374,10 +426,15 @@ COMMENTS = {
 }
 
 
-def default_toml() -> str:
-    """The commented `lori.toml` that `lori init` writes."""
+def default_toml(own: Mapping[str, Any] | None = None) -> str:
+    """The commented `lori.toml` that `lori init` writes.
+
+    Args:
+        own: settings in which the workspace differs from the usual; these are no comments.
+    """
+    own = own or {}
     lines = ["# Defaults of this workspace. Flags of a command win over them.", "", "[defaults]"]
-    for key, value in Config().to_json().items():
+    for key, value in Config().replace(**own).to_json().items():
         if isinstance(value, str):
             shown = f'"{value}"'
         elif isinstance(value, bool):
@@ -389,7 +446,7 @@ def default_toml() -> str:
         else:
             shown = repr(value)
         comment = f"  # {COMMENTS[key]}" if key in COMMENTS else ""
-        lines.append(f"# {key} = {shown}{comment}")
+        lines.append(f"{'' if key in own else '# '}{key} = {shown}{comment}")
     lines += [
         "",
         "# [tasks.safety]",

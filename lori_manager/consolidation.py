@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import Forward, place, real_tokens
+from lori_manager.forward import real_tokens
 from lori_manager.generation import end_ids, generate, within_context
+from lori_manager.labelling import runner
 from lori_manager.merging.methods import MergeOptions
 from lori_manager.models import BaseModel
 from lori_manager.stages import Stage, run_watched
@@ -125,7 +126,7 @@ def prompts_of(rows: Sequence[Encoded]) -> list[Encoded]:
 def input_grams(
     base: BaseModel,
     updates: Mapping[str, LowRankUpdate],
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     batch: int,
     only: Sequence[Stage] | None = None,
 ) -> dict[str, Tensor]:
@@ -134,7 +135,8 @@ def input_grams(
     Args:
         base: the model; the adapter is put in and taken out again.
         updates: module name -> update.
-        rows: token ids of each row count, all of them; padding never does.
+        rows: encoded, with labels where the base is an encoder; all tokens of each row count,
+            padding never does.
         batch: rows a forward.
         only: the stages whose modules are looked at; None is all.
     Returns:
@@ -162,13 +164,13 @@ def input_grams(
         else:
             sums[name] = flat.t() @ flat
 
-    forward = Forward(base)
+    forward = runner(base)
     with attached(base.model, layers), torch.no_grad(), forward.ready():
-        for numbers in length_batches([len(r.ids) for r in rows], batch):
+        for numbers in length_batches([r.length for r in rows], batch):
             chosen = [rows[i] for i in numbers]
             given = forward.batch(chosen)
             real = forward.real(given, chosen)
-            run_watched(forward, place(given, base.device), watched, see, calls)
-    tokens = sum(len(r.ids) for r in rows)
+            run_watched(forward, forward.place(given), watched, see, calls)
+    tokens = sum(r.length for r in rows)
     found = {name: gram.div_(tokens) for name, gram in sums.items()}
     return {name: found[first] for name, first in shared.items() if name in layers}

@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lori_manager import models
+from lori_manager.architectures import (
+    CAUSAL,
+    DIFFUSION,
+    TEXT_ENCODER,
+    Architecture,
+    architecture_of,
+    context_of,
+)
 from lori_manager.config import PRECISIONS, Config, Settings, load_settings
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, NotFound, WrongBase
 from lori_manager.kinds import KINDS
@@ -21,8 +29,11 @@ from lori_manager.store.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lori_manager.diffusion.pipeline import DiffusionBase
     from lori_manager.engine.weights import AdapterWeights, Stored
     from lori_manager.tasks.encoding import Encoded
+    from lori_manager.tasks.images import Picture
+    from lori_manager.tasks.labelled import LabelledImage, LabelledText
     from lori_manager.tasks.rows import Row
     from lori_manager.tasks.scorers import Scorer
     from lori_manager.training import Progress
@@ -54,7 +65,12 @@ class Context:
     on_progress: Callable[[Progress], None] = _ignore
     on_message: Callable[[str], None] = _ignore
     _model: models.BaseModel | None = None
+    _pipeline: DiffusionBase | None = None
     _rows: dict[tuple[str, int], tuple[list[Row], list[Encoded]]] = field(default_factory=dict)
+    _labelled: dict[
+        tuple[str, int, tuple[str, ...]],
+        tuple[list[Row], list[LabelledText] | list[LabelledImage]],
+    ] = field(default_factory=dict)
     _scorers: dict[str, Scorer] = field(default_factory=dict)
 
     @cached_property
@@ -72,7 +88,7 @@ class Context:
         base = self.store.base()
         path = Path(base.path)
         if not path.is_dir():
-            path, _ = models.locate(base.source, base.revision)
+            path, _ = models.locate(base.source, base.revision, code=base.code is not None)
         mark = models.fingerprint(path, self.store.root / "fingerprint.json")
         if mark != base.fingerprint:
             raise WrongBase(
@@ -110,20 +126,89 @@ class Context:
         return models.score_precision(config)
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """What kind of model the base is."""
+        return architecture_of(self.store.base().model_type)
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether the base is a diffusion pipeline, whose tasks are images with captions."""
+        return self.architecture == DIFFUSION
+
+    def check_language(self, what: str) -> None:
+        """Refuse what is only possible with a causal language model.
+
+        Args:
+            what: a command or an option.
+        Raises:
+            InvalidInput: the base is something else.
+        """
+        if self.architecture != CAUSAL:
+            raise self._unfit(what, f"a {CAUSAL.title}")
+
+    def check_text(self, what: str) -> None:
+        """Refuse what is only possible with a base that reads text, as `check_language` does."""
+        if self.architecture not in (CAUSAL, TEXT_ENCODER):
+            raise self._unfit(what, "a language model or a text encoder")
+
+    def _unfit(self, what: str, wanted: str) -> InvalidInput:
+        base = f"{self.architecture.article} {self.architecture.title}"
+        return InvalidInput(f"{what} needs {wanted}; the base of this workspace is {base}")
+
+    @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer."""
-        return models.load_tokenizer(self.base_folder)
+        """The base's tokenizer; InvalidInput where the base does not read text."""
+        self.check_text("a tokenizer")
+        return models.load_tokenizer(self.base_folder, self.store.base().code)
+
+    def skeleton(self) -> models.Skeleton:
+        """The base's modules without its weights."""
+        return models.load_skeleton(self.base_folder, self.store.base().code)
 
     def base_model(self, config: Config) -> models.BaseModel:
         """The loaded base; kept for later calls with the same precision and bits."""
         from lori_manager.acceleration import accelerate
 
+        if self.makes_images:
+            raise self._unfit("this", "a language model or an encoder")
         wanted = models.resolve_precision(config.precision), config.base_bits
         if self._model is None or (self._model.precision, self._model.base_bits) != wanted:
             self._model = None  # before the next is loaded: memory may hold one alone
-            self._model = models.load_base(self.base_folder, wanted[0], base_bits=wanted[1])
+            self._model = models.load_base(
+                self.base_folder, wanted[0], base_bits=wanted[1], code=self.store.base().code
+            )
             accelerate(self._model, config.kernels)
         return self._model
+
+    def pipeline(self, config: Config) -> DiffusionBase:
+        """The loaded diffusion pipeline; kept for later calls with the same precision.
+
+        Raises:
+            InvalidInput: the base is a language model, or settings that are for one.
+        """
+        from lori_manager.diffusion.pipeline import check_precision, load_pipeline
+
+        if not self.makes_images:
+            raise InvalidInput("images need a diffusion pipeline as the base: this is a language "
+                               "model")  # fmt: skip
+        wanted = models.resolve_precision(config.precision)
+        check_precision(wanted, config.base_bits)
+        if self._pipeline is None or self._pipeline.precision != wanted:
+            self._pipeline = None  # before the next is loaded: memory may hold one alone
+            self._pipeline = load_pipeline(self.base_folder, wanted)
+        return self._pipeline
+
+    def model(self, config: Config) -> Any:
+        """What adapters act on: the language model, or the pipeline with its UNet."""
+        return self.pipeline(config) if self.makes_images else self.base_model(config)
+
+    def pictures(self, task: Task, split: str) -> list[Picture]:
+        """A split's images with their captions, as frozen when the task was added."""
+        from lori_manager.tasks.images import picture
+        from lori_manager.tasks.rows import rows_from_jsonl
+
+        rows = rows_from_jsonl(self.store.objects.get(task.splits[split].digest))
+        return [picture(row, self.store.objects.get) for row in rows]
 
     def scorer(self, task: Task) -> Scorer:
         """What scores the task's rows; a function of the user's own is read once.
@@ -132,7 +217,10 @@ class Context:
             NotFound, InvalidInput: see `find_scorer`.
         """
         from lori_manager.tasks.choosing import find_scorer, request_scorer
+        from lori_manager.tasks.scorers import NOISE_LOSS, NoiseLoss
 
+        if task.scorer == NOISE_LOSS:
+            return NoiseLoss()
         if task.requests is not None:
             return request_scorer(task.requests, task.scorer_version, self.root)
         if task.scorer not in self._scorers:
@@ -157,7 +245,7 @@ class Context:
         key = (task.splits[split].digest, max_length)
         if key not in self._rows:
             rows = rows_from_jsonl(self.store.objects.get(key[0]))
-            context = models.read_config(self.base_folder).get("max_position_embeddings")
+            context = context_of(models.read_config(self.base_folder))
             if (
                 task.requests is not None and split == "eval"
             ):  # what they ask is for the harness to encode
@@ -167,6 +255,28 @@ class Context:
                 encoded = encode_rows(self.tokenizer, rows, max_length=max_length, context=context)
             self._rows[key] = (rows, encoded)
         return self._rows[key]
+
+    def labelled(
+        self, task: Task, split: str, max_length: int | None = None
+    ) -> tuple[list[Row], list[LabelledText] | list[LabelledImage]]:
+        """As `rows`, of a task whose rows carry labels; `max_length` counts for text alone."""
+        from lori_manager.tasks.labelled import encode_labelled, labelled_images
+        from lori_manager.tasks.rows import rows_from_jsonl
+
+        max_length = max_length or self.settings.config.max_length
+        key = (task.splits[split].digest, max_length, task.labels)
+        if key not in self._labelled:
+            rows = rows_from_jsonl(self.store.objects.get(key[0]))
+            if task.images is not None:
+                found = labelled_images(rows, task.labels, self.store.objects.get)
+                self._labelled[key] = (rows, found)
+                return self._labelled[key]
+            context = context_of(models.read_config(self.base_folder))
+            encoded = encode_labelled(
+                self.tokenizer, rows, task.labels, max_length=max_length, context=context
+            )
+            self._labelled[key] = (rows, encoded)
+        return self._labelled[key]
 
     def mask_tensors(self, mask: Mask) -> dict[str, Tensor]:
         """Module name -> bool (out_features, rank)."""

@@ -21,8 +21,11 @@ from pathlib import Path
 
 from lori_manager import models
 from lori_manager.errors import LoriError, StorageFailed
-from lori_manager.store.database import HEAD, REGISTRY, Database
+from lori_manager.store import databases
+from lori_manager.store.database import HEAD, Database
+from lori_manager.store.databases import REGISTRY
 from lori_manager.store.mounts import file_system
+from lori_manager.store.postgres import OLDEST, Postgres, ServerFacts
 from lori_manager.store.sqlite import SAFE_WAL, WAL, SQLite
 from lori_manager.store.store import Store
 from lori_manager.store.tables import now
@@ -65,14 +68,17 @@ def _guarded(part: Callable[[Store], Iterator[Check]], store: Store) -> Iterator
 
 
 def _database(root: Path) -> Iterator[Check]:
-    path = root / REGISTRY
-    if not path.is_file():
+    if not databases.begun(root):
+        path = root / REGISTRY
         yield Check("database", TROUBLE, f"there is no {path}: restore it from a copy")
         return
     try:
-        mode = SQLite(path).journal()
-        database = Database.sqlite(path)
+        backend = databases.backend(root)
+        mode = backend.journal() if isinstance(backend, SQLite) else None
+        facts = backend.facts() if isinstance(backend, Postgres) else None
+        database = Database(backend)
         revision = database.noted_revision()
+        database.close()
     except LoriError as e:
         yield Check("database", TROUBLE, str(e))
     else:
@@ -81,13 +87,42 @@ def _database(root: Path) -> Iterator[Check]:
         else:
             yield Check("schema", TROUBLE, f"at {revision}, this lori needs {HEAD}: run "
                         "`lori db upgrade`, or a newer lori")  # fmt: skip
-        yield _journal(mode)
-    kind, local = file_system(path)
+        if mode is not None:
+            yield _journal(mode)
+        if facts is not None:
+            yield from _server(facts)
+    kind, local = file_system(root)
     if local or kind == "unknown":
         yield Check("file system", OK, kind)
     else:
         yield Check("file system", NOTE, f"{kind} is no local disk: locks may not hold between "
                     "machines there, so let one machine write")  # fmt: skip
+
+
+def _server(facts: ServerFacts) -> Iterator[Check]:
+    told = f"PostgreSQL {facts.number}, schema {facts.schema}"
+    if facts.version < OLDEST:
+        yield Check("server", TROUBLE, f"{told}: use {OLDEST} or newer")
+    elif facts.standby:
+        yield Check("server", TROUBLE, f"{told}, a standby: use the server that takes writes")
+    else:
+        yield Check("server", OK, told + ("" if facts.checksums else ", without data checksums"))
+    if not facts.lasting:
+        yield Check("durability", TROUBLE, "fsync or full_page_writes is off: a crash of the "
+                    "server may lose or damage everything; turn both on")  # fmt: skip
+    elif facts.synchronous_commit == "off":
+        yield Check("durability", NOTE, "synchronous_commit is off; lori turns it on for its own "
+                    "commits")  # fmt: skip
+    else:
+        yield Check("durability", OK, f"fsync and full_page_writes are on, synchronous_commit is "
+                    f"{facts.synchronous_commit}")  # fmt: skip
+    if facts.bare:
+        yield Check("encryption", NOTE, "rows and login pass the network unencrypted: add "
+                    "?sslmode=verify-full to the URL in database.json")  # fmt: skip
+    apart = abs(facts.now - now())
+    if apart > SKEW:
+        yield Check("server clock", NOTE, f"{apart.total_seconds():.0f} s from this machine's: "
+                    "times in the store are of the machines that write")  # fmt: skip
 
 
 def _journal(mode: str) -> Check:

@@ -7,11 +7,13 @@ ValueError or TypeError instead. The codes are documented in the README.
 
 from __future__ import annotations
 
+_LINE = 400  # characters of another library's message
+
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The first line of what an error says, shortened; its type where it says nothing."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= _LINE else line[: _LINE - 3] + "..."
 
 
 class LoriError(Exception):
@@ -24,6 +26,10 @@ class InvalidInput(LoriError):
     """An argument, flag or configuration value that no run can use."""
 
     exit_code = 2
+
+
+class Diverged(InvalidInput):
+    """A training whose loss or values stopped being finite."""
 
 
 class AuditFailed(LoriError):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lori_manager.config import Config
 from lori_manager.context import Context
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lori_manager.engine.weights import Stored
+    from lori_manager.tasks.scorers import LabelScorer
 
 
 def score(
@@ -145,25 +146,65 @@ def run_weights(
         weights: not routed; None is the base alone.
     """
     from lori_manager.adapters.applying import applied
+
+    worded = []
+    for task in tasks:
+        scorer = ws.scorer(task)
+        if scorer.reads == "labels":
+            yield task, _labelled(ws, subject, weights, task, scorer, config), None
+        else:
+            worded.append(task)
+    if not worded:
+        return
+    base = ws.model(config)
+    with applied(base, weights):
+        for task in worded:
+            progress = counted_progress(ws, f"scoring {subject} on {task.name}")
+            yield task, *_outcomes(ws, base, task, config, progress)
+
+
+def _outcomes(
+    ws: Context, base: Any, task: Task, config: Config, progress: Callable[[int, int], None]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Outcomes and weights of a task's eval rows by the model as it now is."""
+    scorer = ws.scorer(task)
+    if scorer.reads == "noise":
+        from lori_manager.diffusion.noise_loss import held_out_losses
+
+        pictures = ws.pictures(task, "eval")
+        return held_out_losses(base, pictures, scorer.draws, config.score_batch, progress), None
     from lori_manager.scoring import score_rows
 
+    rows, encoded = ws.rows(task, "eval")
+    return score_rows(base, rows, encoded, scorer, config.score_batch, progress, config.packing)
+
+
+def _labelled(
+    ws: Context,
+    subject: str,
+    weights: Stored | None,
+    task: Task,
+    scorer: LabelScorer,
+    config: Config,
+) -> np.ndarray:
+    """Outcomes of rows with labels; what has no head for the task answers nothing."""
+    import numpy as np
+
+    from lori_manager.adapters.applying import applied
+    from lori_manager.classification import label_outcomes
+
+    head = None if weights is None else weights.heads.get(task.name)
+    if head is None:
+        ws.on_message(f"{subject} has no head for {task.name}: it answers nothing there")
+        rows = task.splits["eval"].rows
+        return np.full(rows, scorer.unanswered(len(task.labels)), np.float32)
     base = ws.base_model(config)
+    _, encoded = ws.labelled(task, "eval")
+    progress = counted_progress(ws, f"scoring {subject} on {task.name}")
     with applied(base, weights):
-        for task in tasks:
-            rows, encoded = ws.rows(task, "eval")
-            progress = counted_progress(ws, f"scoring {subject} on {task.name}")
-            yield (
-                task,
-                *score_rows(
-                    base,
-                    rows,
-                    encoded,
-                    ws.scorer(task),
-                    config.score_batch,
-                    progress,
-                    config.packing,
-                ),
-            )
+        return label_outcomes(
+            base, head, task.labels, encoded, scorer, config.score_batch, progress
+        )
 
 
 def _run_routed(

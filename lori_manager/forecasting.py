@@ -79,6 +79,7 @@ def forecast(
     from lori_manager.merging.methods import MergeOptions
     from lori_manager.rehearsal import rehearsed
 
+    ws.check_language("a dry run reads probe prompts and")
     config = config or ws.settings.config
     told = MergeOptions(**dict(options or {}))
     if probe_rows < 1:

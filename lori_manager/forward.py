@@ -20,7 +20,7 @@ from lori_manager.engine.head import (
     logits_scores,
     widened,
 )
-from lori_manager.errors import first_line
+from lori_manager.errors import InvalidInput, first_line
 from lori_manager.models import BaseModel
 from lori_manager.packing import Bounds, Unsupported, attention_packed
 from lori_manager.tasks.batches import Batch, Sizes, collate, pack
@@ -91,7 +91,7 @@ class Forward:
         """
         self._soft = soft
         self.base = base
-        self._head = base.head()
+        self._split = base.head() is not None
         wanted = packing == "on" or (packing == "auto" and base.device.type != "cpu")
         self.packed = wanted and can_pack(base)
 
@@ -105,6 +105,10 @@ class Forward:
         """The rows in the form that this runs."""
         return pack(rows, sizes=sizes) if self.packed else collate(rows)
 
+    def place(self, batch: Batch) -> DeviceBatch:
+        """The batch's tensors where the model is."""
+        return place(batch, self.base.device)
+
     def real(self, batch: Batch, rows: Sequence[Encoded]) -> Tensor | None:
         """Which of the flattened ids are the rows' own, bool; None where all are."""
         if batch.bounds is not None:
@@ -115,9 +119,13 @@ class Forward:
 
     def loss(self, batch: DeviceBatch) -> Tensor:
         """Sum of the cross-entropy over completion tokens, a scalar in nats, with gradient."""
-        if self._head is None:
+        if not self._split:
             return logits_loss(self._logits(batch), batch.targets, self._soft)
-        return head_loss(self._hidden(batch), *self._head, batch.targets, self._soft)
+        hidden = self._hidden(batch)
+        W, b = self._head()
+        if W.requires_grad or (b is not None and b.requires_grad):  # it trains, too
+            return logits_loss(nn.functional.linear(hidden, W, b), batch.targets, self._soft)
+        return head_loss(hidden, W, b, batch.targets, self._soft)
 
     def run(self, batch: DeviceBatch) -> None:
         """The decoder alone, for what hooks see in it."""
@@ -125,9 +133,9 @@ class Forward:
 
     def scores(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
         """(hits, nll) of every wanted place, without gradients; see `head_scores`."""
-        if self._head is None:
+        if not self._split:
             return logits_scores(self._logits(batch), batch.targets)
-        return head_scores(self._hidden(batch), *self._head, batch.targets)
+        return head_scores(self._hidden(batch), *self._head(), batch.targets)
 
     def likeliest(self, batch: DeviceBatch, count: int) -> tuple[Tensor, Tensor]:
         """Without gradients: the likeliest next tokens at every wanted place.
@@ -135,12 +143,19 @@ class Forward:
         Returns:
             ids (n, count) int64 and their probabilities (n, count) float32, of all tokens.
         """
-        if self._head is None:
+        if not self._split:
             logits = widened(self._logits(batch))
         else:
-            logits = widened(nn.functional.linear(self._hidden(batch), *self._head))
+            logits = widened(nn.functional.linear(self._hidden(batch), *self._head()))
         found = logits.topk(min(count, logits.shape[1]), dim=1)
         return found.indices, (found.values - logits.logsumexp(1, keepdim=True)).exp().float()
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they are after the decoder has run: they may train."""
+        head = self.base.head()
+        if head is None:
+            raise ValueError("the model's head is not apart from it")
+        return head
 
     def _hidden(self, batch: DeviceBatch) -> Tensor:
         out: Tensor = self.base.decoder(**_inputs(batch)).last_hidden_state
@@ -152,8 +167,17 @@ class Forward:
 
 
 def real_tokens(x: Tensor, real: Tensor | None) -> Tensor:
-    """x (..., d) by tokens, (tokens, d), without those that fill up; see `Forward.real`."""
+    """x (..., d) by tokens, (tokens, d), without those that fill up; see `Forward.real`.
+
+    Raises:
+        InvalidInput: x is no row a token, as with what reads relative positions.
+    """
     flat = x.reshape(-1, x.shape[-1])
+    if real is not None and len(flat) != len(real):
+        raise InvalidInput(
+            "this model has linear layers that read something else than its tokens, which no "
+            "merge by inputs can take: use `--method concat`"
+        )
     return flat if real is None else flat[real]
 
 

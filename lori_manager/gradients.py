@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import DeviceBatch, Forward, place
 from lori_manager.graphs import Graphed, plan_sizes
+from lori_manager.labelling import Runner
 from lori_manager.tasks.batches import Sizes
-from lori_manager.tasks.encoding import Encoded
+
+T = TypeVar("T")
 
 
-def micro_batches(rows: list[Encoded], size: int) -> list[list[Encoded]]:
+def micro_batches(rows: list[T], size: int) -> list[list[T]]:
     """A step's rows in parts of up to `size`; 0 is all at once."""
     size = size or len(rows)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -46,9 +47,9 @@ class Gradients:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Runner,
         parameters: Sequence[nn.Parameter],
-        steps: Sequence[Sequence[Sequence[Encoded]]],
+        steps: Sequence[Sequence[Sequence[Any]]],
         graphs: str,
         penalty: Callable[[], Tensor] | None = None,
     ) -> None:
@@ -75,8 +76,8 @@ class Gradients:
             self._sizes = {id(part): sizes for part, sizes in zip(parts, planned, strict=True)}
             self._graphed = Graphed(self._add)
 
-    def of(self, parts: Sequence[Sequence[Encoded]]) -> Tensor:
-        """Mean cross-entropy over the completion tokens of all parts, on the device."""
+    def of(self, parts: Sequence[Sequence[Any]]) -> Tensor:
+        """Mean cross-entropy over what the rows of all parts teach, on the device."""
         total = None
         counted = 0
         for p in self._parameters:
@@ -88,7 +89,7 @@ class Gradients:
             if self._graphed is not None and sizes is not None:
                 (loss,) = self._graphed(batch, sizes)
             else:
-                (loss,) = self._add(place(batch, self._forward.base.device))
+                (loss,) = self._add(self._forward.place(batch))
             total = loss.clone() if total is None else total + loss
         if total is None:
             raise ValueError("a step needs at least one row")
@@ -98,7 +99,7 @@ class Gradients:
             self._add_gradient(self._penalty())
         return total / counted
 
-    def _add(self, batch: DeviceBatch) -> tuple[Tensor]:
+    def _add(self, batch: Any) -> tuple[Tensor]:
         """Add the gradient of the summed loss to the parameters' own."""
         loss = self._forward.loss(batch)
         self._add_gradient(loss)

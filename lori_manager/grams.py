@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,6 @@ from lori_manager.consolidation import input_grams
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.models import BaseModel
 from lori_manager.stages import ROOM, Stage, grouped, stages_of
-from lori_manager.tasks.encoding import Encoded
 
 
 class _OfMember(Mapping[str, Tensor]):
@@ -47,7 +47,7 @@ class StreamedGrams(Sequence[Mapping[str, Tensor]]):
         self,
         base: BaseModel,
         updates: Sequence[Mapping[str, LowRankUpdate]],
-        rows: Sequence[Sequence[Encoded]],
+        rows: Sequence[Sequence[Any]],
         batch: int,
         room: int = ROOM,
     ) -> None:

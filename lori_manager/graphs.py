@@ -62,7 +62,7 @@ def plan_sizes(batches: Sequence[Sequence[Encoded]], weights: int) -> list[Sizes
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """What the collector frees may call the driver, and a capture does not survive that."""
     gc.collect()
     before = gc.isenabled()
@@ -109,7 +109,7 @@ class Graphed:
         graph = torch.cuda.CUDAGraph()
         try:
             with (
-                _no_collection(),
+                no_collection(),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
             ):
                 out = self._run(as_batch(flat, batch))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from lori_manager import models
+from lori_manager.architectures import context_of
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import InvalidInput, NotFound
 from lori_manager.records import Split, Task
@@ -65,11 +67,13 @@ def add_task(
         encode_rows,
         lengths_summary,
     )
+    from lori_manager.tasks.labelled import asked_of, encode_labelled, labels_of
     from lori_manager.tasks.rows import rows_to_jsonl
     from lori_manager.tasks.sources import read_source
     from lori_manager.tasks.splits import make_splits
 
     check_name(name, "task")
+    ws.check_text("a task of text")
     entry = ws.settings.tasks.get(name, {})
     given = {"train": train, "eval": eval, "calibration": calibration, "probe": probe}
     if eval is not None and train is None:
@@ -79,18 +83,25 @@ def add_task(
         "lm_eval_fewshot": lm_eval_fewshot, "lm_eval_limit": lm_eval_limit,
     }  # fmt: skip
     frozen = _frozen(ws, entry, asked, given["eval"] or scorer)
+    encoder = ws.architecture.encoder
     sources = _sources_of(ws, name, given, entry, frozen=frozen is not None)
     if frozen is not None:
         scorer, version, check = frozen.scorer, frozen.version, None
     else:
-        scorer = scorer or entry.get("scorer") or "exact_match"
+        usual = "label_accuracy" if encoder else "exact_match"
+        scorer = str(scorer or entry.get("scorer") or usual)
         method = find_scorer(scorer, ws.settings.scorers, ws.root)
+        if encoder != (method.reads == "labels"):
+            raise InvalidInput(
+                f"scorer `{scorer}` reads {method.reads}, which a {ws.architecture.title} does not "
+                f"answer with: use `--scorer {usual}`"
+            )
         version, check = str(method.version), method.check
     rows_wanted = probe_rows if probe_rows is not None else entry.get("probe_rows", 256)
     overlap = allow_overlap if allow_overlap is not None else entry.get("allow_overlap", False)
-    render = chat_renderer(ws.tokenizer)
+    render = None if encoder else chat_renderer(ws.tokenizer)
     read = {
-        split: read_source(source, root=ws.root, render_chat=render)
+        split: read_source(source, root=ws.root, render_chat=render, labelled=encoder)
         for split, source in sources.items()
     }
     prepared = make_splits(
@@ -100,15 +111,20 @@ def add_task(
         read.get("probe"),
         probe_rows=rows_wanted,
         allow_overlap=overlap,
+        asked=asked_of if encoder else attrgetter("prompt"),
     )
-    config = ws.settings.config
-    context = models.read_config(ws.base_folder).get("max_position_embeddings")
+    labels = labels_of(prepared.splits) if encoder else ()
+    context = context_of(models.read_config(ws.base_folder))
+    limits: dict[str, Any] = {"max_length": ws.settings.config.max_length, "context": context}
     splits, lengths = {}, {}
     for split, rows in prepared.splits.items():
         if split == "eval" and frozen is not None:
             encoded = encode_prompts(ws.tokenizer, [row.prompt for row in rows], room=context)
+        elif encoder:
+            lengths[split] = lengths_summary(encode_labelled(ws.tokenizer, rows, labels, **limits))
+            continue
         else:
-            encoded = encode_rows(ws.tokenizer, rows, max_length=config.max_length, context=context)
+            encoded = encode_rows(ws.tokenizer, rows, **limits)
         if split == "eval" and check is not None:
             for row, e in zip(rows, encoded, strict=True):
                 check(ws.tokenizer, row, e)
@@ -130,7 +146,8 @@ def add_task(
         description=description or entry.get("description", ""),
         splits=splits,
         options={"sources": {k: str(v) for k, v in sources.items()}, "probe_rows": rows_wanted}
-        | ({} if frozen is None else {"lm_eval": frozen.options}),
+        | ({} if frozen is None else {"lm_eval": frozen.options})
+        | ({"labels": labels} if labels else {}),
     )
     return AddedTask(task, tuple(prepared.notes), lengths, task.ref not in known)
 
@@ -157,6 +174,7 @@ def _frozen(
                            "--scorer out")  # fmt: skip
     from lori_manager.harness.freezing import freeze
 
+    ws.check_language("--lm-eval")
     if include is not None:
         path = (ws.root / str(include)).absolute()
         include = str(path.relative_to(ws.root)) if path.is_relative_to(ws.root) else str(path)

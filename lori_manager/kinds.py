@@ -14,10 +14,11 @@ from lori_manager.config import Config
 from lori_manager.errors import InvalidInput
 
 LORI = "lori"
+OWN_FORM = "folder of lori's own"
 # Settings that some kinds have no use for; all others count for every kind.
 LOW_RANK = frozenset({"rank", "alpha", "targets"})
 _LORI_ALONE = frozenset(
-    {"sparsity", "scope", "projection", "nullspace_energy", "nullspace_scale",
+    {"sparsity", "scope", "init", "projection", "nullspace_energy", "nullspace_scale",
      "calibration_steps", "calibration_rows", "dense_learning_rate"}
 )  # fmt: skip
 PARTIAL = LOW_RANK | _LORI_ALONE
@@ -40,6 +41,8 @@ class Kind:
         served: who can serve that without lori.
         base_bits: of the base that it trains on, None where that is free.
         continues: whether a training may begin at an adapter.
+        packed: whether the base's weights may be packed; no where they are read or trained.
+        encoders: whether it trains on encoders too.
     """
 
     name: str
@@ -53,6 +56,13 @@ class Kind:
     served: str = "vLLM, PEFT"
     base_bits: int | None = None
     continues: bool = True
+    packed: bool = True
+    encoders: bool = True
+
+    @property
+    def own_form(self) -> bool:
+        """Whether `lori export` writes a folder of lori's own, see `adapters.own_form`."""
+        return self.export.startswith(OWN_FORM)
 
 
 KINDS = {
@@ -80,6 +90,27 @@ KINDS = {
             "ia3", "(IA)3", "arXiv:2205.05638", 5e-3, frozenset(),
             {"outputs": "", "inputs": ""}, low_rank=False, export="PEFT IA3", served="PEFT",
         ),
+        Kind(
+            "svfit", "SVFit", "arXiv:2409.05926", 3e-2, frozenset({"targets"}),
+            {"values": 256, "svd": "auto"}, packed=False,
+        ),
+        Kind(
+            "full", "full fine-tuning", "arXiv:1801.06146", 5e-5, frozenset(),
+            {"modules": "all"},
+            low_rank=False, export=f"{OWN_FORM}, whole model", served="vLLM (whole), lori",
+            packed=False, encoders=False,
+        ),
+        Kind(
+            "bottleneck", "bottleneck adapters", "arXiv:1902.00751", 1e-3, frozenset(),
+            {"placement": "houlsby", "reduction": 16, "activation": "relu"},
+            low_rank=False, export=OWN_FORM, served="lori",
+            encoders=False,
+        ),
+        Kind(
+            "prefix", "prefix tuning", "arXiv:2101.00190", 1e-2, frozenset(),
+            {"num_virtual_tokens": 20, "projection": False, "hidden": 0},
+            low_rank=False, export="PEFT prefix tuning", served="PEFT", encoders=False,
+        ),
     )
 }  # fmt: skip
 
@@ -101,9 +132,15 @@ def resolved(config: Config) -> Config:
     That is its usual learning rate where `learning_rate` is 0, the defaults of its own
     options, and the bits of its base.
     Raises:
-        InvalidInput: no such kind, an option that it has not, or of another type.
+        InvalidInput: no such kind, an option that it has not, or of another type, or a packed
+            base where the kind needs the plain one.
     """
     kind = kind_of(config.kind)
+    if not kind.packed and (config.base_bits != 16 or config.precision == "fp8"):
+        raise InvalidInput(
+            f"kind `{kind.name}` needs the base's plain weights: leave --base-bits "
+            f"{config.base_bits} and --precision {config.precision} out"
+        )
     for key, value in config.kind_options.items():
         if key not in kind.options:
             known = ", ".join(sorted(kind.options)) or "none"

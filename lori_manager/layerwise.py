@@ -14,7 +14,7 @@ from lori_manager.engine.core import truncated_on_inputs
 from lori_manager.engine.layers import LowRankLinear, linear_weight, low_rank_layers
 from lori_manager.engine.update import LowRankUpdate, concat_updates
 from lori_manager.engine.weights import AdapterWeights, Block, one_block
-from lori_manager.forward import Forward
+from lori_manager.labelling import runner
 from lori_manager.merging.least_squares import LeastSquares, Moments, Part
 from lori_manager.merging.methods import DEFAULTS, MergeOptions
 from lori_manager.models import BaseModel
@@ -86,7 +86,7 @@ def merge_layerwise(
     parts = [_Part(i, b.updates()) for i, m in enumerate(members) for b in m.blocks]
     names = sorted({name for part in parts for name in part.updates})
     prefix, blocks = decoder_blocks(base.model, names)
-    forward = Forward(base)
+    forward = runner(base)
     aims: list[dict[str, Tensor]] = [{} for _ in parts]
     cut: dict[str, LowRankUpdate] = {}
     smaller = False
@@ -152,6 +152,7 @@ LAYERWISE: Entry[ModelMethod] = Entry(
         "identity": True,
         "ordered": False,
         "needs": "answers",
+        "encoders": True,
         "options": ("max_rank", "eps", "shrink", "general", "answers", "span"),
     },
 )

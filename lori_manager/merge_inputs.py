@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lori_manager.merging.methods import MergeOptions
     from lori_manager.models import BaseModel
     from lori_manager.registry import Entry
-    from lori_manager.tasks.encoding import Encoded
 
 GENERAL = 16  # pieces of general text
 
@@ -40,7 +39,7 @@ class MergeInputs:
     config: Config
     probe_rows: int
     general: Path | None = None
-    _answered: dict[str, list[Encoded]] = field(default_factory=dict)  # by reference
+    _answered: dict[str, list[Any]] = field(default_factory=dict)  # by reference
 
     @cached_property
     def weights(self) -> list[AdapterWeights]:
@@ -57,13 +56,13 @@ class MergeInputs:
         """Some of the members; what any of them answers is asked for once."""
         return replace(self, members=[self.members[i] for i in numbers])
 
-    def labelled(self, member: int) -> list[Encoded]:
-        """Probe rows of the member's own tasks, with their completions.
+    def labelled(self, member: int) -> list[Any]:
+        """Probe rows of the member's own tasks, with their completions or labels.
 
         Raises:
             InvalidInput: a task without probe rows, or no task.
         """
-        rows: list[Encoded] = []
+        rows: list[Any] = []
         adapter = self.members[member]
         for name in self.ws.tasks_of(adapter):
             task = self.ws.store.task(name)
@@ -72,7 +71,8 @@ class MergeInputs:
                     f"task {name!r} has no probe rows to take inputs from: add it again with "
                     "--probe or with more training rows, or use `--method concat`"
                 )
-            rows += self.ws.rows(task, "probe")[1][: self.probe_rows]
+            read = self.ws.labelled if self.ws.architecture.encoder else self.ws.rows
+            rows += read(task, "probe")[1][: self.probe_rows]
         if not rows:
             raise InvalidInput(
                 f"{adapter.ref} belongs to no task, so there are no inputs to merge it by: use "
@@ -80,10 +80,15 @@ class MergeInputs:
             )
         return rows
 
-    def answered(self, member: int) -> list[Encoded]:
-        """Prompts of the member's own tasks with what it writes after them itself."""
+    def answered(self, member: int) -> list[Any]:
+        """Prompts of the member's own tasks with what it writes after them itself.
+
+        An encoder writes nothing: rows as they are.
+        """
         from lori_manager.consolidation import answered
 
+        if self.ws.architecture.encoder:
+            return self.labelled(member)
         ref = self.members[member].ref
         if ref not in self._answered:
             progress = counted_progress(self.ws, f"{ref} answers")
@@ -107,7 +112,16 @@ class MergeInputs:
     def merged(
         self, entry: Entry[Any], shares: Sequence[float], options: MergeOptions
     ) -> AdapterWeights:
-        """The members merged by a method."""
+        """The members merged by a method, each task's head as its member has it."""
+        from lori_manager.engine.weights import joined_heads
+
+        heads = joined_heads(self.weights)
+        found = self._merged(entry, shares, options)
+        return replace(found, heads=heads) if heads else found
+
+    def _merged(
+        self, entry: Entry[Any], shares: Sequence[float], options: MergeOptions
+    ) -> AdapterWeights:
         from lori_manager.merging.methods import options_of
         from lori_manager.tasks.general import general_rows
 

@@ -8,13 +8,23 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lori_manager.errors import InvalidInput, NotFound, WrongBase, first_line
+from lori_manager import base_files, foreign, pipelines
+from lori_manager.architectures import (
+    CAUSAL,
+    IMAGE_ENCODER,
+    Architecture,
+    architecture_of,
+    check_architecture,
+    context_of,
+)
+from lori_manager.errors import InvalidInput, LoriError, NotFound, WrongBase, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -26,29 +36,40 @@ logger = logging.getLogger(__name__)
 
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _READING = (*_SETTINGS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
-            "vocab.json", "vocab.txt", "merges.txt", "*.model")  # fmt: skip
+            "vocab.json", "vocab.txt", "merges.txt", "*.model",
+            "preprocessor_config.json")  # fmt: skip
 _NO_MATTER = {"transformers_version", "_name_or_path", "name_or_path", "chat_template",
               "torch_dtype", "dtype"}  # fmt: skip
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt",
+              "merges.txt"]  # fmt: skip
 
 
-def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+def locate(
+    source: str, revision: str | None = None, *, code: bool = False
+) -> tuple[Path, str | None]:
     """The local folder of a base and, for a hub id, the commit that it is.
 
     Args:
-        source: a folder with config.json and safetensors weights, or a hub id.
+        source: a folder with config.json and safetensors weights, a diffusers pipeline's
+            folder, or a hub id of either.
         revision: branch, tag or commit on the hub; refused for a folder.
+        code: fetch Python files, too.
     Raises:
         NotFound: neither a usable folder nor something the hub gave.
-        InvalidInput: a revision for a folder.
+        InvalidInput: a revision for a folder, a pipeline that is not of the known kind.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise InvalidInput(f"`--revision` is for hub ids; {source!r} is a folder")
         folder = folder.resolve()
-        if not (folder / "config.json").is_file():
-            raise NotFound(f"{folder} holds no config.json: expected a transformers model folder")
+        if pipelines.is_pipeline(folder):
+            pipelines.check_pipeline(folder)
+        elif not (folder / "config.json").is_file():
+            raise NotFound(
+                f"{folder} holds no config.json: expected a transformers model folder, or a "
+                f"diffusers pipeline with {pipelines.INDEX}"
+            )
         weight_files(folder)
         return folder, None
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -57,29 +78,65 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=[pipelines.INDEX]))
+        files, left_out = [*_HUB_FILES, *(["*.py"] if code else [])], None
+        if pipelines.is_pipeline(path):
+            files, left_out = pipelines.HUB_FILES, pipelines.HUB_VARIANTS
+        path = Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=files, ignore_patterns=left_out
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         raise NotFound(
             f"base {source!r} is neither a folder nor available on the hub ({first_line(e)}); "
             "give a path, or check the name and the network"
         ) from e
+    if pipelines.is_pipeline(path):
+        pipelines.check_pipeline(path)
     weight_files(path)
     return path, path.name
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, those of its index where it has one.
+def check_base(
+    folder: Path, trust: bool, source: str, revision: str | None, *, known: str | None = None
+) -> str | None:
+    """Refuse a base whose files ask for too much; the digest of code that may be run.
 
+    Args:
+        folder: the base's. trust, source, revision: see `base_files.check_code`.
+        known: digest of the code that the base was taken with.
+    """
+    if pipelines.is_pipeline(folder):
+        if trust:
+            raise InvalidInput("a diffusion pipeline brings no code: leave --trust-remote-code out")
+        return None
+    base_files.check_folder(folder)
+    if known is not None:
+        base_files.may_run_code(folder, known)
+        return known
+    return base_files.check_code(folder, trust, source, revision)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder that transformers loads.
+
+    That is model.safetensors, else what its index names. Of a pipeline, those of all its parts.
     Raises:
         NotFound: none there. Pickled weights are never loaded.
     """
+    if pipelines.is_pipeline(folder):
+        return pipelines.weight_files(folder)
     index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            files = [folder / name for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise NotFound(f"{index} is not an index of safetensors files: fetch it again") from e
+            files = pipelines.named_files(index)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise NotFound(
+                f"{index} is not an index of safetensors files beside it: fetch it again"
+            ) from e
     else:
         files = sorted(folder.glob("*.safetensors"))
     missing = [f.name for f in files if not f.is_file()]
@@ -93,7 +150,7 @@ def fingerprint(folder: Path, cache: Path | None = None) -> str:
     """SHA-256 over the base's weights by tensor: name, dtype, shape, bytes.
 
     The same weights in other shards, in another order or beside other metadata
-    give the same fingerprint.
+    give the same fingerprint. A pipeline's tensors are told apart by their part.
 
     Args:
         folder: the model folder.
@@ -111,7 +168,14 @@ def fingerprint(folder: Path, cache: Path | None = None) -> str:
             logger.debug("%s is unreadable; reading the weights again", cache)
     tensors: dict[str, bytes] = {}
     for file in files:
-        tensors.update(_tensor_hashes(file))
+        part = f"{file.parent.name}/" if pipelines.is_pipeline(folder) else ""
+        found = {part + name: part.encode() + h for name, h in _tensor_hashes(file).items()}
+        if twice := sorted(tensors.keys() & found):
+            raise WrongBase(
+                f"{folder} has tensor {twice[0]!r} in {file.name} and in another file, so which "
+                "counts depends on who reads it: fetch the weights again"
+            )
+        tensors |= found
     h = hashlib.sha256()
     for name in sorted(tensors):
         h.update(tensors[name])
@@ -146,29 +210,13 @@ def stored_tensors(file: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     Raises:
         WrongBase: not a safetensors file, or cut short.
     """
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if length > min(100_000_000, size):
-            raise WrongBase(f"{file} is not a whole safetensors file")
-        text = f.read(length)
-    start = 8 + length
     try:
-        header = json.loads(text)
-        metadata = dict(header.pop("__metadata__", None) or {})
-        tensors = [
-            StoredTensor(file, name, str(info["dtype"]), tuple(int(n) for n in info["shape"]),
-                         start + int(begin), start + int(end))
-            for name, info in header.items()
-            for begin, end in [info["data_offsets"]]
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise WrongBase(f"{file} is not a whole safetensors file: {e}") from e
-    for t in tensors:
-        if not start <= t.begin <= t.end:
-            raise WrongBase(f"{file} is not a whole safetensors file: tensor {t.name!r}")
-        if t.end > size:
-            raise WrongBase(f"{file} is cut short at tensor {t.name!r}")
+        header, metadata = foreign.read_header(file)
+    except (foreign.Malformed, OSError) as e:
+        raise WrongBase(f"{file} is not a whole safetensors file: {e}; fetch it again") from e
+    tensors = [
+        StoredTensor(file, name, t.dtype, t.shape, t.begin, t.end) for name, t in header.items()
+    ]
     return sorted(tensors, key=lambda t: (t.begin, t.end, t.name)), metadata
 
 
@@ -191,32 +239,61 @@ def _tensor_hashes(file: Path) -> dict[str, bytes]:
     return out
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The base's tokenizer; never runs code that comes with a model."""
+def load_tokenizer(folder: Path, code: str | None = None) -> Any:
+    """The base's tokenizer.
+
+    Args:
+        code: digest of the base's own code, which is run only then; see `base_files`.
+    Raises:
+        NotFound: none that can be used. WrongBase: the code is another.
+    """
     from transformers import AutoTokenizer
 
+    run_code = base_files.may_run_code(folder, code)
+    with _built(f"{folder} holds no usable tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=run_code)
+
+
+@contextmanager
+def _built(what: str) -> Iterator[None]:
+    """Whatever a library makes of a stranger's files becomes one line.
+
+    Its readers fail in types of many libraries, those in Rust in one that is no `Exception`.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise NotFound(f"{folder} holds no usable tokenizer: {first_line(e)}") from e
+        yield
+    except LoriError:
+        raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+            raise
+        raise NotFound(f"{what}: {first_line(e)}") from e
 
 
 @dataclass
 class BaseModel:
-    """A loaded, frozen causal language model.
+    """A loaded, frozen model: a causal language model, or an encoder with a head behind it.
 
     Attributes:
-        model: the transformers causal LM, in eval mode, nothing requiring gradients.
+        model: the transformers model, in eval mode, nothing requiring gradients.
         folder: where it was loaded from.
         precision: "fp32" or "bf16", of the weights; "fp8": bf16, linear layers but the head
             in e4m3.
         base_bits: 4 where all linear layers but the head hold nf4, else 16.
+        architecture: what kind of model it is.
+        drawn: names of parameters of the head that the folder does not hold.
+        code: digest of the base's own code where that may run.
     """
 
     model: Any
     folder: Path
     precision: str
     base_bits: int = 16
+    architecture: Architecture = CAUSAL
+    drawn: frozenset[str] = frozenset()
+    code: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -227,12 +304,14 @@ class BaseModel:
     @cached_property
     def tokenizer(self) -> Any:
         """Loaded on first use."""
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self.code)
 
-    @property
+    @cached_property
     def context(self) -> int | None:
-        """The largest number of positions, None where the config has none."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """The longest input in tokens, None where the model has no limit."""
+        config = self.model.config
+        keys = ("model_type", "max_position_embeddings", "pad_token_id")
+        return context_of({key: getattr(config, key, None) for key in keys})
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -245,11 +324,16 @@ class BaseModel:
         return getattr(self.model, "base_model", self.model)
 
     def probe(self) -> None:
-        """Run the model once on two tokens, for hooks to see it at work."""
+        """Run the model once on two tokens, or on one image, for hooks to see it at work."""
         import torch
 
+        if self.architecture == IMAGE_ENCODER:
+            size = image_format(self.folder).size
+            pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=self.model.dtype)
+            self.model(pixel_values=pixels)
+            return
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        self.model(input_ids=ids, use_cache=False)
+        self.model(input_ids=ids, **({} if self.architecture.encoder else {"use_cache": False}))
 
     def head(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight (vocabulary, d), bias) of the vocabulary head behind the decoder.
@@ -286,19 +370,61 @@ class BaseModel:
         return same
 
 
+@dataclass(frozen=True)
+class ImageFormat:
+    """What an image encoder takes: `size` pixels a side, (x - mean) / std of values in [0, 1]."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def image_format(folder: Path) -> ImageFormat:
+    """What the preprocessor_config.json of an image encoder asks for.
+
+    An image's middle square is scaled to `crop_size`, or without one to `size`.
+    Raises:
+        NotFound: no such file, or one that does not say.
+    """
+    path = folder / "preprocessor_config.json"
+    try:
+        told = foreign.read_json(path)
+        size = told.get("crop_size") if told.get("do_center_crop") else None
+        size = size or told["size"]
+        if isinstance(size, dict):
+            size = size.get("height") or size["shortest_edge"]
+        mean, std = told["image_mean"], told["image_std"]
+        if not told.get("do_normalize", True):
+            mean, std = [0.0] * 3, [1.0] * 3
+        found = ImageFormat(int(size), tuple(map(float, mean)), tuple(map(float, std)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise NotFound(
+            f"{path} does not say the size and normalisation of images ({first_line(e)}): save the "
+            "model's image processor there with `save_pretrained`"
+        ) from e
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json.
 
     Raises:
         NotFound: missing or not a JSON object.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise NotFound(f"{folder} holds no readable config.json: {e}") from e
-    if not isinstance(config, dict):
-        raise NotFound(f"{folder}/config.json is not a JSON object")
-    return config
+    return base_files.read_settings(folder / base_files.CONFIG)
+
+
+def model_type(folder: Path) -> str:
+    """What kind of model a folder holds, as its config.json says; of pipelines there is one.
+
+    Raises:
+        InvalidInput: an encoder that is set up as a decoder.
+    """
+    if pipelines.is_pipeline(folder):
+        return pipelines.MODEL_TYPE
+    config = read_config(folder)
+    check_architecture(config)
+    return str(config.get("model_type", ""))
 
 
 def encoding_digest(folder: Path, max_length: int) -> str:
@@ -309,9 +435,11 @@ def encoding_digest(folder: Path, max_length: int) -> str:
     part of it, since rows are frozen as it wrote them; nor is who saved the files when.
 
     Args:
-        folder: the base's.
+        folder: the base's. Of a pipeline, see `pipelines.reading_digest`.
         max_length: tokens a row.
     """
+    if pipelines.is_pipeline(folder):
+        return pipelines.reading_digest(folder)
     h = hashlib.sha256(str(max_length).encode())
     for path in sorted(p for pattern in _READING for p in folder.glob(pattern)):
         content = path.read_bytes()
@@ -373,7 +501,7 @@ class Skeleton:
     """A base's modules without its weights.
 
     Attributes:
-        model: on the meta device.
+        model: on the meta device; an encoder with a head of two labels.
         linear_shapes: full name -> (out_features, in_features), the head left out.
         transposed: names of those whose weight is (in_features, out_features).
     """
@@ -383,32 +511,79 @@ class Skeleton:
     transposed: frozenset[str]
 
 
-def load_skeleton(folder: Path) -> Skeleton:
-    """Build the model's modules on the meta device, in well under a second."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load_skeleton(folder: Path, code: str | None = None) -> Skeleton:
+    """Build the model's modules on the meta device, in well under a second; a pipeline's UNet.
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        auto: Any = AutoModelForCausalLM
-        model = auto.from_config(config, trust_remote_code=False)
+    Args:
+        code: digest of the base's own code, which is run only then; see `base_files`.
+    Raises:
+        NotFound, InvalidInput: no model can be built. WrongBase: the code is another.
+    """
+    if pipelines.is_pipeline(folder):
+        pipelines.check_library("a diffusion pipeline")
+        with _built(f"{folder} holds no UNet that diffusers can build"):
+            unet = pipelines.bare_unet(folder)
+        return Skeleton(unet, linear_shapes(unet), frozenset())
+    from transformers import AutoConfig
+
+    base_files.check_folder(folder)
+    run_code = base_files.may_run_code(folder, code)
+    architecture = check_architecture(read_config(folder))
+    with _built(f"{folder} is not {architecture.article} {architecture.title} lori can load"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=run_code)
+        model = bare_model(config, run_code=run_code)
     shapes = linear_shapes(model)
     transposed = {n for n in shapes if type(model.get_submodule(n)).__name__ == "Conv1D"}
     return Skeleton(model, shapes, frozenset(transposed))
+
+
+def bare_model(config: Any, *, run_code: bool = False) -> Any:
+    """The modules of a transformers configuration, on the meta device.
+
+    Args:
+        run_code: the base's own code may be run, see `base_files.may_run_code`.
+    """
+    import torch
+    import transformers
+
+    auto: Any = getattr(transformers, architecture_of(config.model_type).auto)
+    with torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=run_code)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the modules between an encoder's last layer and the labels, in the model.
+
+    Those that have parameters: a pooler, and what stands beside the encoder. None of a
+    language model.
+    """
+    if not type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
+        return []
+    encoder = str(model.base_model_prefix)
+    beside = [name for name, _ in model.named_children() if name != encoder]
+    inside = [f"{encoder}.pooler"] if getattr(model.base_model, "pooler", None) is not None else []
+    modules = dict(model.named_modules())
+    return [name for name in (*inside, *beside) if any(True for _ in modules[name].parameters())]
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Full name -> (out_features, in_features) of every linear layer but the head."""
     from lori_manager.engine.layers import linear_shape
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    behind = tuple(f"{name}." for name in head_names(model))
     shapes = {name: linear_shape(module) for name, module in model.named_modules()
-              if module is not head}  # fmt: skip
+              if module is not head and not f"{name}.".startswith(behind)}  # fmt: skip
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def load_base(
-    folder: Path, precision: str = "auto", device: str | None = None, base_bits: int = 16
+    folder: Path,
+    precision: str = "auto",
+    device: str | None = None,
+    base_bits: int = 16,
+    code: str | None = None,
 ) -> BaseModel:
     """Load the base frozen, on the best device there is.
 
@@ -418,12 +593,15 @@ def load_base(
             "fp8" (bf16, then every linear layer but the head is quantised to e4m3).
         device: "cpu", "cuda", "mps"; None chooses by itself.
         base_bits: 4 packs every linear layer but the head as nf4, see `_nf4`.
+        code: digest of the base's own code, which is run only then; see `base_files`.
     Raises:
-        NotFound: no causal language model there.
-        InvalidInput: 4 bits without bitsandbytes, fp8 on a device that has no such products.
+        NotFound: no causal language model and no encoder there.
+        WrongBase: the code is another.
+        InvalidInput: 4 bits without bitsandbytes, fp8 on a device that has no such products,
+            a configuration that may not be followed.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from lori_manager.engine import fp8
 
@@ -433,15 +611,17 @@ def load_base(
     dtype = {"fp32": torch.float32, "bf16": bf16, "fp8": bf16}[precision]
     if precision == "fp8":
         fp8.check_device(device)
-    packed = _nf4(dtype, device) if base_bits == 4 else {}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **packed
-        )
-    except (OSError, ValueError) as e:
-        raise NotFound(
-            f"{folder} is not a causal language model lori can load: {first_line(e)}"
-        ) from e
+    base_files.check_folder(folder)
+    run_code = base_files.may_run_code(folder, code)
+    architecture = check_architecture(read_config(folder))
+    auto: Any = getattr(transformers, architecture.auto)
+    packed = _nf4(dtype, device, folder, code) if base_bits == 4 else {}
+    with _built(f"{folder} is not {architecture.article} {architecture.title} lori can load"):
+        model, told = auto.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=run_code,
+            output_loading_info=True, **packed,
+        )  # fmt: skip
+    drawn = _drawn(model, told["missing_keys"], folder) if architecture.encoder else frozenset()
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():
@@ -452,10 +632,19 @@ def load_base(
     model = model.to(device)
     if precision == "fp8":
         fp8.quantize_base(model, linear_shapes(model))
-    return BaseModel(model, folder, precision, base_bits)
+    return BaseModel(model, folder, precision, base_bits, architecture, drawn, code)
 
 
-def _nf4(compute: torch.dtype, device: str) -> dict[str, Any]:
+def _drawn(model: Any, missing: Iterable[str], folder: Path) -> frozenset[str]:
+    """The head's parameters that a folder does not hold; all others it must."""
+    behind = tuple(f"{name}." for name in head_names(model))
+    lost = sorted(name for name in missing if not name.startswith(behind))
+    if lost:
+        raise NotFound(f"{folder} lacks {lost[0]} of the encoder: fetch the model again")
+    return frozenset(missing)
+
+
+def _nf4(compute: torch.dtype, device: str, folder: Path, code: str | None) -> dict[str, Any]:
     """How `from_pretrained` packs linear layers, all but the head, on their way in.
 
     Blocks of 64 weights in 4-bit NormalFloat, the blocks' scales in 8 bits again (double
@@ -464,6 +653,8 @@ def _nf4(compute: torch.dtype, device: str) -> dict[str, Any]:
     Args:
         compute: dtype of the products and of all that is not packed.
         device: where every tensor goes before it is packed.
+        folder: of the base; an encoder's head, which may be several layers, is not packed.
+        code: digest of the base's own code.
     Raises:
         InvalidInput: no bitsandbytes, or one that transformers does not take.
     Source: QLoRA, arXiv:2305.14314, section 3.
@@ -480,6 +671,7 @@ def _nf4(compute: torch.dtype, device: str) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=head_names(load_skeleton(folder, code).model) or None,
     )
     return {"quantization_config": config, "device_map": {"": device}}
 

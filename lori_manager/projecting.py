@@ -21,6 +21,7 @@ from lori_manager.records import Adapter, Task
 
 if TYPE_CHECKING:
     from lori_manager.engine.weights import AdapterWeights, Block
+    from lori_manager.models import BaseModel
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,11 @@ def check_projection(
         InvalidInput.
     """
     kind = config.projection
+    if config.init == "svd" and kind in APART:
+        raise InvalidInput(
+            f"--init svd takes A from the base's weights, and `projection` {kind} makes another "
+            "one: leave one of them out"
+        )
     if protect and kind in APART:
         raise InvalidInput(
             f"--protect keeps clear of the parents' entries of B; with `projection` {kind} every "
@@ -97,14 +103,16 @@ def start_of(
     """
     from lori_manager.adapters import lori
 
-    shapes = ws.base_model(config).linear_shapes
+    if config.projection == "nullspace":
+        ws.check_language("`projection` nullspace")
+    base = ws.model(config)
+    shapes = base.linear_shapes
     weights = None if parent is None else ws.weights(parent)
     if config.projection not in APART:
         if weights is None:
-            return Start(lori.fresh_block(shapes, config, line))
+            return Start(_first(base, config, line, kept))
         return Start(lori.continued_block(weights, config))
-    # On one line, an A that comes beside others is neither theirs nor another task's.
-    label = line if weights is None else f"{line}/{task.name}/{len(weights.blocks)}"
+    label = _label(line, task, weights)
     fresh = lori.fresh_block(shapes, config, label)
     if config.projection == "orthogonal":
         row = _first_row(ws, label, config.rank)
@@ -123,6 +131,36 @@ def start_of(
             _keep(kept, *found)
     block, how = found
     return Start(block, weights, {"A": how["A"]} if how else {}, how)
+
+
+def reserve_rows(
+    ws: Context, task: Task, config: Config, line: str, parent: Adapter | None
+) -> None:
+    """Give an orthogonal A its rows before its training begins.
+
+    They are given in the order in which trainings ask: of those that run at once, that
+    order must not be left to chance.
+    """
+    weights = None if parent is None else ws.weights(parent)
+    _first_row(ws, _label(line, task, weights), config.rank)
+
+
+def _label(line: str, task: Task, weights: AdapterWeights | None) -> str:
+    """What an A is seeded by: beside others on a line, neither as they are nor as another task."""
+    return line if weights is None else f"{line}/{task.name}/{len(weights.blocks)}"
+
+
+def _first(base: BaseModel, config: Config, line: str, kept: Path | None) -> Block:
+    """The block from the base; where its A is no seeded one, the training keeps it in `kept`."""
+    from lori_manager.adapters import lori
+
+    found = None if kept is None or config.init != "svd" else _kept(kept)
+    if found is not None:
+        return found[0]
+    block = lori.first_block(base, config, line)
+    if kept is not None:
+        _keep(kept, block, {})
+    return block
 
 
 def _first_row(ws: Context, label: str, rank: int) -> int:

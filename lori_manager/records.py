@@ -25,6 +25,7 @@ class Base:
     path: str  # the local folder that holds the files
     model_type: str
     created_at: datetime
+    code: str | None = None  # SHA-256 of the base's own Python files, where these may be run
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ class Task:
     def requests(self) -> JSON | None:
         """How lm-evaluation-harness knows the task, where its rows are that one's requests."""
         told: JSON | None = self.options.get("lm_eval")
+        return told
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What an encoder's head tells, sorted; empty where rows are answered in words."""
+        return tuple(self.options.get("labels", ()))
+
+    @property
+    def images(self) -> JSON | None:
+        """How the rows' images were read, where they are images; None of text."""
+        told: JSON | None = self.options.get("images")
         return told
 
     @property
@@ -135,6 +147,12 @@ class Adapter(NewAdapter):
     def ref(self) -> str:
         """`safety@3`."""
         return f"{self.line}@{self.version}"
+
+    @property
+    def compared(self) -> str | None:
+        """The digest of the comparison of kinds that it was trained for, None for others."""
+        found: str | None = self.config.get("options", {}).get("compared")
+        return found
 
 
 @dataclass(frozen=True)
@@ -283,6 +301,28 @@ class Forecasted:
         names = ("task", "task_revision", "scorer", "scorer_version")
         same = all(getattr(self.expected, name) == getattr(score, name) for name in names)
         return same and (self.precision, self.encoding) == (score.precision, score.encoding)
+
+
+@dataclass(frozen=True)
+class KindComparison:
+    """Several kinds of adapters against one another on one task, known by its plan."""
+
+    digest: str  # of the plan
+    task: str
+    task_revision: int
+    plan: JSON  # kinds, seeds, settings, and how learning rates are searched
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class KindStep:
+    """One finished step of a comparison of kinds."""
+
+    entry: str  # which of the kinds
+    step: str  # "search" or "train"
+    point: str  # the rate that was tried, or the seed that was trained
+    adapter: str | None  # its ref, where one was stored
+    facts: JSON  # what was measured
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,16 @@ def score_rows(
         packing: see `Forward`; generated text is always padded.
     Returns:
         float32 (rows,) outcomes; float32 (rows,) weights or None.
+    Raises:
+        ValueError: a scorer of labels.
     """
+    if scorer.reads == "noise":
+        raise ValueError("images are scored by `held_out_losses`")
     if scorer.reads == "text":
         said = completions(base, encoded, scorer.new_tokens(encoded), batch, on_batch)
         found = _judged(scorer, said, rows)
+    elif scorer.reads == "labels":
+        raise ValueError("labels are told by an encoder and its head: see `classification`")
     elif scorer.reads == "requests":
         found = answered(base, rows, scorer, batch, on_batch)
     else:

@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lori_manager.engine.siblings import inputs_watched
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import DeviceBatch, Forward, place
+from lori_manager.labelling import Runner
 from lori_manager.models import BaseModel
-from lori_manager.tasks.encoding import Encoded
 
 ROOM = 4 * 2**30  # bytes that the sums of one group of modules may take
 
@@ -45,8 +44,8 @@ class _Enough(Exception):
 
 
 def run_watched(
-    forward: Forward,
-    batch: DeviceBatch,
+    forward: Runner,
+    batch: Any,
     modules: Mapping[str, nn.Module],
     see: Callable[[str, Tensor, str], None],
     calls: int | None = None,
@@ -72,7 +71,7 @@ def run_watched(
 
 
 def stages_of(base: BaseModel, names: Iterable[str]) -> list[Stage]:
-    """The modules as one forward of two tokens calls them.
+    """The modules as one forward calls them.
 
     Raises:
         InvalidInput: a module that it does not call, as a mixture's experts.
@@ -84,11 +83,9 @@ def stages_of(base: BaseModel, names: Iterable[str]) -> list[Stage]:
         seen.setdefault(first, []).append(name)
         features[first] = x.shape[-1]
 
-    forward = Forward(base)
     modules = {name: base.model.get_submodule(name) for name in names}
-    batch = place(forward.batch([Encoded(np.zeros(2, np.int32), 1)]), base.device)
-    with torch.no_grad(), forward.ready():
-        run_watched(forward, batch, modules, see)
+    with torch.no_grad(), inputs_watched(modules, see):
+        base.probe()
     called = {name for together in seen.values() for name in together}
     for name in modules:
         if name not in called:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
-from lori_manager.kinds import KINDS, LORI, resolved
+from lori_manager.kinds import KINDS, LORI, kind_of, resolved
+from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     from filelock import FileLock
     from torch import Tensor
 
+    from lori_manager.adapters.heads import HeadTraining
     from lori_manager.engine.head import SoftTargets
-    from lori_manager.engine.weights import AdapterWeights, Block, Stored
-    from lori_manager.tasks.encoding import Encoded
-    from lori_manager.training import TrainResult
+    from lori_manager.engine.weights import AdapterWeights, Block, Head, Stored
+    from lori_manager.training import StepsOf, TrainResult
 
 
-_NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
+NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class TrainOptions:
     replay: int = 0
     replay_general: int = 240
     general_text: str | None = None
+    compared: str | None = None  # digest of the comparison of kinds that this belongs to
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -80,6 +82,7 @@ def calibrate(
     if config.kind != LORI:
         raise InvalidInput(f"a mask is for kind `{LORI}`, and the settings say `{config.kind}`")
     task = ws.trainable(name)
+    config = placed(ws, task, config).config
     block = start_of(ws, task, config, line or name).block
     return _calibrated_mask(ws, task, block, config, None, None)
 
@@ -94,37 +97,23 @@ def _calibrated_mask(
     beside: AdapterWeights | None = None,
 ) -> Mask:
     """The mask of a task on a block's A, made and stored."""
-    import torch
-
-    from lori_manager.adapters import lori
+    from lori_manager.calibrating import grown_mask
     from lori_manager.engine import mask as masks
     from lori_manager.engine.codec import encode_mask
-    from lori_manager.engine.weights import Block
     from lori_manager.tasks.batches import permutation
-    from lori_manager.training import fit
 
     split = "calibration" if "calibration" in task.splits else "train"
-    _, encoded = ws.rows(task, split, config.max_length)
+    phase = f"calibrating {task.name}"
+    base, encoded = ws.model(config), _rows_of(ws, task, split, config)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
-    zero = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in block.B.items()}
-    empty = Block(zero, block.scaling, block.projection, block.tensors)
-    base = ws.base_model(config)
-    layers = lori.trainable_layers(base.model, empty, None, beside)
-    with lori.in_training(base, layers, beside) as parameters:
-        result = fit(
-            base,
-            parameters,
-            encoded,
-            config,
-            steps=config.calibration_steps,
-            peak=config.dense_learning_rate,
-            phase=f"calibrating {task.name}",
-            checkpoint=checkpoint,
-            on_progress=ws.on_progress,
-        )
-    mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope, exclude)
+    with _head_of(ws, task, base, config, None) as head:
+        mask, result = grown_mask(
+            base, block, encoded, config, exclude=exclude, beside=beside, head=head, phase=phase,
+            checkpoint=checkpoint, on_progress=ws.on_progress,
+            steps_of=_steps_of(ws, base, config, phase),
+        )  # fmt: skip
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
         reason = (
@@ -155,6 +144,60 @@ def _calibrated_mask(
         f"dense steps in {result.seconds:.1f} s"
     )
     return stored
+
+
+def _rows_of(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
+    """A split's rows as training takes them: encoded text, with labels or without, or pictures."""
+    if ws.architecture.encoder:
+        return list(ws.labelled(task, split, config.max_length)[1])
+    if task.images is not None:
+        return ws.pictures(task, split)
+    return list(ws.rows(task, split, config.max_length)[1])
+
+
+def _steps_of(ws: Context, base: Any, config: Config, phase: str) -> StepsOf | None:
+    """How the base is trained on such rows; None is the usual way, by completions."""
+    if ws.architecture.encoder:
+        from lori_manager.classification import label_steps
+
+        return label_steps(base, config)
+    if not ws.makes_images:
+        return None
+    from lori_manager.diffusion.noise_loss import noise_steps
+
+    return noise_steps(base, config, phase)
+
+
+@contextmanager
+def _head_of(
+    ws: Context, task: Task, base: Any, config: Config, start: Stored | None
+) -> Iterator[HeadTraining | None]:
+    """The task's head in the model, to be trained; None where the base is no encoder.
+
+    It goes on from the head that `start` has for the task, where that one knows the same labels.
+    """
+    from lori_manager.adapters.heads import fresh_head, head_attached
+
+    if not ws.architecture.encoder:
+        yield None
+        return
+    head = None if start is None else start.heads.get(task.name)
+    if head is None or head.labels != task.labels:
+        head = fresh_head(base, task.labels, config.seed)
+    with head_attached(base, head) as training:
+        yield training
+
+
+def _heads(
+    task: Task, head: HeadTraining | None, start: Stored | None, config: Config
+) -> dict[str, Head]:
+    """All heads of the adapter to be stored: its parent's, and the task's as it was trained."""
+    from lori_manager.adapters.lori import DTYPES
+
+    if head is None:
+        return {}
+    held = {} if start is None else dict(start.heads)
+    return held | {task.name: head.head(DTYPES[config.store_dtype])}
 
 
 def _mask_for(
@@ -209,31 +252,47 @@ def _touches(ws: Context, mask: Mask, used: Mapping[str, Tensor]) -> bool:
     return any(bool((m & used[n]).any()) for n, m in ws.mask_tensors(mask).items())
 
 
-def train(
+@dataclass(frozen=True)
+class Course:
+    """A training that can begin: its tasks, in order, and settings that go together."""
+
+    tasks: tuple[Task, ...]
+    config: Config
+    options: TrainOptions
+    sequence: str | None = None
+
+    def plan(self, ws: Context) -> dict[str, Any]:
+        """What a run is known by: equal plans go on with one another."""
+        # What does not change the result may differ when an interrupted command is given again.
+        settings = {k: v for k, v in self.config.to_json().items() if k not in NOT_DECIDING}
+        return {
+            "sequence": self.sequence,
+            "tasks": [t.ref for t in self.tasks],
+            "config": settings,
+            "options": self.options.to_json(),
+            "base": ws.store.base().fingerprint,
+        }
+
+
+def prepared(
     ws: Context,
     names: Sequence[str],
     config: Config | None = None,
     options: TrainOptions | None = None,
     *,
     sequence: str | None = None,
-) -> list[Trained]:
-    """Train tasks, one after another.
-
-    Without `sequence` each is an adapter of its own, from the base or from
-    `options.start`. With it they are the stages of one line: one A, each stage
-    continuing the one before (with an orthogonal or nullspace A each stage adds a
-    block of its own to those before), and after every stage all the tasks are scored,
-    also the coming ones. Interrupted, the same call goes on.
+) -> Course:
+    """The training that these name, checked as far as it can be before a model is loaded.
 
     Raises:
-        Conflict: another process is at the same, or the line holds another sequence.
-        InvalidInput: options that do not go together.
+        InvalidInput, Conflict, NotFound: see `train`.
     """
-    from lori_manager.adapters.lori import fresh_block
-
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
     _check_kind(config, options, sequence)
+    kind = kind_of(config.kind)
+    if not (kind.encoders if ws.architecture.encoder else kind.low_rank or not ws.makes_images):
+        ws.check_language(f"kind `{config.kind}`")
     if not names:
         raise InvalidInput("name at least one task to train")
     if len(set(names)) != len(names):
@@ -271,49 +330,91 @@ def train(
         ws.check_single(start)
         options = TrainOptions(**{**options.to_json(), "start": start.ref})
     if options.replay:
+        ws.check_language("`--replay`")
         parent = ws.adapter(options.start) if options.start else None
         check_replay(ws, tasks, parent, sequence=sequence is not None)
     if sequence is not None:
         ws.check_line(sequence, sequence=True)
-    # What does not change the result may differ when an interrupted command is given again.
-    settings = {k: v for k, v in config.to_json().items() if k not in _NOT_DECIDING}
-    plan = {
-        "sequence": sequence,
-        "tasks": [t.ref for t in tasks],
-        "config": settings,
-        "options": options.to_json(),
-        "base": ws.store.base().fingerprint,
-    }
-    with _running(ws, plan) as (run, folder):
+    return Course(tuple(tasks), config, options, sequence)
+
+
+def train_stage(
+    ws: Context,
+    course: Course,
+    stage: int,
+    run: str,
+    folder: Path,
+    done: Adapter | None = None,
+    before: Adapter | None = None,
+    placement: Placed | None = None,
+) -> Trained:
+    """Train, store and score one task of a run, or score what it left.
+
+    Args:
+        stage: the task's place in the course.
+        run, folder: the open run, see `running`.
+        done: what the run has stored for this stage.
+        before: the stage before, of a sequence.
+        placement: of a sequence; None places the task's own layers.
+    """
+    task, config, options = course.tasks[stage], course.config, course.options
+    adapter, mask, capacity = done, None, None
+    if adapter is None:
+        parent = before or (ws.adapter(options.start) if options.start else None)
+        adapter, mask, capacity = _train_stage(
+            ws, task, placement or placed(ws, task, config, parent), options, parent,
+            course.sequence, run, stage, folder,
+        )  # fmt: skip
+    scored = course.tasks if course.sequence is not None else [task]
+    scores = score_missing(ws, adapter.ref, scored, config)
+    return Trained(adapter, tuple(scores), mask, capacity, done is not None)
+
+
+def train(
+    ws: Context,
+    names: Sequence[str],
+    config: Config | None = None,
+    options: TrainOptions | None = None,
+    *,
+    sequence: str | None = None,
+) -> list[Trained]:
+    """Train tasks, one after another.
+
+    Without `sequence` each is an adapter of its own, from the base or from
+    `options.start`. With it they are the stages of one line: one A, each stage
+    continuing the one before (with an orthogonal or nullspace A each stage adds a
+    block of its own to those before), and after every stage all the tasks are scored,
+    also the coming ones. Interrupted, the same call goes on.
+
+    Raises:
+        Conflict: another process is at the same, or the line holds another sequence.
+        InvalidInput: options that do not go together.
+    """
+    from lori_manager.adapters.lori import fresh_block
+
+    course = prepared(ws, names, config, options, sequence=sequence)
+    tasks, config, options = course.tasks, course.config, course.options
+    with running(ws, course.plan(ws)) as (run, folder):
         done = {a.stage: a for a in ws.store.run_adapters(run)}
+        placement = None
         if sequence is not None:
+            placement = placed(ws, tasks[0], config)  # one A, so its first task decides
             if not done:  # a name is claimed for good, so only settings that can be used claim it
-                shapes = models.load_skeleton(ws.base_folder).linear_shapes
+                shapes = ws.skeleton().linear_shapes
                 if config.kind == LORI:
-                    fresh_block(shapes, config, sequence)
+                    fresh_block(shapes, placement.config, sequence)
                 else:
-                    models.resolve_targets(shapes, config.targets)
+                    models.resolve_targets(shapes, placement.config.targets)
             _claim_sequence(ws, sequence, tasks, done)
             score_missing(ws, BASE, tasks, config)
         results: list[Trained] = []
-        for stage, task in enumerate(tasks):
-            adapter = done.get(stage)
-            mask = capacity = None
-            resumed = adapter is not None
-            if adapter is None:
-                parent = (
-                    results[-1].adapter
-                    if sequence is not None and results
-                    else (ws.adapter(options.start) if options.start else None)
-                )
-                adapter, mask, capacity = _train_stage(
-                    ws, task, config, options, parent, sequence, run, stage, folder
-                )
-            else:
-                ws.on_message(f"{adapter.ref} is there already, going on")
-            scored = tasks if sequence is not None else [task]
-            scores = score_missing(ws, adapter.ref, scored, config)
-            results.append(Trained(adapter, tuple(scores), mask, capacity, resumed))
+        for stage in range(len(tasks)):
+            if stage in done:
+                ws.on_message(f"{done[stage].ref} is there already, going on")
+            before = results[-1].adapter if sequence is not None and results else None
+            results.append(
+                train_stage(ws, course, stage, run, folder, done.get(stage), before, placement)
+            )
         ws.store.finish_run(run)
     return results
 
@@ -321,7 +422,7 @@ def train(
 def _train_stage(
     ws: Context,
     task: Task,
-    config: Config,
+    placement: Placed,
     options: TrainOptions,
     parent: Adapter | None,
     sequence: str | None,
@@ -332,9 +433,10 @@ def _train_stage(
     """Train and store one adapter."""
     from lori_manager.engine.codec import encode
 
+    config = placement.config
     line = sequence or options.line or task.name
     checkpoint = folder / f"{stage}-training"
-    _, encoded = ws.rows(task, "train", config.max_length)
+    encoded = _rows_of(ws, task, "train", config)
     soft = None
     if options.replay:
         text = None if options.general_text is None else Path(options.general_text)
@@ -372,7 +474,8 @@ def _train_stage(
                 "first_loss": result.losses[0],
                 "last_loss": result.losses[-1],
             }
-            | learned.facts,
+            | learned.facts
+            | placement.facts,
         ),
         encode(learned.weights, {"base": base} | learned.meta),
     )
@@ -405,7 +508,7 @@ class _Learned:
 def _learn_lori(
     ws: Context,
     task: Task,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     soft: SoftTargets | None,
     config: Config,
     options: TrainOptions,
@@ -415,10 +518,12 @@ def _learn_lori(
 ) -> _Learned:
     """Mask and train the values of B on a frozen A."""
     from lori_manager.adapters import lori
+    from lori_manager.adapters.heads import with_head
+    from lori_manager.adapters.kind import Training
     from lori_manager.engine.weights import AdapterWeights
-    from lori_manager.training import fit, steps_for
+    from lori_manager.training import fit, no_weights, steps_for
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     kept = checkpoint.with_name(checkpoint.name.replace("training", "A"))
     start = start_of(ws, task, config, line, parent, options.avoid, kept)
     block, beside = start.block, start.beside
@@ -426,22 +531,33 @@ def _learn_lori(
     mask = _mask_for(ws, task, block, config, options, calibration, beside)
     tensors = None if mask is None else ws.mask_tensors(mask)
     layers = lori.trainable_layers(base.model, block, tensors, beside)
-    with lori.in_training(base, layers, beside) as parameters:
+    phase = f"training {task.name}"
+    held = None if parent is None else ws.stored(parent)
+    with (
+        _head_of(ws, task, base, config, held) as head,
+        lori.in_training(base, layers, beside) as parameters,
+    ):
+        training = with_head(Training(parameters, no_weights), head, config.head_learning_rate)
         result = fit(
             base,
-            parameters,
+            training.parameters,
             rows,
             config,
             steps=steps_for(len(rows), config),
             peak=config.dense_learning_rate if mask is None else config.learning_rate,
-            phase=f"training {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
+            training=training,
+            steps_of=_steps_of(ws, base, config, phase),
         )
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     return _Learned(
-        AdapterWeights((*(beside.blocks if beside else ()), trained)),
+        AdapterWeights(
+            (*(beside.blocks if beside else ()), trained),
+            heads=_heads(task, head, held, config),
+        ),
         "lori-d" if mask is None else "lori-s",
         result,
         mask,
@@ -455,7 +571,7 @@ def _learn_lori(
 def _learn_kind(
     ws: Context,
     task: Task,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     soft: SoftTargets | None,
     config: Config,
     options: TrainOptions,
@@ -464,14 +580,22 @@ def _learn_kind(
     checkpoint: Path,
 ) -> _Learned:
     """Train whatever the kind trains."""
+    from lori_manager.adapters.heads import with_head
     from lori_manager.adapters.kind import module_of
     from lori_manager.adapters.lori import DTYPES
     from lori_manager.training import fit, steps_for
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     steps = steps_for(len(rows), config)
     start = None if parent is None else ws.stored(parent)
-    with module_of(config.kind).training(base, config, steps=steps, start=start) as training:
+    phase = f"training {task.name}"
+    with (
+        _head_of(ws, task, base, config, start) as head,
+        module_of(config.kind).training(base, config, steps=steps, start=start) as own,
+    ):
+        training = with_head(own, head, config.head_learning_rate)
+        for note in training.notes:
+            ws.on_message(note)
         result = fit(
             base,
             training.parameters,
@@ -479,14 +603,16 @@ def _learn_kind(
             config,
             steps=steps,
             peak=config.learning_rate,
-            phase=f"training {task.name}",
+            phase=phase,
             checkpoint=checkpoint,
             on_progress=ws.on_progress,
             soft=soft,
             training=training,
+            steps_of=_steps_of(ws, base, config, phase),
         )
-        weights = training.weights(DTYPES[config.store_dtype])
-    return _Learned(weights, config.kind, result)
+        heads = _heads(task, head, start, config)
+        weights = replace(training.weights(DTYPES[config.store_dtype]), heads=heads)
+    return _Learned(weights, config.kind, result, facts=dict(training.facts))
 
 
 def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> None:
@@ -511,7 +637,7 @@ def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> 
 
 
 @contextmanager
-def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+def running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     """The run of this plan, open or new, held by this process alone.
 
     Raises:
@@ -520,7 +646,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
     run = ws.store.open_run(plan)
     folder = ws.store.root / "runs" / run.id
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _held(folder / "lock", "the same training")
+    lock = held_lock(folder / "lock", "the same training")
     line = None
     finished = False
     try:
@@ -528,7 +654,7 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             name = plan["sequence"]
             locks = ws.store.root / "locks"
             locks.mkdir(mode=0o700, exist_ok=True)
-            line = _held(locks / f"{name}.lock", f"sequence {name!r}")
+            line = held_lock(locks / f"{name}.lock", f"sequence {name!r}")
         yield run.id, folder
         finished = True
     except LoriError:
@@ -546,13 +672,13 @@ def _running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]
             line.release()
 
 
-def _held(path: Path, what: str) -> FileLock:
-    """A lock held by this process; Conflict where another has it."""
+def held_lock(path: Path, what: str, patience: float = 0) -> FileLock:
+    """A lock held by this process; Conflict where another has it for `patience` seconds more."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as e:
         raise Conflict(f"{what} is running in another process; wait for it") from e
     return lock

@@ -6,19 +6,21 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lori_manager import checkpoints
 from lori_manager.adapters.kind import Training
 from lori_manager.config import Config
 from lori_manager.engine.head import SoftTargets
 from lori_manager.engine.weights import Stored
-from lori_manager.errors import InvalidInput
+from lori_manager.errors import Diverged, InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.gradients import Gradients, Late, checkpointed, micro_batches
 from lori_manager.models import BaseModel
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, given to the caller after every step."""
+    """Where a run is, given to the caller after every step; `job` is which of several at once."""
 
     phase: str
     step: int
@@ -38,6 +40,7 @@ class Progress:
     loss: float
     tokens_per_second: float
     seconds_left: float
+    job: str = ""
 
 
 OnProgress = Callable[[Progress], None]
@@ -53,8 +56,9 @@ class TrainResult:
     """What a run leaves behind.
 
     Attributes:
-        losses: mean cross-entropy in nats per completion token, one a step.
-        tokens: real tokens that went through the model, padding left out.
+        losses: mean cross-entropy in nats per completion token, or per row that has a label; of
+            images, mean squared error. One a step.
+        tokens: real tokens that went through the model, padding left out; of images, images.
         seconds: time in the loop, over all sessions of a resumed run.
         parameters: how many values trained.
     """
@@ -63,6 +67,17 @@ class TrainResult:
     tokens: int
     seconds: float
     parameters: int
+
+
+class Steps(Protocol):
+    """What gives the gradients of a training's steps, one after the other."""
+
+    def of(self, parts: Any) -> Tensor:
+        """The mean loss of the next step's rows, its gradient left in the parameters."""
+
+
+# (what trains, the rows of every step left in parts, number of the first of them) -> Steps.
+StepsOf = Callable[[Training, Sequence[Any], int], AbstractContextManager[Steps]]
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
@@ -88,10 +103,27 @@ def steps_for(rows: int, config: Config) -> int:
     return max(1, math.ceil(config.epochs * math.ceil(rows / config.batch)))
 
 
+def completion_steps(base: BaseModel, config: Config, soft: SoftTargets | None = None) -> StepsOf:
+    """Steps on the completions of encoded rows; for `soft` see `fit`."""
+
+    @contextmanager
+    def steps(
+        training: Training, batches: Sequence[Sequence[list[Encoded]]], first: int
+    ) -> Iterator[Steps]:
+        packing = config.packing if training.packs else "off"
+        graphs = config.graphs if training.graphs else "off"
+        trained = list(training.parameters.values())
+        forward = Forward(base, packing=packing, soft=soft)
+        with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
+            yield Gradients(forward, trained, batches, graphs, training.penalty)
+
+    return steps
+
+
 def fit(
     base: BaseModel,
     parameters: Mapping[str, nn.Parameter],
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     config: Config,
     *,
     steps: int,
@@ -101,13 +133,14 @@ def fit(
     on_progress: OnProgress | None = None,
     soft: SoftTargets | None = None,
     training: Training | None = None,
+    steps_of: StepsOf | None = None,
 ) -> TrainResult:
-    """Train parameters of the model on the rows' completions.
+    """Train parameters of the model on the rows' completions, or on what `steps_of` makes of rows.
 
     Args:
         base: the model with its trainable layers in place.
         parameters: name -> parameter; they change in place, nothing else does.
-        rows: encoded training rows.
+        rows: encoded training rows; with `steps_of` anything that has a `length`.
         config: batch, schedule, weight decay, clipping and seed count here.
         steps: optimizer steps.
         peak: learning rate after the warm-up.
@@ -118,24 +151,30 @@ def fit(
         on_progress: called after every step.
         soft: what the rows' `taught` refer to, where a teacher says what is right.
         training: whose parameters these are, where its kind wants more than AdamW's steps.
+        steps_of: gives the gradients; None is `completion_steps`.
     Raises:
-        InvalidInput: the loss or a value stopped being finite.
+        Diverged: the loss or a value stopped being finite.
     """
     trained = list(parameters.values())
     if not rows or not any(p.numel() for p in trained):
         raise InvalidInput("nothing to train: expected rows and at least one parameter")
+    training = training or Training(parameters, no_weights)
+    peaks = [training.rates.get(name, peak) for name in parameters]
     optimizer = torch.optim.AdamW(
-        trained,
+        [
+            {"params": [p for p, own in zip(trained, peaks, strict=True) if own == one]}
+            for one in dict.fromkeys(peaks)
+        ],
         lr=peak,
         betas=(0.9, 0.999),
         weight_decay=config.weight_decay,
         fused=True if base.device.type == "cuda" else None,
     )
-    order = training_order([len(r.ids) for r in rows], config.batch, steps, config.seed)
-    training = training or Training(parameters, no_weights)
+    order = training_order([r.length for r in rows], config.batch, steps, config.seed)
     state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds
     start = saved = time.monotonic()
+    took = 0.0
 
     def state_now(step: int) -> _State:
         return _State(phase, step, steps, losses, tokens, before + time.monotonic() - start)
@@ -143,7 +182,7 @@ def fit(
     def read(late: Late) -> None:
         losses.append(late.value())
         if not math.isfinite(losses[-1]):
-            raise InvalidInput(
+            raise Diverged(
                 f"the loss is {losses[-1]} at step {len(losses)} of {phase}: lower the "
                 f"learning rate (now {peak:g}) or check the rows"
             )
@@ -159,16 +198,12 @@ def fit(
         micro_batches([rows[i] for i in order[step]], config.micro_batch)
         for step in range(state.step, steps)
     ]
-    packing = config.packing if training.packs else "off"
-    forward = Forward(base, packing=packing, soft=soft)
     waiting: deque[Late] = deque()
-    with forward.ready(), checkpointed(base.model, config.checkpointing == "on"):
-        graphs = config.graphs if training.graphs else "off"
-        gradients = Gradients(forward, trained, batches, graphs, training.penalty)
+    steps_of = steps_of or completion_steps(base, config, soft)
+    with steps_of(training, batches, state.step) as gradients:
         for step, parts in enumerate(batches, start=state.step):
-            rate = learning_rate(step, steps, peak, config.schedule, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group, own in zip(optimizer.param_groups, dict.fromkeys(peaks), strict=True):
+                group["lr"] = learning_rate(step, steps, own, config.schedule, config.warmup)
             loss = gradients.of(parts)
             if config.clip:
                 nn.utils.clip_grad_norm_(trained, config.clip)
@@ -176,10 +211,12 @@ def fit(
             torch.autograd.graph.increment_version(trained)  # fused steps do not tell
             if training.after_step is not None:
                 training.after_step(step + 1)
-            tokens += sum(len(r.ids) for part in parts for r in part)
+            tokens += sum(r.length for part in parts for r in part)
             waiting.append(Late(loss))
+            # Of what takes long to save, no more than a tenth of the time goes into it.
+            pause = max(config.checkpoint_seconds, 9 * took if config.checkpoint_seconds else 0)
             due = checkpoint is not None and step + 1 < steps and (
-                time.monotonic() - saved >= config.checkpoint_seconds
+                time.monotonic() - saved >= pause
             )  # fmt: skip
             # On a GPU a step's loss is read when the next step has been launched.
             keep = 0 if due or step + 1 == steps or loss.device.type == "cpu" else 1
@@ -187,12 +224,14 @@ def fit(
             while len(waiting) > keep:
                 read(waiting.popleft())
             if checkpoint is not None and due:
+                began = time.monotonic()
                 _save_state(checkpoint, state_now(step + 1), training, optimizer)
                 saved = time.monotonic()
+                took = saved - began
             for done in range(known, len(losses)):
                 tell(done + 1)
     if not all(bool(torch.isfinite(p).all()) for p in trained):
-        raise InvalidInput(
+        raise Diverged(
             f"values are not finite after step {steps} of {phase}: lower the learning rate "
             f"(now {peak:g}) or check the rows"
         )

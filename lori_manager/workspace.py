@@ -19,10 +19,14 @@ from lori_manager import (
     evaluation,
     forecasting,
     gating,
+    image_intake,
     intake,
     integrity,
     models,
     moving,
+    pipelines,
+    placing,
+    sampling,
     teaching,
     transfer,
 )
@@ -31,17 +35,24 @@ from lori_manager.context import FOLDER, SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
 from lori_manager.records import Adapter, Alias, Base
 from lori_manager.refs import AdapterRef, check_name
+from lori_manager.store import databases
+from lori_manager.store.database import reach
+from lori_manager.store.postgres import Postgres
 from lori_manager.store.s3 import normal_url
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
     from lori_manager.auditing import Audit, AuditRun
+    from lori_manager.benching import Bench
     from lori_manager.blaming import Blame
     from lori_manager.config import Config
     from lori_manager.differing import Diff
     from lori_manager.reporting.changed_rows import Answers
     from lori_manager.reporting.contents import Report
+    from lori_manager.reporting.kind_comparisons import KindsCompared
     from lori_manager.store.moving import Moved
+    from lori_manager.suggesting import Suggestion
+    from lori_manager.teaching import Trained, TrainOptions
 
 
 class Workspace(Context):
@@ -54,7 +65,9 @@ class Workspace(Context):
         base: str,
         revision: str | None = None,
         *,
+        database: str | None = None,
         objects: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Workspace:
         """Make a workspace in `root` for a base model.
 
@@ -62,29 +75,38 @@ class Workspace(Context):
             root: a folder, made where it is missing.
             base: a model folder or a hub id.
             revision: of the hub id.
+            database: `postgresql://USER@HOST/DATABASE`, empty, for the rows; a file in `root` where
+                None. A password in it is used now and not kept.
             objects: `s3://bucket/prefix` for all files; the workspace's own folder where None.
+            trust_remote_code: run Python code that comes with the base, see `base_files`.
         Raises:
             NotFound: no such base. Conflict: there is a workspace already.
-            StorageFailed: no such bucket, no network, no permission.
+            StorageFailed: no such server, database or bucket, or it does not let us in.
+            InvalidInput: the base asks for more than lori lets it, or for its own code.
         """
         root = Path(root).absolute()
-        if objects is not None:
-            objects = normal_url(objects)
-        begun = (root / FOLDER / "registry.db").exists()
-        if begun and _has_base(root / FOLDER):
+        objects = None if objects is None else normal_url(objects)
+        server = None if database is None else Postgres.at(database)
+        begun = _begun(root / FOLDER, server)
+        if begun is not None and _has_base(begun):
+            begun.close()
             raise Conflict(f"{root} holds a workspace already; remove {FOLDER}/ or choose another")
-        path, commit = models.locate(base, revision)
+        if begun is None and server is not None:
+            reach(server)
+        path, commit = models.locate(base, revision, code=trust_remote_code)
+        code = models.check_base(path, trust_remote_code, base, revision)
         mark = models.fingerprint(path)
-        config = models.read_config(path)
+        kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
-        store = (Store.open if begun else Store.create)(root / FOLDER)
+        store = begun or Store.create(root / FOLDER, server)
         if objects is not None:
             store.keep_objects_at(objects)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
-        store.set_base(Base(mark, source, commit, str(path), config.get("model_type", ""), now))
+        store.set_base(Base(mark, source, commit, str(path), kind, now, code))
         if not (root / SETTINGS).exists():
-            (root / SETTINGS).write_text(default_toml(), encoding="utf-8")
+            text = default_toml(pipelines.DEFAULTS if pipelines.is_pipeline(path) else None)
+            (root / SETTINGS).write_text(text, encoding="utf-8")
         return cls(root, store)
 
     @classmethod
@@ -117,8 +139,10 @@ class Workspace(Context):
             WrongBase: `path` holds other weights.
         """
         folder, _ = models.locate(path)
+        base = self.store.base()
+        models.check_base(folder, False, path, None, known=base.code)
         mark = models.fingerprint(folder)
-        if mark != (base := self.store.base()).fingerprint:
+        if mark != base.fingerprint:
             raise WrongBase(
                 f"{folder} holds weights {mark[:12]}, this workspace's base is "
                 f"{base.fingerprint[:12]}: one workspace has one base"
@@ -126,6 +150,9 @@ class Workspace(Context):
         return self.store.move_base(path=str(folder), source=str(folder))
 
     add_task = intake.add_task
+    add_image_task = image_intake.add_image_task
+    place = placing.place
+    apply_placement = placing.apply_placement
     calibrate = teaching.calibrate
     train = teaching.train
     score = evaluation.score
@@ -136,6 +163,7 @@ class Workspace(Context):
     gate = gating.gate
     promote = gating.promote
     rollback = gating.rollback
+    sample = sampling.sample
     export = transfer.export
     routed = transfer.routed
     import_adapters = transfer.import_adapters
@@ -233,6 +261,38 @@ class Workspace(Context):
 
         return blame(self, ref, task, halve=halve, general=general, config=config)
 
+    def train_jobs(
+        self,
+        tasks: Sequence[str],
+        config: Config | None = None,
+        options: TrainOptions | None = None,
+        *,
+        jobs: int,
+    ) -> list[Trained]:
+        """Independent trainings, `jobs` at once through Ray; see `jobs.driving.train_jobs`."""
+        from lori_manager.jobs.driving import train_jobs
+        from lori_manager.jobs.on_ray import RayWorkers
+
+        return train_jobs(self, tasks, config, options, jobs, RayWorkers)
+
+    def compare_kinds(self, task: str, kinds: Sequence[str], **options: Any) -> KindsCompared:
+        """Several kinds of adapters on one task; see `kind_comparison.compare_kinds`."""
+        from lori_manager.kind_comparison import compare_kinds
+
+        return compare_kinds(self, task, kinds, **options)
+
+    def suggest(self, task: str, **options: Any) -> Suggestion:
+        """Settings for a task out of short trainings; see `suggesting.suggest`."""
+        from lori_manager.suggesting import suggest
+
+        return suggest(self, task, **options)
+
+    def bench(self, refs: Sequence[str], **options: Any) -> Bench:
+        """What adapters cost at use; see `benching.bench`."""
+        from lori_manager.benching import bench
+
+        return bench(self, refs, **options)
+
     def report(
         self,
         ref: str | None = None,
@@ -279,11 +339,27 @@ class Workspace(Context):
         return self.store.set_alias(adapter.line, check_name(alias, "alias"), adapter.version)
 
 
-def _has_base(folder: Path) -> bool:
+def _begun(folder: Path, server: Postgres | None) -> Store | None:
+    """The store in the folder, if one was made.
+
+    Raises:
+        Conflict: on another database than was asked for.
+    """
+    if not databases.begun(folder):
+        return None
+    store = Store.open(folder, None if server is None else server.password)
+    if server is not None and store.database != server.shown:
+        store.close()
+        raise Conflict(
+            f"{folder} was begun on {store.database}: name that, remove {folder}, or choose another"
+        )
+    return store
+
+
+def _has_base(store: Store) -> bool:
     """Whether a store is a workspace's; one without a base is of an `init` that was cut short."""
-    with Store.open(folder) as store:
-        try:
-            store.base()
-        except NotFound:
-            return False
+    try:
+        store.base()
+    except NotFound:
+        return False
     return True

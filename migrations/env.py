@@ -11,7 +11,8 @@ from pathlib import Path
 from alembic import context
 from sqlalchemy import Connection
 
-from lori_manager.store.database import REGISTRY, Database
+from lori_manager.store.database import Database
+from lori_manager.store.databases import backend
 from lori_manager.store.tables import metadata
 
 
@@ -19,7 +20,7 @@ def migrate(connection: Connection) -> None:
     context.configure(
         connection=connection,
         target_metadata=metadata,
-        render_as_batch=True,  # SQLite alters a table by rebuilding it
+        render_as_batch=connection.dialect.name == "sqlite",  # which rebuilds a table to alter it
         transactional_ddl=True,  # true of SQLite once the driver leaves transactions to us
     )
     with context.begin_transaction():
@@ -31,5 +32,5 @@ if given is not None:
     migrate(given)
 else:
     store = Path(context.get_x_argument(as_dictionary=True).get("store", ".lori"))
-    with Database.sqlite(store / REGISTRY).migrating() as connection:
+    with Database(backend(store)).migrating() as connection:
         migrate(connection)

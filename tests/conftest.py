@@ -16,6 +16,19 @@ CHAT = (
 
 
 @pytest.fixture(scope="session")
+def cache_for_tests(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(cache_for_tests):
+    """No test reads or fills the cache of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORI_CACHE", str(cache_for_tests))
+        yield
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder with a random Llama of two layers and a tokenizer whose tokens are bytes."""
     import torch
@@ -101,3 +114,15 @@ def bucket(s3, monkeypatch):
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3.bucket()
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """A PostgreSQL server of the tests' own."""
+    import servers
+
+    lacking = servers.missing()
+    if lacking:
+        pytest.skip(f"POSTGRESQL IS NOT TESTED: {lacking}")
+    with servers.serving() as server:
+        yield server

@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from lori_manager.config import COMMENTS, Config, Settings, default_toml, load_settings
+from lori_manager.config import (
+    COMMENTS,
+    Config,
+    Settings,
+    default_toml,
+    load_settings,
+    types_to_place,
+)
 from lori_manager.engine import mask
 from lori_manager.errors import InvalidInput
 
@@ -37,6 +44,8 @@ def test_scaling_is_alpha_over_rank():
         ("max_length", 1), ("precision", "fp16"), ("store_dtype", "int8"), ("score_batch", 0),
         ("checkpoint_seconds", -1.0), ("nullspace_energy", 1.0), ("nullspace_energy", -0.1),
         ("nullspace_scale", "columns"), ("base_bits", 8), ("base_bits", "4"), ("base_bits", 4.0),
+        ("targets", ("plop", "q")), ("targets", ("plop:0",)), ("targets", ("plop:x",)),
+        ("targets", ("plop:",)), ("targets", ("plop:3", "plop:4")),
     ],
 )  # fmt: skip
 def test_an_unusable_value_is_refused_by_name_with_what_was_expected(key, value):
@@ -54,6 +63,14 @@ def test_numbers_must_be_finite(key, value):
 def test_the_edges_that_are_allowed_are_allowed():
     Config(rank=1, sparsity=0.0, steps=0, warmup=0.0, clip=0.0, max_length=2, seed=2**63 - 1,
            checkpoint_seconds=0.0, weight_decay=0.0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [(("plop",), 3), (("plop:1",), 1), (("plop:12",), 12), (("ploppy",), None), (("q", "v"), None)],
+)
+def test_plop_leaves_so_many_types_of_layers_to_be_chosen(targets, count):
+    assert types_to_place(Config(targets=targets).targets) == count
 
 
 def test_replace_takes_what_is_given_and_leaves_none():

@@ -211,7 +211,7 @@ def test_a_hub_id_is_the_commit_that_was_fetched(tiny_base, monkeypatch):
         lambda source, **options: asked.append((source, options)) or str(tiny_base),
     )
     assert locate("org/name", "v1") == (tiny_base, tiny_base.name)
-    ((source, options),) = asked
+    (_, (source, options)) = asked  # the first asks whether it is a pipeline
     assert (source, options["revision"]) == ("org/name", "v1")
     assert not any("bin" in p or "pt" in p for p in options["allow_patterns"])
 

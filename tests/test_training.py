@@ -5,11 +5,13 @@ import json
 import logging
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from lori_manager import training
 from lori_manager.adapters.lori import (
     fresh_block,
     in_training,
@@ -333,6 +335,28 @@ def test_a_checkpoint_is_written_no_more_often_than_asked(base, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     kept = [f"step-{step:09d}" for step in (STEPS - 2, STEPS - 1)]
     assert sorted(p.name for p in path.iterdir()) == kept
+
+
+@pytest.mark.parametrize(("takes", "saves"), [(0, 14), (5, 1), (1, 3)])
+def test_of_what_takes_long_to_save_a_tenth_of_the_time_is_spent(
+    base, tmp_path, monkeypatch, takes, saves
+):
+    """A clock on which a step takes 1 s; saving is asked for every 2 s."""
+    now, kept = [0.0], []
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def save(*_):
+        kept.append(now[0])
+        now[0] += takes
+
+    def stepped(_):
+        now[0] += 1
+
+    monkeypatch.setattr(training, "_save_state", save)
+    block = fresh_block(base.linear_shapes, CONFIG, "x")
+    train(base, block, None, CONFIG.replace(checkpoint_seconds=2.0), steps=30,
+          checkpoint=tmp_path / "state.safetensors", on_progress=stepped)  # fmt: skip
+    assert len(kept) == saves
 
 
 def test_modules_without_a_masked_entry_train_and_resume_beside_the_others(base, tmp_path):

@@ -99,7 +99,8 @@ def _peft_config(config: Config, steps: int, most: int) -> AdaLoraConfig:
         if o[key] < 0:
             raise InvalidInput(f"option `{key}` must be 0 or more, got {o[key]}")
     tinit, tfinal = round(o["tinit"] * steps), round(o["tfinal"] * steps)
-    if tinit >= steps - tfinal:
+    # A step that cuts learns nothing of its own gradients: one has to come before it.
+    if steps - tfinal <= max(tinit, 1):
         raise InvalidInput(
             f"of {steps} steps, `tinit` {o['tinit']} and `tfinal` {o['tfinal']} leave none to cut "
             "ranks in: train longer, or lower these options"

@@ -34,12 +34,14 @@ class Part:
         source: where its bytes come from.
         update: what becomes of it, None for a copy.
         transposed: it is stored (in_features, out_features), as GPT-2's Conv1D is.
+        difference: what is added to it, of its own shape.
     """
 
     name: str
     source: StoredTensor
     update: Change | None = None
     transposed: bool = False
+    difference: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,43 @@ def plan_full(base: Path, updates: Mapping[str, Change]) -> Plan:
         texts[INDEX] = _json(index)
     if tied:
         texts[CONFIG] = _untied_config(base, [parameters[name][0] for name in tied])
+    return Plan(made, texts, _copies(base, {*texts, *(shard.name for shard in made)}))
+
+
+def plan_differences(base: Path, differences: Mapping[str, torch.Tensor]) -> Plan:
+    """Find the tensors of parameters in the base's files, of which only the headers are read.
+
+    Args:
+        base: a model folder with safetensors weights, in one file or several.
+        differences: parameter name -> what is added, of its shape; of tied ones one name
+            stands for all. Not modified.
+    Raises:
+        NotFound, WrongBase: see `plan_full`.
+        InvalidInput: a tensor that nothing can be added to.
+    """
+    shards, index = _read(base)
+    model: Any = models.load_skeleton(base).model
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stored = _stored(model, shards)
+    changed: dict[str, torch.Tensor] = {}
+    for name, difference in differences.items():
+        if shapes.get(name) != tuple(difference.shape):
+            raise WrongBase(
+                f"the base, a {type(model).__name__}, has {shapes.get(name, 'no parameter')} as "
+                f"{name!r}, the difference {tuple(difference.shape)}: it was made for another model"
+            )
+        keys = [key for p in (name, *_mates(model, [name])) for key in stored.get(p, ())]
+        if not keys:
+            placed = (key for keys in stored.values() for key in keys)
+            raise WrongBase(_nowhere(base, name.rpartition(".")[0], shards, placed))
+        changed |= dict.fromkeys(keys, difference)
+        for part in (part for shard in shards for part in shard.parts if part.name in keys):
+            _check_stored(name, part.source, shapes[name])
+    made = tuple(
+        replace(shard, parts=tuple(replace(p, difference=changed.get(p.name)) for p in shard.parts))
+        for shard in shards
+    )
+    texts = {} if index is None else {INDEX: _json(index)}
     return Plan(made, texts, _copies(base, {*texts, *(shard.name for shard in made)}))
 
 

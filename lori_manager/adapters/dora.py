@@ -32,6 +32,7 @@ from lori_manager.config import Config
 from lori_manager.engine.layers import attached, product_dtype
 from lori_manager.engine.update import LowRankUpdate, Rescaled
 from lori_manager.engine.weights import AdapterWeights, KindWeights, Stored
+from lori_manager.errors import ImportRefused
 from lori_manager.models import BaseModel, check_rank, resolve_targets
 
 KIND = "dora"
@@ -184,15 +185,24 @@ def from_magnitudes(
         found: the factors.
         magnitudes: module name -> m (out_features,).
         folder: the base's.
+    Raises:
+        ImportRefused: values that are not finite in that form.
     """
     updates = found.updates()
     lengths = row_norms(folder, updates)
     scalings = {update.scaling for update in updates.values()}
     scaling = scalings.pop() if len(scalings) == 1 else 1.0
+    scaling = scaling or 1.0  # alpha may be 0, which B then takes
     tensors = {}
     for name, update in updates.items():
         tensors[f"{name}.A"] = update.A
         tensors[f"{name}.B"] = update.B * (update.scaling / scaling)
         tensors[f"{name}.gain"] = magnitudes[name].double() / lengths[name] - 1
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise ImportRefused(
+                f"{name} is not finite in float32: lora_alpha is too large, or a row of the base "
+                "that the magnitude stands for is zero"
+            )
     options = {"rank": found.rank, "scaling": scaling}
     return KindWeights(KIND, options, kept(tensors, torch.float32))

@@ -17,7 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lori_manager.adapters.checkpoint import CONFIG, DTYPES, Part, Plan, Shard, plan_full
+from lori_manager.adapters.checkpoint import (
+    CONFIG,
+    DTYPES,
+    Part,
+    Plan,
+    Shard,
+    plan_differences,
+    plan_full,
+)
 from lori_manager.adapters.resuming import Kept, resumed_directory
 from lori_manager.engine.update import Change, LowRankUpdate, Rescaled
 from lori_manager.errors import InvalidInput, WrongBase
@@ -60,7 +68,36 @@ def write_full(
         InvalidInput: a sum that nothing can hold, or a tensor that nothing can be added to.
     """
     plan = plan_full(base, updates)
-    with resumed_directory(directory, CONFIG, _digest(plan, updates, fingerprint)) as kept:
+    _write_plan(plan, directory, _digest(plan, updates, fingerprint), told)
+
+
+def write_differences(
+    base: Path,
+    differences: Mapping[str, Tensor],
+    directory: Path,
+    *,
+    fingerprint: str,
+    told: Callable[[int, int], None] | None = None,
+) -> None:
+    """As `write_full`, of base + dense differences by parameter name.
+
+    Raises:
+        As `write_full`.
+    """
+    plan = plan_differences(base, differences)
+    h = hashlib.sha256(_digest(plan, {}, fingerprint).encode())
+    for name, difference in sorted(differences.items()):
+        values = difference.detach().cpu().contiguous()
+        h.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
+        h.update(values.flatten().view(torch.uint8).numpy().data)
+    _write_plan(plan, directory, h.hexdigest(), told)
+
+
+def _write_plan(
+    plan: Plan, directory: Path, digest: str, told: Callable[[int, int], None] | None
+) -> None:
+    """Write all files of a plan, or go on with it."""
+    with resumed_directory(directory, CONFIG, digest) as kept:
         for name, file in plan.copies.items():
             (kept.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, kept.folder / name)
@@ -243,7 +280,10 @@ def _header(shard: Shard) -> bytes:
 
 
 def _blocks(part: Part) -> Iterator[memoryview]:
-    """The bytes of a tensor with its update, block by block."""
+    """The bytes of a tensor with its change, block by block."""
+    if part.difference is not None:
+        yield from _shifted(part, part.difference)
+        return
     source, change = part.source, part.update
     if change is None:
         sizes = [min(_BYTES, source.nbytes - at) for at in range(0, source.nbytes, _BYTES)]
@@ -272,12 +312,7 @@ def _blocks(part: Part) -> Iterator[memoryview]:
         if across is not None:
             total.mul_(across)
         weight.copy_(total)
-        # float16 alone has so small a range that a sensible update can leave it
-        if dtype == torch.float16 and not bool(torch.isfinite(weight).all()):
-            raise InvalidInput(
-                f"base and update make tensor {part.name!r} larger than float16 holds: "
-                "convert the base to bfloat16 or float32"
-            )
+        _check_range(weight, part.name)
         yield raw.numpy().data
 
 
@@ -297,6 +332,28 @@ def _in_place(
         update = LowRankUpdate(*((B.T, A.T) if part.transposed else (A, B)), update.scaling)
     wide = [None if t is None else t.detach().float().cpu() for t in (down, across)]
     return update, wide[0], wide[1]
+
+
+def _shifted(part: Part, difference: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor with a difference of its shape added, block by block."""
+    dtype = DTYPES[part.source.dtype]
+    flat = difference.detach().cpu().flatten()
+    bounds = [*range(0, len(flat), _VALUES), len(flat)]
+    sizes = [(end - begin) * dtype.itemsize for begin, end in pairwise(bounds)]
+    for begin, raw in zip(bounds, _read(part, sizes), strict=False):
+        weight = raw.view(dtype)
+        weight.copy_(weight.float() + flat[begin : begin + len(weight)].float())
+        _check_range(weight, part.name)
+        yield raw.numpy().data
+
+
+def _check_range(weight: Tensor, name: str) -> None:
+    """float16 alone has so small a range that a sensible update can leave it."""
+    if weight.dtype == torch.float16 and not bool(torch.isfinite(weight).all()):
+        raise InvalidInput(
+            f"base and update make tensor {name!r} larger than float16 holds: convert the base "
+            "to bfloat16 or float32"
+        )
 
 
 def _read(part: Part, sizes: list[int]) -> Iterator[Tensor]:

@@ -63,7 +63,7 @@ def training(
             tensors = {f"{n}.{scaled[n]}": v.detach().flatten() - 1 for n, v in vectors.items()}
             return KindWeights(KIND, {}, kept(tensors, dtype))
 
-        yield Training(vectors, weights)
+        yield Training(vectors, weights, graphs=base.base_bits == 16)
 
 
 def _chosen(base: BaseModel, config: Config) -> dict[str, str]:

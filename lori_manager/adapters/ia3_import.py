@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lori_manager.adapters import expressions
 from lori_manager.adapters.peft_config import is_target, shown
 from lori_manager.adapters.peft_format import FLOATS, HEADS, KEY_PREFIX, last_part
 from lori_manager.errors import ImportRefused
@@ -99,10 +100,8 @@ def _feeds(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT scales the module's inputs: by the ending of its name, dots or not."""
     fed = config.get("feedforward_modules") or []
     if isinstance(fed, str):
-        try:
-            return re.fullmatch(fed, module) is not None
-        except (re.error, RecursionError, OverflowError) as e:
-            raise ImportRefused(f"feedforward_modules is no regular expression: {e}") from e
+        pattern = expressions.compiled(fed, "feedforward_modules", fed)
+        return expressions.fullmatch(pattern, module, "feedforward_modules") is not None
     if not isinstance(fed, list) or not all(isinstance(name, str) for name in fed):
         raise ImportRefused(f"feedforward_modules must be a list of names, got {shown(fed)}")
     return module.endswith(tuple(fed))

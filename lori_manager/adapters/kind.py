@@ -10,6 +10,7 @@ and, only of kinds that are no low-rank update,
     applied(base, weights)                         a context manager: the stored adapter acts in
                                                    the model
     write(weights, directory, told)                the form that `lori export` writes
+    check(model, weights)                          refuses what does not fit, of `own_form`
     write_full(weights, folder, directory, *, fingerprint, told)
                                                    base and adapter as one model, where that
                                                    can be
@@ -20,7 +21,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -46,6 +47,9 @@ class Training:
         state, load_state: what a checkpoint must hold beside parameters and moments.
         packs: whether rows may stand side by side in one sequence.
         graphs: whether a CUDA graph may hold its forward and backward.
+        rates: name -> peak learning rate, of parameters that have one of their own.
+        notes: what the user should hear before it begins, a sentence each.
+        facts: plain values, kept with the adapter.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -56,6 +60,9 @@ class Training:
     load_state: Callable[[Mapping[str, Tensor]], None] | None = None
     packs: bool = True
     graphs: bool = True
+    rates: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class KindModule(Protocol):
@@ -87,6 +94,13 @@ class KindModule(Protocol):
             weights: as stored.
             directory: made if missing; whole or without what a loader reads first.
             told: `folder`, the base's, and the keyword arguments of `peft_export.write_peft`.
+        """
+
+    def check(self, model: nn.Module, weights: KindWeights) -> None:
+        """Refuse an adapter that does not fit a model, which may be on the meta device.
+
+        Raises:
+            WrongBase: it was made for another.
         """
 
 

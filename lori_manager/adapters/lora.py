@@ -72,7 +72,7 @@ def low_rank_training(
             for name in layers
         }
         with attached(base.model, trained):
-            yield Training(parameters, weights)
+            yield Training(parameters, weights, graphs=base.base_bits == 16)
 
 
 def _begun(start: Stored | None) -> Mapping[str, LowRankUpdate]:

@@ -5,12 +5,14 @@ arXiv:2504.07448. LoRI-D trains all of B, LoRI-S the entries of a mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from lori_manager.adapters.spectra import spectra
 from lori_manager.config import Config
 from lori_manager.engine import mask as masks
 from lori_manager.engine.gated import gates_together
@@ -48,6 +50,36 @@ def fresh_block(
         spec = ProjectionSpec(config.seed, named, config.rank, modules)
     B = {name: torch.zeros(shape[0], config.rank) for name, shape in chosen.items()}
     return Block(B, config.scaling, projection=spec)
+
+
+def svd_block(base: BaseModel, config: Config) -> Block:
+    """B = 0 on an A of each module's leading right singular vectors, the same on every line.
+
+    Each row is as long as a random one is on average, 1/sqrt(3), so that a learning rate
+    carries over as far as the inputs let it. A is stored: an SVD gives the same bits on one
+    machine, but not everywhere.
+
+    Args:
+        base: with plain weights. Not modified.
+        config: rank, alpha, targets and store_dtype, which A is rounded to, count here.
+    Raises:
+        InvalidInput: a target that matches nothing, a rank too large, packed weights.
+    """
+    shapes = base.linear_shapes
+    chosen = {name: shapes[name] for name in resolve_targets(shapes, config.targets)}
+    check_rank(chosen, config.rank)
+    found = spectra(base, dict.fromkeys(chosen, config.rank))
+    dtype = DTYPES[config.store_dtype]
+    A = {name: (one.V.T / math.sqrt(3)).to(dtype).contiguous() for name, one in found.items()}
+    B = {name: torch.zeros(shape[0], config.rank) for name, shape in chosen.items()}
+    return Block(B, config.scaling, tensors=A)
+
+
+def first_block(base: BaseModel, config: Config, line: str) -> Block:
+    """What a training from the base begins with: `svd_block` or `fresh_block`, by `init`."""
+    if config.init == "svd":
+        return svd_block(base, config)
+    return fresh_block(base.linear_shapes, config, line)
 
 
 def continued_block(weights: AdapterWeights, config: Config) -> Block:

@@ -8,13 +8,16 @@ anything but nothing, is refused by name and never ignored. Read in peft 0.21:
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lori_manager.adapters import expressions
 from lori_manager.adapters.peft_format import named_by
 from lori_manager.errors import ImportRefused
+
+if TYPE_CHECKING:
+    import regex
 
 # Read below, or by the importer.
 _READ = frozenset(
@@ -92,17 +95,19 @@ class LoraSettings:
     alpha: float
     rslora: bool
     dora: bool
-    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
-    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    rank_pattern: tuple[tuple[regex.Pattern[str], int], ...]
+    alpha_pattern: tuple[tuple[regex.Pattern[str], float], ...]
 
     def rank_of(self, module: str) -> int:
         """The module's rank."""
-        return next((r for p, r in self.rank_pattern if p.match(module)), self.rank)
+        found = (r for p, r in self.rank_pattern if expressions.match(p, module, "rank_pattern"))
+        return next(found, self.rank)
 
     def scaling_of(self, module: str) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
         rank = self.rank_of(module)
-        alpha = next((a for p, a in self.alpha_pattern if p.match(module)), self.alpha)
+        found = (a for p, a in self.alpha_pattern if expressions.match(p, module, "alpha_pattern"))
+        alpha = next(found, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
@@ -222,23 +227,16 @@ def _alpha(field: str, value: object) -> float:
     raise ImportRefused(f"{field} must be a finite number, got {shown(value)}")
 
 
-def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[re.Pattern[str], object]]:
+def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[regex.Pattern[str], object]]:
     patterns = config.get(field)
     if patterns is None:
         return []
     if not isinstance(patterns, dict):
         raise ImportRefused(f"{field} must map names to numbers, got {shown(patterns)}")
     # PEFT's get_pattern_key: a pattern stands for the last parts of a name, or all of it.
-    return [(_compiled(rf"(.*\.)?({key})$", field, key), v) for key, v in patterns.items()]
-
-
-def _compiled(expression: str, field: str, written: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ImportRefused(
-            f"{field} has {shown(written)}, which is no regular expression: {error}"
-        ) from error
+    return [
+        (expressions.compiled(rf"(.*\.)?({key})$", field, key), v) for key, v in patterns.items()
+    ]
 
 
 def _names(config: Mapping[str, Any], field: str) -> str | list[str] | None:
@@ -252,7 +250,8 @@ def _names(config: Mapping[str, Any], field: str) -> str | list[str] | None:
 
 def _named(names: str | list[str], module: str, field: str) -> bool:
     if isinstance(names, str):
-        return _compiled(names, field, names).fullmatch(module) is not None
+        pattern = expressions.compiled(names, field, names)
+        return expressions.fullmatch(pattern, module, field) is not None
     return named_by(names, module)
 
 
@@ -265,10 +264,13 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
         raise ImportRefused(f"layers_to_transform must be layer numbers, got {shown(layers)}")
     patterns = _names(config, "layers_pattern") or []
     found = None
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        expression = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
-        found = found or _compiled(expression, "layers_pattern", pattern).match(module)
+    for written in [patterns] if isinstance(patterns, str) else patterns:
+        expression = rf"(?:^|.*?\.){written}\.(?P<idx>\d+)\."
+        pattern = expressions.compiled(expression, "layers_pattern", written)
+        found = found or expressions.match(pattern, module, "layers_pattern")
     if not patterns:
         # The first number in the name: a later one may count experts.
-        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
-    return found is not None and int(found["idx"]) in layers
+        pattern = expressions.compiled(r".*?\.[^.]*\.(?P<idx>\d+)\.", "layers_pattern", "")
+        found = expressions.match(pattern, module, "layers_pattern")
+    number = None if found is None else found["idx"]  # a pattern with `|` may match without it
+    return number is not None and int(number) in layers

@@ -24,8 +24,10 @@ from lori_manager.adapters.peft_format import (
 )
 from lori_manager.adapters.staging import staged_directory
 from lori_manager.engine.update import LowRankUpdate
+from lori_manager.engine.weights import Head
 from lori_manager.errors import InvalidInput
 
+LABELS_FILE = "labels.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,6 +43,9 @@ def write_peft(
     transposed: Collection[str] = (),
     label: str = "",
     overwrite: bool = False,
+    head: Head | None = None,
+    head_modules: Collection[str] = (),
+    task_type: str | None = "CAUSAL_LM",
     magnitudes: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write updates as one PEFT LoRA, or DoRA, that reproduces them.
@@ -65,6 +70,10 @@ def write_peft(
         transposed: modules whose weight is (in, out), GPT-2's Conv1D.
         label: what the model card calls the adapter, such as `safety@3`.
         overwrite: replace an adapter that is already in `directory`; other files stay.
+        head: of an encoder, written as PEFT's `modules_to_save`; `LABELS_FILE` beside it holds
+            what the base must be loaded with to have as many labels.
+        head_modules: names of the modules that it is made of.
+        task_type: PEFT's word for what the model does; None where it has none.
         magnitudes: of every updated module's rows, (out_features,): then it is a DoRA.
     Raises:
         ValueError: no updates, an unknown module, or another dtype.
@@ -88,6 +97,8 @@ def write_peft(
     rank = max(update.rank for update in updates.values())
     config = {
         **shared_config("LORA", base_name, revision),
+        "task_type": task_type,
+        "modules_to_save": sorted(head_modules) or None,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": {},
@@ -100,20 +111,35 @@ def write_peft(
         "use_rslora": False,
         "use_dora": magnitudes is not None,
     }
-    tensors = _tensors(updates, rank, dtype)
+    tensors = padded_tensors(updates, rank, dtype)
     for name, values in (magnitudes or {}).items():
         tensors[f"{KEY_PREFIX}{name}.lora_magnitude_vector"] = finite(
             values, dtype, f"lora_magnitude_vector of module {name!r}"
         )
+    files = {}
+    serving = f"- Serve: vLLM with `--max-lora-rank` of {rank} or more\n"
+    if head is not None:
+        tensors |= {KEY_PREFIX + name: finite(t, dtype, name) for name, t in head.tensors.items()}
+        labels = dict(enumerate(head.labels))
+        told = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+        files[LABELS_FILE] = json.dumps(told, indent=2) + "\n"
+        serving = (
+            f"- Labels: {', '.join(head.labels)}; load the base with `id2label` and `label2id` of "
+            f"{LABELS_FILE}\n"
+        )
+    elif magnitudes is not None:
+        serving = ""
     method = "LoRA" if magnitudes is None else "DoRA"
     card = model_card(
         label,
         base_name,
         revision,
         f"A {method} of rank {rank} on {len(updates)} modules",
-        f"- Serve: vLLM with `--max-lora-rank` of {rank} or more\n" if magnitudes is None else "",
+        serving,
     )
-    save_peft(directory, config, tensors, card, fingerprint=fingerprint, overwrite=overwrite)
+    save_peft(
+        directory, config, tensors, card, fingerprint=fingerprint, overwrite=overwrite, files=files
+    )
 
 
 def save_peft(
@@ -124,9 +150,15 @@ def save_peft(
     *,
     fingerprint: str,
     overwrite: bool = False,
+    files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write configuration, tensors and model card as one directory; see `write_peft`."""
+    """Write configuration, tensors, model card and other `files` as one directory.
+
+    See `write_peft`.
+    """
     with staged_directory(directory, CONFIG_FILE, overwrite) as staged:
+        for name, content in (files or {}).items():
+            (staged / name).write_text(content, encoding="utf-8")
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
         (staged / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(
@@ -154,16 +186,23 @@ def target_names(modules: set[str], all_modules: Collection[str]) -> list[str]:
     raise ValueError("the full name of an updated module is the ending of another module's name")
 
 
-def _tensors(
-    updates: Mapping[str, LowRankUpdate], rank: int, dtype: torch.dtype
+def padded_tensors(
+    updates: Mapping[str, LowRankUpdate], rank: int, dtype: torch.dtype, prefix: str = KEY_PREFIX
 ) -> dict[str, Tensor]:
+    """PEFT's names -> factors at that rank, the scaling multiplied into B.
+
+    Args:
+        prefix: of the names.
+    Raises:
+        InvalidInput: values that are not finite in `dtype`.
+    """
     tensors = {}
     for name, update in updates.items():
         padded = update.padded(rank)
         # Folded in float64: float32 would round the scaling itself before multiplying.
         B = padded.B.detach().cpu().double() * padded.scaling
         for factor, values in (("lora_A", padded.A), ("lora_B", B)):
-            tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] = finite(
+            tensors[f"{prefix}{name}.{factor}.weight"] = finite(
                 values, dtype, f"{factor} of module {name!r}"
             )
     return tensors

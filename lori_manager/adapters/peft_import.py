@@ -6,7 +6,6 @@ unpickled, and every name, shape, dtype and value is checked against the base.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lori_manager import foreign
+from lori_manager.adapters import expressions
 from lori_manager.adapters.ia3_import import ia3_vectors
 from lori_manager.adapters.peft_config import LoraSettings, is_target, lora_settings, shown
 from lori_manager.adapters.peft_format import (
@@ -104,11 +105,22 @@ def read_peft(
         ImportRefused: the adapter cannot be imported faithfully; says what to do.
         DamagedObject: a file is cut short, malformed or holds values that are not finite.
     """
+    with expressions.one_adapter():
+        return _read(directory, shapes, base_names, fingerprint, assume_base)
+
+
+def _read(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    base_names: Collection[str],
+    fingerprint: str,
+    assume_base: bool,
+) -> ImportedAdapter:
     try:
-        config = _read_config(directory)
+        config = read_config(directory)
         settings = None if config.get("peft_type") == "IA3" else lora_settings(config)
-        tensors, metadata = _read_header(directory / WEIGHTS_FILE)
-        notes = _check_base(config, metadata, base_names, fingerprint, assume_base)
+        tensors, metadata = read_header(directory / WEIGHTS_FILE)
+        notes = check_base(config, metadata, base_names, fingerprint, assume_base)
         if settings is None:
             keys = ia3_vectors(config, tensors, shapes)
             vectors = _values(directory / WEIGHTS_FILE, keys, "ia3_l")
@@ -135,12 +147,17 @@ def read_peft(
     return ImportedAdapter(weights, weights.rank, settings.alpha, config, notes, magnitudes)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """`adapter_config.json` of a PEFT directory whose weights are safetensors.
+
+    Raises:
+        ImportRefused: no such directory, or its weights are a pickle. DamagedObject.
+    """
     path = directory / CONFIG_FILE
     try:
         if not path.is_file():
             raise ImportRefused(f"not a PEFT adapter directory: there is no {CONFIG_FILE}")
-        text = path.read_bytes()
+        config = foreign.read_json(foreign.file_inside(directory, CONFIG_FILE))
         if not (directory / WEIGHTS_FILE).is_file():
             if (directory / PICKLE_FILE).exists():
                 raise ImportRefused(
@@ -150,41 +167,29 @@ def _read_config(directory: Path) -> dict[str, Any]:
             raise ImportRefused(f"not a PEFT adapter directory: there is no {WEIGHTS_FILE}")
     except OSError as error:
         raise ImportRefused(f"cannot be read: {error.strerror or error}") from error
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DamagedObject(f"{CONFIG_FILE} is not valid JSON: {error}; copy it again") from error
+    except foreign.Malformed as error:
+        raise DamagedObject(f"{CONFIG_FILE} is not usable: {error}; copy it again") from error
     if not isinstance(config, dict):
         raise ImportRefused(f"{CONFIG_FILE} must hold an object, got {shown(config)}")
     return config
 
 
-def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Tensor name -> dtype and shape, and the metadata, before any value is read."""
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Tensor name -> dtype and shape, and the metadata, before any value is read.
+
+    Raises:
+        DamagedObject: see `foreign.read_header` and `foreign.file_inside`.
+    """
     try:
-        # Checks lengths and offsets; what it does not check is the names.
-        with safe_open(path, framework="pt"):
-            pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size), object_pairs_hook=_unique)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        header, metadata = foreign.read_header(foreign.file_inside(path.parent, path.name))
+    except (foreign.Malformed, OSError) as error:
         raise DamagedObject(
-            f"{WEIGHTS_FILE} is cut short or malformed: {error}; copy it again"
+            f"{path.name} is cut short or malformed: {error}; copy it again"
         ) from error
-    metadata = header.pop("__metadata__", None) or {}
-    return header, metadata
+    return {n: {"dtype": t.dtype, "shape": list(t.shape)} for n, t in header.items()}, metadata
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys must differ: safetensors takes the last of two equal ones."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice in its header")
-    return found
-
-
-def _check_base(
+def check_base(
     config: Mapping[str, Any],
     metadata: Mapping[str, str],
     base_names: Collection[str],
@@ -315,7 +320,13 @@ def _load(
         keys = {module: named[factor] for module, named in factors.items()}
         values = _values(path, keys, f"lora_{factor}")
         for module in sorted(factors):
-            blocks.setdefault(settings.scaling_of(module), {})[module] = values[module]
+            scaling = settings.scaling_of(module)
+            if scaling > torch.finfo(torch.float32).max:
+                raise ImportRefused(
+                    f"alpha over rank of module {module} is {scaling:g}, more than float32 holds: "
+                    "correct lora_alpha or alpha_pattern"
+                )
+            blocks.setdefault(scaling, {})[module] = values[module]
     return AdapterWeights(tuple(Block(B=B[s], scaling=s, tensors=A[s]) for s in A))
 
 

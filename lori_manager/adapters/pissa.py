@@ -127,4 +127,10 @@ def training(
         for key, p in (("A", layer.dA), ("B", layer.dB))
     }
     with attached(base.model, layers):
-        yield Training(parameters, weights, state=state, load_state=load_state)
+        yield Training(
+            parameters,
+            weights,
+            state=state,
+            load_state=load_state,
+            graphs=base.base_bits == 16,
+        )

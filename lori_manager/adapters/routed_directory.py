@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lori_manager import foreign
+from lori_manager.adapters.peft_config import shown
 from lori_manager.adapters.peft_export import write_peft
 from lori_manager.adapters.peft_format import CARD_FILE, FINGERPRINT_KEY
 from lori_manager.adapters.peft_import import read_peft
@@ -24,6 +27,7 @@ ROUTER_CONFIG = "router.json"
 ROUTER_FILE = "router.safetensors"
 RESERVED = frozenset({ROUTER_CONFIG, ROUTER_FILE, CARD_FILE.casefold()})
 VERSION = 1
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 
 _CARD = """# {label}
 
@@ -121,15 +125,19 @@ def read_routed(
         DamagedObject: a file is malformed.
     """
     try:
-        config = json.loads((directory / ROUTER_CONFIG).read_bytes())
-        tensors = load_file(directory / ROUTER_FILE)
+        config = foreign.read_json(foreign.file_inside(directory, ROUTER_CONFIG))
+        path = foreign.file_inside(directory, ROUTER_FILE)
+        header, _ = foreign.read_header(path)
+        if set(header) != {"weights", "bias"} or {t.dtype for t in header.values()} != {"F32"}:
+            raise foreign.Malformed(f"{ROUTER_FILE} must hold weights and bias in F32 alone")
+        tensors = load_file(path)
     except OSError as e:
         raise ImportRefused(f"{directory} holds no routed adapter: {e.strerror or e}") from e
-    except (ValueError, RecursionError, SafetensorError) as e:
+    except (foreign.Malformed, SafetensorError) as e:
         raise DamagedObject(f"{directory}: the router is malformed: {e}; copy it again") from e
     try:
         router, names = _router(config, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise DamagedObject(f"{directory}: the router is malformed: {e}; copy it again") from e
     members = []
     for name in names:
@@ -143,17 +151,21 @@ def read_routed(
 def _router(config: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[Router, list[str]]:
     """What the files say; ValueError and its like where they do not fit together."""
     if config["version"] != VERSION:
-        raise ValueError(f"version {config['version']!r}, this lori reads {VERSION}")
+        raise ValueError(f"version {shown(config['version'])}, this lori reads {VERSION}")
     names, reads, held_out = config["members"], config["reads"], config["held_out"]
+    if not isinstance(names, list) or not isinstance(held_out, list):
+        raise ValueError("`members` and `held_out` must be lists")
+    if any(type(n) is not int or not 0 <= n < 2**31 for row in held_out for n in row):
+        raise ValueError("`held_out` must hold counts")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{name!r} is no folder's name")
+        if not isinstance(name, str) or not _FOLDER.fullmatch(name):
+            raise ValueError(f"{shown(name)} is no folder's name")
     weights, bias = tensors["weights"], tensors["bias"]
-    if not isinstance(reads, str) or weights.dtype != torch.float32 or bias.dtype != torch.float32:
-        raise ValueError("it does not say what it reads, or is not float32")
+    if not isinstance(reads, str) or not reads or not reads.isprintable():
+        raise ValueError("it does not say what it reads")
     if not bool(torch.isfinite(weights).all() and torch.isfinite(bias).all()):
         raise ValueError("it is not finite")
-    router = Router(reads, weights, bias, tuple(tuple(map(int, row)) for row in held_out))
+    router = Router(reads, weights, bias, tuple(map(tuple, held_out)))
     if len(names) != router.members:
         raise ValueError(f"{len(names)} names for {router.members} members")
     return router, names

@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from lori_manager.auditing.choosing import Filters
+from lori_manager.auditing.choosing import Filters, experiments, without
 from lori_manager.auditing.comparing import Comparer, Loaded
 from lori_manager.auditing.drops import drop
 from lori_manager.auditing.families import Families
@@ -20,6 +20,7 @@ from lori_manager.auditing.results import Audit, SequenceAudit, TaskAudit
 from lori_manager.auditing.sequences import Columns, merges_audit, sequence_audit
 from lori_manager.auditing.tasks import View, audit_group, unscored
 from lori_manager.errors import InvalidInput
+from lori_manager.plain import counted
 from lori_manager.records import Adapter, Finding, Line, Task
 from lori_manager.refs import BASE, parse_adapter_ref
 
@@ -42,7 +43,7 @@ def audit(
         store: only read.
         ref: `line@3`, `line@latest`, `line@alias`, a bare `line` (the same as its latest) or
             `base`. The scope is then the line's adapters up to that one, their parents and
-            members, and the base. None: everything.
+            members, and the base. None: everything, but what comparisons of kinds trained.
         task: only this task or these, all revisions; no matrices are then reported.
         max_drop: in the score's own units. Gives a finding of kind "drop" for each task on
             which a judged adapter (`ref`, or each line's latest) is further than this below
@@ -115,7 +116,12 @@ class AuditRun:
         for one in asked:
             if one.name not in self.latest or one.revision > self.latest[one.name].revision:
                 self.latest[one.name] = one
-        self.lineage = Lineage(store.adapters(), store.lines())
+        adapters, lines = store.adapters(), store.lines()
+        left_out = experiments(adapters, lines) if ref is None else frozenset()
+        if left_out:
+            lines = without(left_out, lines, adapters)
+            adapters = [a for a in adapters if a.ref not in left_out]
+        self.lineage = Lineage(adapters, lines)
         self.judged = self._judged()
         self.against = Against.of(against, store, self.lineage)
         self.asked: dict[str, Any] = {
@@ -125,6 +131,12 @@ class AuditRun:
         self.findings: list[Finding] = []
         self.regressions: list[Finding] = []
         self.notes: list[str] = []
+        if left_out:
+            some = min(left_out).partition("@")[0]
+            self.notes.append(
+                f"{counted(len(left_out), 'adapter')} of `lori compare` left out: name one, such "
+                f"as {some}, to see its line"
+            )
         scope = self.lineage.everything()
         if ref is not None:
             scope = self.lineage.history(self.judged[0]) if self.judged else frozenset({BASE})

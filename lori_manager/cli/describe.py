@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lori_manager.architectures import architecture_of
 from lori_manager.cli import output
 from lori_manager.records import Adapter, Base, Mask, Task
 
@@ -41,9 +42,10 @@ def _base(base: Base) -> None:
         {
             "base": base.source,
             "revision": base.revision,
-            "type": base.model_type,
+            "type": f"{base.model_type}, a {architecture_of(base.model_type).title}",
             "path": base.path,
             "fingerprint": base.fingerprint,
+            "code": base.code and f"{base.code}, runs",
             "since": output.time(base.created_at),
         }
     )
@@ -55,6 +57,7 @@ def _task(task: Task) -> None:
             "task": task.ref,
             "description": task.description or None,
             "scorer": f"{task.scorer}, version {task.scorer_version}",
+            "labels": ", ".join(task.labels) or None,
             "added": output.time(task.created_at),
         }
     )

@@ -23,6 +23,8 @@ REPEAT = 10.0  # seconds between two lines elsewhere
 class Teller:
     """Messages, and the progress of the step at hand: one moving line, or one every 10 s.
 
+    Of several trainings at once, each has a line of its own.
+
     Args:
         quiet: say nothing.
         stream: stderr by default.
@@ -40,9 +42,10 @@ class Teller:
         self._stream = stream or sys.stderr
         self._clock = clock
         self._moving = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._phase = ""
-        self._last = -math.inf
-        self._drawn = False
+        self._phases: dict[str, str] = {}
+        self._last: dict[str, float] = {}
+        self._lines: dict[str, str] = {}
+        self._drawn = 0
 
     def message(self, text: str) -> None:
         """One line that stays."""
@@ -55,23 +58,26 @@ class Teller:
         if self._quiet:
             return
         now = self._clock()
-        if state.phase != self._phase:
-            self._phase = state.phase
-            self._last = -math.inf if self._moving else now
-        if now - self._last < (REDRAW if self._moving else REPEAT):
+        if state.phase != self._phases.get(state.job):
+            self._phases[state.job] = state.phase
+            self._last[state.job] = -math.inf if self._moving else now
+        if now - self._last[state.job] < (REDRAW if self._moving else REPEAT):
             return
-        self._last = now
+        self._last[state.job] = now
         if not self._moving:
             self._write(progress_line(state) + "\n")
             return
         width = shutil.get_terminal_size().columns - 1
-        self._write("\r" + progress_line(state)[:width] + "\x1b[K")
-        self._drawn = True
+        self._lines[state.job] = progress_line(state)[:width]
+        up = "\x1b[F" * (self._drawn - 1) or "\r"
+        self._write(up + "\n".join(f"{line}\x1b[K" for line in self._lines.values()))
+        self._drawn = len(self._lines)
 
     def _wipe(self) -> None:
         if self._drawn:
-            self._write("\r\x1b[K")
-            self._drawn = False
+            up = "\x1b[F" * (self._drawn - 1)
+            self._write(f"{up}\r\x1b[J" if up else "\r\x1b[K")
+            self._drawn = 0
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

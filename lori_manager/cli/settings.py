@@ -23,9 +23,9 @@ _NO_OPTION = ("max_length", "kind_options")
 TRAINING = tuple(f.name for f in dataclasses.fields(Config) if f.name not in _NO_OPTION)
 CALIBRATION = (
     "calibration_steps", "calibration_rows", "sparsity", "scope", "rank", "alpha", "targets",
-    "projection", "nullspace_energy", "nullspace_scale", "seed", "batch", "dense_learning_rate",
-    "schedule", "warmup", "weight_decay", "clip", "precision", "base_bits", "micro_batch",
-    "packing", "graphs", "kernels", "checkpointing",
+    "init", "projection", "nullspace_energy", "nullspace_scale", "seed", "batch",
+    "dense_learning_rate", "schedule", "warmup", "weight_decay", "clip", "precision", "base_bits",
+    "micro_batch", "packing", "graphs", "kernels", "checkpointing",
 )  # fmt: skip
 SCORING = ("precision", "base_bits", "score_batch", "packing", "kernels", "run_code")
 
@@ -35,6 +35,7 @@ _CHOICES = {
     "scope": config.SCOPES,
     "precision": config.PRECISIONS,
     "base_bits": tuple(str(bits) for bits in config.BASE_BITS),
+    "init": config.INITS,
     "projection": config.PROJECTIONS,
     "nullspace_scale": config.NULLSPACE_SCALES,
     "schedule": config.SCHEDULES,

@@ -42,7 +42,7 @@ def verify(
 def upgrade(ctx: typer.Context, json: Json = False) -> None:
     """Bring an older lori's database to this one's schema.
 
-    A copy is made beside it first.
+    A copy is made in .lori/ first; of a server's by pg_dump, or none where that is missing.
     """
     from lori_manager.store.database import upgrade
 
@@ -52,7 +52,8 @@ def upgrade(ctx: typer.Context, json: Json = False) -> None:
     elif done.before == done.after:
         typer.echo(f"the database is at {done.after} already")
     else:
-        typer.echo(f"the database went from {done.before} to {done.after}; before: {done.backup}")
+        kept = f"before: {done.backup}" if done.backup else f"no copy was made: {done.unsaved}"
+        typer.echo(f"the database went from {done.before} to {done.after}; {kept}")
 
 
 JOURNALS = {"rollback": "delete", "wal": "wal"}  # our words -> SQLite's
@@ -76,12 +77,14 @@ def journal(
     A rollback journal by default. With wal, readers never wait for a writer: on a local disk
     alone, and with SQLite 3.51.3 or newer, since older ones may damage a database in that mode.
     """
-    from lori_manager.store.database import REGISTRY
+    from lori_manager.store.databases import backend
     from lori_manager.store.sqlite import SQLite
 
     if mode is not None and mode not in JOURNALS:
         raise InvalidInput(f"no journal is called {mode!r}; there are: {', '.join(JOURNALS)}")
-    database = SQLite(store_folder(ctx) / REGISTRY)
+    database = backend(store_folder(ctx))
+    if not isinstance(database, SQLite):
+        raise InvalidInput(f"{database.shown} is no SQLite database: its server keeps the journal")
     if mode is not None:
         database.set_journal(JOURNALS[mode])
     found = database.journal()

@@ -13,6 +13,7 @@ from lori_manager.cli.output import Json
 from lori_manager.cli.scores import names
 from lori_manager.cli.session import workspace
 from lori_manager.cli.settings import CALIBRATION, TRAINING, Changes, configured, with_settings
+from lori_manager.errors import InvalidInput
 from lori_manager.kinds import parse_options
 
 if TYPE_CHECKING:
@@ -144,6 +145,14 @@ def train(
         bool,
         typer.Option("--allow-foreign-mask", help="Take a mask that another A calibrated."),
     ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Train up to N tasks at once, each in a process of its own, through Ray.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     *,
     changes: Changes,
@@ -152,10 +161,16 @@ def train(
 
     Calibrates where a task has no fitting mask. Interrupted, the same command goes
     on from its last checkpoint. With --sequence every stage continues the one
-    before, and is scored on all the tasks, also the coming ones.
+    before, and is scored on all the tasks, also the coming ones. With --jobs the tasks
+    are trained at once instead, on this machine or on the cluster of RAY_ADDRESS.
     """
     from lori_manager.teaching import TrainOptions
 
+    if jobs is not None and sequence is not None:
+        raise InvalidInput(
+            "--jobs trains tasks at once, and the stages of a --sequence go on from one another: "
+            "leave one of them out"
+        )
     avoided = names(avoid)
     options = TrainOptions(
         mask, dense, start, line, protect, allow_foreign_mask,
@@ -167,7 +182,10 @@ def train(
         if option:
             own = {**config.kind_options, **parse_options(config.kind, option)}
             config = config.replace(kind_options=own)
-        trained = ws.train(tasks, config, options, sequence=sequence)
+        if jobs is None:
+            trained = ws.train(tasks, config, options, sequence=sequence)
+        else:
+            trained = ws.train_jobs(tasks, config, options, jobs=jobs)
     if json:
         output.print_json(trained)
     else:

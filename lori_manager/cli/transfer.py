@@ -27,10 +27,14 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="peft: a LoRA that PeftModel loads; full: the base with the update merged in.",
+            help="peft: what PeftModel loads; full: the base with the update merged in.",
             autocompletion=complete.among(*FORMATS),
         ),
     ] = "peft",
+    task: Annotated[
+        str | None,
+        typer.Option(help="Whose head to write, of an encoder's adapter that has several."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write an adapter for use elsewhere.
@@ -41,7 +45,7 @@ def export(
         raise InvalidInput(f"`--format` must be one of {', '.join(FORMATS)}, got {form!r}")
     with workspace(ctx) as ws:
         adapter = ws.adapter(ref)
-        written = ws.export(adapter.ref, directory, full=form == "full")
+        written = ws.export(adapter.ref, directory, full=form == "full", task=task)
     if json:
         output.print_json({"ref": adapter.ref, "directory": written, "format": form})
     else:

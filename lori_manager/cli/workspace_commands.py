@@ -32,6 +32,21 @@ def init(
             help="Keep files there; credentials come from the provider's own chain.",
         ),
     ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python code that comes with the base; needs the whole commit as --revision.",
+        ),
+    ] = False,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="postgresql://USER@HOST/DATABASE",
+            help="Keep the rows in that empty database; the password comes from PGPASSWORD or "
+            "~/.pgpass.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a workspace for one base model.
@@ -40,15 +55,27 @@ def init(
     the defaults, commented.
     """
     from lori_manager.context import SETTINGS
+    from lori_manager.store.postgres import Postgres
     from lori_manager.workspace import Workspace
 
     folder = directory or ctx.obj.folder
-    with Workspace.create(folder, base, revision, objects=objects) as ws:
+    with Workspace.create(
+        folder,
+        base,
+        revision,
+        database=store,
+        objects=objects,
+        trust_remote_code=trust_remote_code,
+    ) as ws:
         made = ws.store.base()
         if json:
             output.print_json({"root": ws.root, "base": made})
             return
         typer.echo(f"workspace in {ws.root}, defaults in {ws.root / SETTINGS}")
+        if store is not None:
+            typer.echo(f"rows in {ws.store.database}")
+            if Postgres.at(store).password is not None:
+                typer.echo("the password is not kept: set PGPASSWORD or ~/.pgpass", err=True)
         describe(made)
 
 

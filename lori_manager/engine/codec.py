@@ -23,6 +23,12 @@ A routed adapter's record has also
 
 and the tensors router.codes, router.rest, both matrices in that code.
 
+An adapter of an encoder has also, in either format,
+
+    heads        [{"task", "labels", "shapes", "values"}, ...], by task, as `lori-kind` below
+
+and head i the tensors head{i}.codes and head{i}.rest.
+
 What is no low-rank update is a file of another format, `lori-kind`. Its record lists
 
     kind         the name
@@ -61,7 +67,7 @@ from lori_manager.engine.container import (
 )
 from lori_manager.engine.projection import FIELDS, ProjectionSpec
 from lori_manager.engine.router import Router
-from lori_manager.engine.weights import AdapterWeights, Block, KindWeights, Stored
+from lori_manager.engine.weights import AdapterWeights, Block, Head, KindWeights, Stored
 from lori_manager.errors import DamagedObject, IncompatibleStore
 
 ADAPTER_FORMAT = "lori-adapter"
@@ -74,7 +80,9 @@ MASK_FORMAT = "lori-mask"
 FREE_ENTRIES = 2**25
 ENTRIES_PER_BYTE = 256
 
+DIMENSIONS = 8  # of a tensor of a kind, at most
 _SIZE_LIMIT = 2**31
+_WIDEST = 2**18  # inputs of a module whose A is made: the time for an entry grows with them
 _SEED_LIMIT = 2**64
 
 # name -> dtype, integers of its size, and the bits that are all ones in inf and nan,
@@ -99,6 +107,7 @@ _PROJECTION_TYPES = {"seed": (int,), "line": (str,), "first_row": (int,), "rank"
 _VALUES_FIELDS = {"dtype": (str,), "common": (list,)}
 _MASK_FIELDS = {"modules": (list,), "kept": (int,)}
 _KIND_FIELDS = {"kind": (str,), "options": (dict,), "shapes": (list,), "values": (dict,)}
+_HEAD_FIELDS = {"task": (str,), "labels": (list,), "shapes": (list,), "values": (dict,)}
 _ROUTER_FIELDS = {
     "reads": (str,),
     "parts": (list,),
@@ -134,6 +143,7 @@ def encode_adapter(weights: AdapterWeights, meta: Mapping[str, Any] | None = Non
     record: dict[str, Any] = {"blocks": blocks}
     if weights.router is not None:
         record["router"] = _encode_router(weights.router, weights.parts, tensors)
+    record |= _encode_heads(weights.heads, tensors)
     data = write_container(ADAPTER_FORMAT, Container(dict(meta or {}), record, tensors))
     if not _fits(sizes, len(data)):
         raise ValueError(
@@ -158,8 +168,9 @@ def decode_adapter(
         IncompatibleStore: written by a newer lori.
     """
     meta, record, tensors = read_container(data, ADAPTER_FORMAT)
-    routed = {"router": (dict,)} if "router" in record else {}
-    record = _fields(record, "the file", {"blocks": (list,), **routed})
+    also = {"router": (dict,), "heads": (list,)}
+    also = {name: types for name, types in also.items() if name in record}
+    record = _fields(record, "the file", {"blocks": (list,), **also})
     records = [_fields(r, f"block {i}", _BLOCK_FIELDS) for i, r in enumerate(record["blocks"])]
     if not records:
         raise DamagedObject("the file has no blocks")
@@ -172,14 +183,15 @@ def decode_adapter(
     )
     router: Router | None = None
     parts: tuple[int, ...] = ()
-    if routed:
+    if "router" in record:
         router, parts = _decode_router(record["router"], len(blocks), tensors)
+    heads = _decode_heads(record, len(data), tensors)
     _expect_no_more(tensors)
     if check_projection:
         for i, (block, r) in enumerate(zip(blocks, records, strict=True)):
             if block.projection_digest != r["digest"]:
                 raise DamagedObject(f"block {i}: A is not the one that B was trained on")
-    return AdapterWeights(blocks, router, parts), meta
+    return AdapterWeights(blocks, router, parts, heads), meta
 
 
 def encode_kind(weights: KindWeights, meta: Mapping[str, Any] | None = None) -> bytes:
@@ -194,18 +206,12 @@ def encode_kind(weights: KindWeights, meta: Mapping[str, Any] | None = None) -> 
         ValueError: an empty tensor, a value that is not finite, names that cannot be
             printed, options or meta that are not plain JSON.
     """
-    tensors = weights.tensors
-    _check_names(tensors)
-    empty = [name for name, t in tensors.items() if t.numel() == 0 or t.ndim == 0]
-    if empty:
-        raise ValueError(f"{empty[0]!r} has no values in rows")
-    shapes: Sizes = {name: tuple(tensors[name].shape) for name in sorted(tensors)}
     coded: Tensors = {}
     record = {
         "kind": weights.kind,
         "options": dict(weights.options),
-        "shapes": _group(shapes),
-        "values": _encode_values(tensors, "values", coded),
+        **_encode_whole(weights.tensors, "values", coded),
+        **_encode_heads(weights.heads, coded),
     }
     return write_container(KIND_FORMAT, Container(dict(meta or {}), record, coded))
 
@@ -220,15 +226,14 @@ def decode_kind(data: bytes) -> tuple[KindWeights, dict[str, Any]]:
         IncompatibleStore: written by a newer lori.
     """
     meta, record, tensors = read_container(data, KIND_FORMAT)
-    record = _fields(record, "the file", _KIND_FIELDS)
-    shapes = _ungroup(record["shapes"], None, "the file")
-    if _count(shapes) > FREE_ENTRIES + ENTRIES_PER_BYTE * len(data):
-        raise DamagedObject(f"{len(data)} bytes cannot hold tensors as large as the file names")
-    values = _decode_values(record["values"], shapes, "values", tensors)
+    also = {"heads": (list,)} if "heads" in record else {}
+    record = _fields(record, "the file", {**_KIND_FIELDS, **also})
+    values = _decode_whole(record, "the file", "values", len(data), tensors)
+    heads = _decode_heads(record, len(data), tensors)
     _expect_no_more(tensors)
     if not _is_name(record["kind"]):
         raise DamagedObject("the file does not say its kind")
-    return KindWeights(record["kind"], record["options"], values), meta
+    return KindWeights(record["kind"], record["options"], values, heads), meta
 
 
 def encode(weights: Stored, meta: Mapping[str, Any] | None = None) -> bytes:
@@ -332,6 +337,8 @@ def _block_sizes(block: Block) -> Sizes:
                 raise ValueError(f"mask of {name!r}: expected bool like B, got {_kind(m)}")
             if bool(torch.any((B != 0) & ~m)):
                 raise ValueError(f"B of {name!r} is not zero outside its mask")
+        if spec is not None and A_shape[1] > _WIDEST:
+            raise ValueError(f"{name!r} has {A_shape[1]} inputs: at most {_WIDEST} can be stored")
         sizes[name] = (B.shape[0], A_shape[1], A_shape[0])
     return sizes
 
@@ -388,6 +395,8 @@ def _decode_projection(record: dict[str, Any], sizes: Sizes, at: str) -> Project
         raise DamagedObject(f"{at} has an impossible seed or line")
     if any(rank != record["rank"] for _, _, rank in sizes.values()):
         raise DamagedObject(f"{at} and its modules have different ranks")
+    if any(columns > _WIDEST for _, columns, _ in sizes.values()):
+        raise DamagedObject(f"{at} is for more than {_WIDEST} inputs")
     return ProjectionSpec.from_json(record, {n: columns for n, (_, columns, _) in sizes.items()})
 
 
@@ -423,6 +432,55 @@ def _decode_router(record: Any, blocks: int, tensors: Tensors) -> tuple[Router, 
         raise DamagedObject("the router's values are not float32")
     table = tuple(map(tuple, held_out))
     return Router(record["reads"], values["weights"], values["bias"][:, 0], table), tuple(parts)
+
+
+# Heads, and what else is stored whole.
+
+
+def _encode_heads(heads: Mapping[str, Head], tensors: Tensors) -> dict[str, Any]:
+    """`heads` of a record; nothing where there are none, so that files without are as ever."""
+    records = []
+    for i, task in enumerate(sorted(heads)):
+        head = heads[task]
+        _check_names([task, *head.labels])
+        told = {"task": task, "labels": list(head.labels)}
+        records.append(told | _encode_whole(head.tensors, f"head{i}", tensors))
+    return {"heads": records} if records else {}
+
+
+def _decode_heads(record: dict[str, Any], size: int, tensors: Tensors) -> dict[str, Head]:
+    heads: dict[str, Head] = {}
+    for i, told in enumerate(record.get("heads", [])):
+        at = f"head {i}"
+        told = _fields(told, at, _HEAD_FIELDS)
+        task, labels = told["task"], told["labels"]
+        if not all(map(_is_name, [task, *labels])):
+            raise DamagedObject(f"{at} has malformed names")
+        if len(labels) < 2 or len(set(labels)) != len(labels) or task <= max(heads, default=""):
+            raise DamagedObject(f"{at} repeats a label or a task, or has too few")
+        heads[task] = Head(tuple(labels), _decode_whole(told, at, f"head{i}", size, tensors))
+    if "heads" in record and not heads:
+        raise DamagedObject("the file has a list of heads and none in it")
+    return heads
+
+
+def _encode_whole(values: Mapping[str, Tensor], at: str, tensors: Tensors) -> dict[str, Any]:
+    """`shapes` and `values` of tensors of any shape."""
+    _check_names(values)
+    empty = [name for name, t in values.items() if t.numel() == 0 or t.ndim == 0]
+    if empty:
+        raise ValueError(f"{empty[0]!r} has no values in rows")
+    shapes: Sizes = {name: tuple(values[name].shape) for name in sorted(values)}
+    return {"shapes": _group(shapes), "values": _encode_values(values, at, tensors)}
+
+
+def _decode_whole(
+    record: dict[str, Any], where: str, at: str, size: int, tensors: Tensors
+) -> dict[str, Tensor]:
+    shapes = _ungroup(record["shapes"], None, where)
+    if _count(shapes) > FREE_ENTRIES + ENTRIES_PER_BYTE * size:
+        raise DamagedObject(f"{size} bytes cannot hold tensors as large as {where} names")
+    return _decode_values(record["values"], shapes, at, tensors)
 
 
 # Matrices by name <-> one row of bits.
@@ -496,8 +554,8 @@ def _group(sizes: Sizes) -> list[Any]:
 
 
 def _ungroup(groups: list[Any], dimensions: int | None, where: str) -> Sizes:
-    """The inverse of `_group`; `dimensions` None takes any number from one to eight."""
-    lengths = range(2, 10) if dimensions is None else (dimensions + 1,)
+    """The inverse of `_group`; `dimensions` None takes any number from one to `DIMENSIONS`."""
+    lengths = range(2, DIMENSIONS + 2) if dimensions is None else (dimensions + 1,)
     sizes: Sizes = {}
     for group in groups:
         if not isinstance(group, list) or len(group) not in lengths:

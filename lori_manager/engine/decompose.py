@@ -83,10 +83,15 @@ def side_by_side(work: Callable[[T], R], items: Iterable[T], device: torch.devic
     if device.type != "cuda" or threads == 1:
         yield from map(work, items)
         return
+    remaining = iter(items)
+    # Alone: what a GPU's libraries load at their first call does not bear several threads.
+    for item in remaining:
+        yield work(item)
+        break
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # a thread an item is enough
     try:
         with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(work, items)
+            yield from pool.map(work, remaining)
     finally:
         torch.set_num_threads(before)

@@ -66,6 +66,31 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What was trained whole behind an encoder, to tell the labels of one task.
+
+    Attributes:
+        labels: their names, in the order of the logits.
+        tensors: a parameter's full name in the model -> its values, all of one dtype.
+    """
+
+    labels: tuple[str, ...]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2 or not self.tensors:
+            raise ValueError("a head has two labels or more, all different, and its tensors")
+
+    def same_as(self, other: Head) -> bool:
+        """Whether both give the same logits to everything."""
+        return (
+            self.labels == other.labels
+            and self.tensors.keys() == other.tensors.keys()
+            and all(torch.equal(self.tensors[n], other.tensors[n]) for n in self.tensors)
+        )
+
+
+@dataclass(frozen=True)
 class AdapterWeights:
     """One or more blocks whose updates add up, or with a router: those of one member do.
 
@@ -73,11 +98,13 @@ class AdapterWeights:
         blocks: all of them; a routed adapter's members one behind the other.
         router: of a routed adapter.
         parts: how many of the blocks each of its members has; empty without a router.
+        heads: task -> its head, where the base is an encoder.
     """
 
     blocks: tuple[Block, ...]
     router: Router | None = None
     parts: tuple[int, ...] = ()
+    heads: Mapping[str, Head] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -147,11 +174,13 @@ class KindWeights:
         kind: whose, see `kinds.KINDS`.
         options: plain JSON with which, and with the base, its modules are built again.
         tensors: name -> values of one dtype, in any number of dimensions, at least one.
+        heads: task -> its head, where the base is an encoder.
     """
 
     kind: str
     options: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
+    heads: Mapping[str, Head] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.tensors:
@@ -164,6 +193,23 @@ class KindWeights:
 
 
 Stored = AdapterWeights | KindWeights
+
+
+def joined_heads(members: Sequence[Stored]) -> dict[str, Head]:
+    """Each task's head, of all members together.
+
+    Raises:
+        InvalidInput: two members have different heads for one task.
+    """
+    found: dict[str, Head] = {}
+    for member in members:
+        for task, head in member.heads.items():
+            if not found.setdefault(task, head).same_as(head):
+                raise InvalidInput(
+                    f"two of the members have a head for task {task!r}, and an adapter holds one: "
+                    "merge one adapter a task"
+                )
+    return found
 
 
 def one_block(

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 # The most that the dense row blocks of one module take together, in bytes.
 BLOCK_BYTES = 256 * 2**20
 
+# So many entries of a matrix are selected from in one go.
+AT_ONCE = 2**22
+
 # Weighted values that cancel to less than this share of their magnitudes elect no sign.
 CANCELLED = 1e-6
 
@@ -253,7 +256,7 @@ def keep_largest(matrix: Matrix, density: float) -> Blocks:
     count = max(1, round(density * size))
     if count >= size:
         return matrix.blocks
-    least, equals = _least_kept(matrix.blocks, count)
+    least, equals = _least_kept(matrix.blocks, count, size)
 
     def blocks() -> Iterator[Tensor]:
         left = equals
@@ -275,12 +278,18 @@ def _keys(block: Tensor) -> Tensor:
     return block.abs().view(torch.int64 if block.dtype == torch.float64 else torch.int32)
 
 
-def _least_kept(blocks: Blocks, count: int) -> tuple[int, int]:
-    """The key of the `count`-th largest magnitude, and how many equal to it are among them.
+def _least_kept(blocks: Blocks, count: int, size: int) -> tuple[int, int]:
+    """The key of the `count`-th largest of `size` magnitudes, and how many equal to it count.
 
-    One pass and one histogram for every 16 bits of the key, from the uppermost down.
+    Of one small block by selection, else by one pass and one histogram for every 16 bits of
+    the key, from the uppermost down.
     """
-    bits = 8 * next(blocks()).element_size()
+    first = next(blocks())
+    if first.numel() == size <= AT_ONCE:
+        keys = _keys(first).flatten()
+        least = int(keys.kthvalue(size - count + 1).values)
+        return least, count - int((keys > least).sum())
+    bits = 8 * first.element_size()
     found = 0
     for shift in range(bits - 16, -1, -16):
         histogram = torch.zeros(1 << 16, dtype=torch.int64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from lori_manager.metrics.continual import Figure
+from lori_manager.reporting.kind_comparisons import KindsCompared
 
 PARENT = "parent"  # the purpose of a comparison with what a version was made from
 
@@ -200,6 +201,7 @@ class Report:
     overlap: MaskOverlap | None
     sequences: tuple[Sequence, ...]
     notes: tuple[str, ...]
+    comparisons: tuple[KindsCompared, ...] = ()  # of kinds, oldest first
     headline: Headline = Headline("", ())
 
     def version(self, ref: str) -> Version:

@@ -81,6 +81,7 @@ def gather(
             if not tasks
         ),
         notes=tuple(dict.fromkeys(note for audit in audits for note in audit.notes)),
+        comparisons=tuple(source.comparisons(tasks)) if ref is None else (),
     )
     return dataclasses.replace(report, headline=headline(report))
 
@@ -97,7 +98,7 @@ def _versions(source: Source, audit: Audit, ref: str | None) -> list[Version]:
     for alias in source.store.aliases():
         names[f"{alias.line}@{alias.version}"].append(alias.name)
     base = Version(BASE, "", "base", "", None, None, None, None, None, (), (), False)
-    scope = set(source.adapters)
+    scope = set(source.adapters) - source.experiments
     if ref is not None:
         # The audit's own scope: the line up to REF, with parents and members.
         last = [source.adapters[r] for r in audit.adapters]

@@ -29,6 +29,7 @@ from lori_manager.reporting.contents import (
 from lori_manager.reporting.contents import Sequence as TaughtSequence
 from lori_manager.reporting.harmless import as_script, visible
 from lori_manager.reporting.headline import number, signed
+from lori_manager.reporting.kinds_section import kinds_section
 from lori_manager.store.files import write_atomic
 
 STYLE = "report.css"
@@ -107,7 +108,7 @@ def page(report: Report) -> str:
 <li class="drawn" data-for="changed"><a href="#changed">Changed rows</a></li>
 <li class="drawn"><a href="#versions">Sizes</a></li>
 <li class="drawn" data-for="masks"><a href="#masks">Masks</a></li>
-<li><a href="#reading">How to read this</a></li>
+{_kinds_link(report)}<li><a href="#reading">How to read this</a></li>
 </ul></nav>
 <main id="main" tabindex="-1">
 {_summary(report)}
@@ -120,6 +121,7 @@ versions, merges, changed rows, sizes and masks. Nothing is loaded from anywhere
 {_drawn("versions", "Sizes of all versions")}
 {_drawn("masks", "What the masks share")}
 {_sequences(report.sequences)}
+{kinds_section(report.comparisons)}
 {_reading(report)}
 </main>
 <footer><p>Written by <code>lori report</code>. Base: <bdi>{text(report.base)}</bdi>.</p></footer>
@@ -149,6 +151,10 @@ def _drawn(name: str, title: str) -> str:
         f'<section id="{name}" class="drawn" aria-labelledby="{name}-title">'
         f'<h2 id="{name}-title">{title}</h2><div data-part="{name}"></div></section>'
     )
+
+
+def _kinds_link(report: Report) -> str:
+    return '<li><a href="#kinds">Kinds</a></li>\n' if report.comparisons else ""
 
 
 def _statements(statements: Sequence[Statement]) -> str:

@@ -9,8 +9,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lori_manager.auditing import Audit, Comparison, TaskAudit, audit
+from lori_manager.auditing.choosing import experiments
 from lori_manager.comparing import Difference, difference_of
 from lori_manager.records import Adapter, Mask, Score
+from lori_manager.reporting.kind_comparisons import KindsCompared, kinds_compared
 from lori_manager.tasks.rows import Row, rows_from_jsonl
 
 if TYPE_CHECKING:
@@ -47,6 +49,17 @@ class Source:
         """All adapters by ref, in order of creation."""
         return {a.ref: a for a in self.store.adapters()}
 
+    @cached_property
+    def experiments(self) -> frozenset[str]:
+        """The adapters that comparisons of kinds alone have to do with."""
+        return experiments(self.adapters.values(), self.store.lines())
+
+    def comparisons(self, tasks: Sequence[str]) -> list[KindsCompared]:
+        """The comparisons of kinds on these tasks, or on all where none is named."""
+        found = [c for c in self.store.kind_comparisons() if not tasks or c.task in tasks]
+        told = [kinds_compared(self.store, comparison) for comparison in found]
+        return [one for one in told if one.kinds]
+
     def eval_rows(self, task: TaskAudit) -> int:
         """How many rows the revision is scored on."""
         return self.store.task(task.task, task.revision).splits["eval"].rows
@@ -76,7 +89,12 @@ class Source:
 
     def newest_masks(self) -> list[Mask]:
         """The newest mask of each task that has one, the newest task first."""
-        found = [self.store.masks(task.name) for task in self.store.tasks()]
+        own = {a.mask for a in self.adapters.values() if a.ref not in self.experiments}
+        apart = {self.adapters[ref].mask for ref in self.experiments} - own
+        found = [
+            [mask for mask in self.store.masks(task.name) if mask.ref not in apart]
+            for task in self.store.tasks()
+        ]
         return [masks[-1] for masks in reversed(found) if masks]
 
     def _of(self, subject: str, task: TaskAudit) -> list[Score]:

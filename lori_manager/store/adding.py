@@ -256,7 +256,8 @@ class _Writer:
     def _entry(
         self, score: Score, subject: int, values: NDArray[Any], weights: NDArray[Any] | None
     ) -> Entry:
-        facts = self._key(t.score_facts, facts=score.facts)
+        mark = hashlib.sha256(canonical(score.facts).encode()).hexdigest()
+        facts = self._key(t.score_facts, digest=mark, also={"facts": score.facts})
         key = 0 if weights is None else self._weights(weights)
         value, error = float(score.value), float(score.error)
         right, figures = paging.figures_of(values, value, error, score.rows)

@@ -16,14 +16,15 @@ from lori_manager.store.tables import now
 
 def every(connection: Connection, line: str | None) -> list[Alias]:
     """Aliases of one line or of all, by line and name."""
-    query = select(t.aliases).order_by(t.aliases.c.line, t.aliases.c.name)
+    query = select(t.aliases)
     if line is not None:
         names.require(connection, line)
         query = query.where(t.aliases.c.line == line)
-    return [
+    found = [
         Alias(line=r.line, name=r.name, version=r.version, moved_at=r.moved_at)
         for r in connection.execute(query)
     ]
+    return sorted(found, key=lambda alias: (alias.line, alias.name))  # databases sort by language
 
 
 def point(

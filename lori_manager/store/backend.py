@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from sqlalchemy import Connection, Engine
@@ -12,11 +13,16 @@ from lori_manager.errors import LoriError
 
 
 class Backend(Protocol):
-    """One kind of database, open at one place. `SQLite` is one."""
+    """One kind of database, open at one place: `SQLite`, `Postgres`."""
 
     @property
     def shown(self) -> str:
         """What messages call it; never with a password."""
+        ...
+
+    @property
+    def subject(self) -> str:
+        """What findings call it."""
         ...
 
     def engine(self) -> Engine:
@@ -49,6 +55,24 @@ class Backend(Protocol):
 
     def no_schema(self, error: DBAPIError) -> bool:
         """Whether the error says that a table is not there."""
+        ...
+
+    def keep_readers_out(self, connection: Connection) -> None:
+        """From now on, within such a transaction: what is rebuilt is seen by nobody."""
+        ...
+
+    def has_schema(self, connection: Connection) -> bool:
+        """Whether Alembic has worked here; goes on where it has not."""
+        ...
+
+    def back_up(self, folder: Path, revision: str) -> tuple[Path | None, str]:
+        """Copy the database of that revision, while a migration keeps writers out.
+
+        Returns:
+            The copy; or None, and why there can be none.
+        Raises:
+            StorageFailed: it could not be written.
+        """
         ...
 
     def astray(self, connection: Connection) -> Iterator[str]:

@@ -25,6 +25,7 @@ def one(connection: Connection) -> Base:
         path=row.path,
         model_type=row.model_type,
         created_at=row.created_at,
+        code=row.code,
     )
 
 
@@ -41,6 +42,7 @@ def add(connection: Connection, base: Base) -> Base:
                 path=base.path,
                 model_type=base.model_type,
                 created_at=base.created_at,
+                code=base.code,
             )
         )
     elif row.fingerprint != base.fingerprint:

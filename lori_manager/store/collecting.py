@@ -20,7 +20,7 @@ from sqlalchemy import Connection, select
 from lori_manager.records import Freed
 from lori_manager.store import integrity, runs
 from lori_manager.store import tables as t
-from lori_manager.store.database import UNFINISHED, Database
+from lori_manager.store.database import Database
 from lori_manager.store.files import TEMPORARY, storing
 from lori_manager.store.objects import Objects
 from lori_manager.store.tables import now
@@ -39,6 +39,9 @@ def collect(
         root: the folder of the workspace's own files.
         grace: since a file was written, a version hidden, or a run's folder last changed.
         dry_run: tell only.
+    Raises:
+        DamagedObject, MissingObject: rows that name images cannot be read, so that it is not
+            known which images are needed. Nothing was freed.
     """
     yield from _objects(database, objects, grace, dry_run)
     yield from _runs(database, root / "runs", grace, dry_run)
@@ -49,13 +52,17 @@ def _objects(
     database: Database, objects: Objects, grace: timedelta, dry_run: bool
 ) -> Iterator[Freed]:
     before = now() - grace
+    images = integrity.Images(objects)
     with database.read() as connection:
-        kept = integrity.needed(connection, hidden_since=before)
+        needed = integrity.needed(connection, hidden_since=before)
+        rows = integrity.rows_of_images(connection)
+    kept = needed.keys() | images.needed(rows)
     old = [d for d in objects.digests() if d not in kept and _older(objects.age(d), grace)]
     for start in range(0, len(old), _AT_ONCE):
         batch, done = old[start : start + _AT_ONCE], []
         with database.read() if dry_run else database.write() as connection:
-            kept = integrity.needed(connection, hidden_since=before, digests=batch)
+            needed = integrity.needed(connection, hidden_since=before, digests=batch)
+            kept = needed.keys() | images.needed(integrity.rows_of_images(connection))
             names = _names(connection, batch)
             for digest in batch:
                 if digest in kept or not _older(objects.age(digest), grace):
@@ -102,7 +109,7 @@ def _runs(database: Database, folder: Path, grace: timedelta, dry_run: bool) -> 
 
 def _temporaries(root: Path, grace: timedelta, dry_run: bool) -> Iterator[Freed]:
     """What killed writers left."""
-    patterns = (f"{TEMPORARY}*", f"objects/*/{TEMPORARY}*", f"{UNFINISHED}*", ".registry.*.db.new*")
+    patterns = (f"{TEMPORARY}*", f"objects/*/{TEMPORARY}*", ".registry.*.new*")
     for pattern in patterns:
         for path in sorted(root.glob(pattern)):
             with storing(path):

@@ -18,31 +18,37 @@ from lori_manager.errors import (
     DamagedObject,
     IncompatibleStore,
     InvalidInput,
-    NotFound,
 )
+from lori_manager.store import databases, homes
 from lori_manager.store.backend import Backend
+from lori_manager.store.databases import REGISTRY
 from lori_manager.store.files import storing, sync_folder
+from lori_manager.store.postgres import Postgres
 from lori_manager.store.sqlite import BUSY_SECONDS, SQLite, discard
 
-HEAD = "0006"  # the schema that this lori reads and writes
-REGISTRY = "registry.db"
+HEAD = "0009"  # the schema that this lori reads and writes
 UNFINISHED = ".registry.db.new"
 
 
 @dataclass(frozen=True)
 class Upgrade:
-    """What `upgrade` did; `before` equals `after` where there was nothing to do."""
+    """What `upgrade` did; `before` equals `after` where there was nothing to do.
+
+    Attributes:
+        backup: a copy of the database before; None without one.
+        unsaved: why there is none, where one was wanted.
+    """
 
     before: str
     after: str
     backup: Path | None
+    unsaved: str = ""
 
 
 class Database:
     """Opens short transactions and turns what goes wrong in them into LoriErrors.
 
-    No connection outlives its transaction: none is carried into a forked process,
-    and none keeps the file busy while a model trains.
+    None stays open while a model trains, and no connection is carried into a forked process.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -77,10 +83,10 @@ class Database:
 
     @contextlib.contextmanager
     def migrating(self) -> Iterator[Connection]:
-        """Like `write`, at any revision and with foreign keys off, as rebuilt tables need."""
+        """Like `write`, at any revision, and free to rebuild tables that others point at."""
         with self._translated(), self._engine.connect() as connection, connection.begin():
-            self.backend.begin_migrating(connection)
             self.backend.check(connection)
+            self.backend.begin_migrating(connection)
             yield connection
             if next(self.backend.astray(connection), None) is not None:
                 raise DamagedObject(
@@ -91,10 +97,20 @@ class Database:
     @contextlib.contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Connection]:
         with self._translated(), self._engine.connect() as connection, connection.begin():
-            self.backend.begin(connection, write=write)
+            revision = self._begin(connection, write=write)
             self.backend.check(connection)
-            check_revision(self.revision(connection), self.shown)
+            check_revision(revision, self.shown)
             yield connection
+
+    def _begin(self, connection: Connection, *, write: bool) -> str | None:
+        """Begin, and say at what revision; None where no Alembic worked."""
+        try:
+            self.backend.begin(connection, write=write)
+            return _noted(connection)
+        except DBAPIError as e:
+            if self.backend.no_schema(e):
+                return None
+            raise
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -114,18 +130,16 @@ class Database:
     def noted_revision(self) -> str | None:
         """`revision`, whatever it is."""
         with self._translated(), self._engine.connect() as connection, connection.begin():
-            self.backend.begin(connection, write=False)
-            return self.revision(connection)
+            return self._begin(connection, write=False)
 
     def revision(self, connection: Connection) -> str | None:
         """The schema revision that Alembic noted; None where it never worked."""
-        try:
-            noted = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars()
-            return "+".join(noted.all()) or None
-        except DBAPIError as e:
-            if self.backend.no_schema(e):
-                return None
-            raise
+        return _noted(connection) if self.backend.has_schema(connection) else None
+
+
+def _noted(connection: Connection) -> str | None:
+    noted = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars()
+    return "+".join(noted.all()) or None
 
 
 def check_revision(found: str | None, shown: str, *, upgrading: bool = False) -> None:
@@ -184,35 +198,65 @@ def create(root: Path) -> None:
         sync_folder(root)
 
 
+def reach(backend: Backend) -> None:
+    """Whether the database answers, for a clear error before long work."""
+    database = Database(backend)
+    try:
+        database.noted_revision()
+    finally:
+        database.close()
+
+
+def create_served(root: Path, backend: Postgres) -> None:
+    """Make the schema in a server's empty database, whose files `root` will hold.
+
+    Exactly one process does, on whatever machine. What a killed one has begun is gone on with.
+    Raises:
+        Conflict: `root` is a store, the database is another folder's, or has other tables.
+        IncompatibleStore: it holds another lori's schema.
+        StorageFailed: no server, no such database, no permission.
+    """
+    database = Database(backend)
+    try:
+        with _exclusive(root):
+            claimed = databases.claim(root, backend)
+            with database.migrating() as connection:
+                if not backend.has_schema(connection):
+                    _run_alembic(connection)
+                check_revision(database.revision(connection), database.shown)
+                homes.take(connection, claimed.folder, databases.place(root))
+            databases.settle(root)
+    finally:
+        database.close()
+
+
 def upgrade(root: Path) -> Upgrade:
-    """Bring `root/registry.db` to HEAD in one transaction, after a backup beside it.
+    """Bring the store's database to HEAD in one transaction, after a backup in `root`.
 
     Exactly one process migrates; others wait and then find nothing to do.
     Raises:
-        NotFound: no registry.db.
+        NotFound: no store.
         IncompatibleStore: newer than this lori, or not lori's.
         Conflict: another process did not finish in time.
     """
-    path = root / REGISTRY
-    if not path.is_file():
-        raise NotFound(f"there is no {path}: run `lori init`")
-    with _exclusive(root), storing(path):
-        sqlite = SQLite(path)
-        database = Database(sqlite)
+    backend = databases.backend(root)
+    with _exclusive(root), storing(root):
+        database = Database(backend)
         try:
             with database.migrating() as connection:
                 before = database.revision(connection)
                 check_revision(before, database.shown, upgrading=True)
                 if before is None or before == HEAD:
                     return Upgrade(HEAD, HEAD, None)
-                backup = sqlite.back_up(root / f"registry.{before}.db")
+                backup, unsaved = backend.back_up(root, before)
+                backend.keep_readers_out(connection)
                 _run_alembic(connection)
                 after = database.revision(connection)
         finally:
             database.close()
     if after != HEAD:
         raise IncompatibleStore(f"the migrations end at {after}, expected {HEAD}: reinstall lori")
-    return Upgrade(before, after, backup)
+    return Upgrade(before, after, backup, unsaved)
 
 
 def _run_alembic(connection: Connection) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
@@ -55,6 +57,44 @@ def needed(
     return by_digest
 
 
+def rows_of_images(connection: Connection) -> list[tuple[str, str]]:
+    """(digest of the rows, `watercolour#1 train`) of all splits whose rows name images."""
+    named = (t.splits.c.task == t.tasks.c.name) & (t.splits.c.task_revision == t.tasks.c.revision)
+    chosen = select(t.splits, t.tasks.c.options).join(t.tasks, named).order_by(t.splits.c.id)
+    return [
+        (row.digest, f"{row.task}#{row.task_revision} {row.name}")
+        for row in connection.execute(chosen)
+        if "images" in row.options
+    ]
+
+
+class Images:
+    """The images that rows name. Rows are frozen, so each file of them is read once."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._known: dict[str, tuple[str, ...]] = {}
+
+    def of_rows(self, digest: str) -> tuple[str, ...]:
+        """The digests of the images that the rows in that file name.
+
+        Raises:
+            DamagedObject, MissingObject, StorageFailed: the file cannot be read.
+        """
+        if digest not in self._known:
+            rows = self._objects.get(digest).splitlines()
+            self._known[digest] = tuple(dict.fromkeys(json.loads(row)["image"] for row in rows))
+        return self._known[digest]
+
+    def needed(self, rows: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+        """Digest -> what needs that image, of `rows_of_images`; raises as `of_rows`."""
+        by_digest: dict[str, list[str]] = defaultdict(list)
+        for digest, name in rows:
+            for image in self.of_rows(digest):
+                by_digest[image].append(name)
+        return by_digest
+
+
 def verify(database: Database, objects: Objects) -> Iterator[Finding]:
     """Everything that is wrong, without changing anything and in short transactions."""
     parts = (_of_database(database), _of_blobs(database), _of_objects(database, objects))
@@ -62,14 +102,14 @@ def verify(database: Database, objects: Objects) -> Iterator[Finding]:
         try:
             yield from part
         except DamagedObject as e:  # rows too broken to read; the other parts still can be
-            yield Finding("damaged", "registry.db", str(e))
+            yield Finding("damaged", database.backend.subject, str(e))
 
 
 def _of_database(database: Database) -> Iterator[Finding]:
     with database.read() as connection:
         faults = list(database.backend.faults(connection))
     for fault in faults:
-        yield Finding("damaged", "registry.db", fault)
+        yield Finding("damaged", database.backend.subject, fault)
 
 
 def _of_blobs(database: Database) -> Iterator[Finding]:
@@ -92,8 +132,18 @@ def _fault(objects: Objects, digest: str) -> LoriError | None:
 
 
 def _of_objects(database: Database, objects: Objects) -> Iterator[Finding]:
-    with database.read() as connection:
-        by_digest = needed(connection)
+    images = Images(objects)
+
+    def all_needed() -> dict[str, list[str]]:
+        with database.read() as connection:
+            by_digest, rows = needed(connection), rows_of_images(connection)
+        for of_split in rows:
+            with contextlib.suppress(LoriError):  # told where the rows' own file is checked
+                for digest, names in images.needed([of_split]).items():
+                    by_digest[digest] += names
+        return by_digest
+
+    by_digest = all_needed()
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing and reading let go of Python's lock
         checks = pool.map(lambda digest: _fault(objects, digest), by_digest)
         for subjects, fault in zip(by_digest.values(), checks, strict=True):
@@ -101,8 +151,7 @@ def _of_objects(database: Database, objects: Objects) -> Iterator[Finding]:
                 kind = "missing" if isinstance(fault, MissingObject) else "damaged"
                 yield from (Finding(kind, name, f"{name}: {fault}") for name in subjects)
     found = list(objects.digests())
-    with database.read() as connection:  # again: rows may have come for the newest files
-        by_digest = needed(connection)
+    by_digest = all_needed()  # again: rows may have come for the newest files
     for digest in found:
         if digest not in by_digest:
             yield Finding(

@@ -8,6 +8,7 @@ a setting lie in pages; see `pages`.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 MEASURED = "measured"  # the origin of what lori scored itself
 SLOTS = 16  # bits of a score's id that number it within its page
 AT_ONCE = 1000  # keys a query
+_FEW = 20  # pages that are faster read without numpy
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MENDING = "score again, or restore registry.db from a copy"
+_MENDING = "score again, or restore the database from a copy"
 WHERE = (t.score_pages.c.id, t.score_pages.c.setting, t.score_pages.c.number)
 SETTING = (
     "task",
@@ -73,8 +75,6 @@ def every(
     settings = _settings(connection, *where)
     if not settings:
         return []
-    import numpy as np
-
     only = None
     if of_subject is None:
         names = _names(connection)
@@ -88,18 +88,50 @@ def every(
         own = ((key, d, [ref for ref in refs if ref in asked]) for key, (d, refs) in names.items())
         names = {key: (d, refs) for key, d, refs in own if refs}
     stored = _directory_rows(connection, settings, all_settings=not where, subject=only)
-    found = _read(stored, settings)
-    wanted = np.ones(len(found.page), bool)
-    if subject is not None or subjects is not None:
-        wanted = np.isin(found.subject, list(names))
-    if since is not None:
-        wanted &= found.at >= micros(since)
-    if until is not None:
-        wanted &= found.at < micros(until)
-    chosen = paging.listed(found, np.flatnonzero(wanted).tolist())
-    of_pages = ((stored[page], one) for page, one in chosen)
-    listed = _records(connection, settings, of_pages, names)
+    times = (-math.inf if since is None else micros(since),
+             math.inf if until is None else micros(until))  # fmt: skip
+    if only is not None and len(stored) <= _FEW:
+        chosen = _of_one(stored, settings, only, times)
+    else:
+        every_name = subject is None and subjects is None
+        chosen = _of_many(stored, settings, None if every_name else names, times)
+    listed = _records(connection, settings, chosen, names)
     return sorted(listed, key=lambda score: (score.created_at, score.id))
+
+
+_Chosen = Iterator[tuple[Row[*tuple[Any, ...]], Listed]]
+
+
+def _of_one(
+    stored: Sequence[Row[*tuple[Any, ...]]],
+    settings: dict[int, Row[*tuple[Any, ...]]],
+    subject: int,
+    times: tuple[float, float],
+) -> _Chosen:
+    """A subject's scores on few pages, without numpy, which takes long to load."""
+    for page in stored:
+        if paging.opened(page.directory) is None:
+            _read([page], settings)  # says what is damaged
+        one = paging.look_up(page.directory, subject)
+        if one is not None and times[0] <= one.entry.at < times[1]:
+            yield page, one
+
+
+def _of_many(
+    stored: Sequence[Row[*tuple[Any, ...]]],
+    settings: dict[int, Row[*tuple[Any, ...]]],
+    subjects: Collection[int] | None,
+    times: tuple[float, float],
+) -> _Chosen:
+    """The scores of these subjects, or of all, made then."""
+    import numpy as np
+
+    found = _read(stored, settings)
+    wanted = (found.at >= times[0]) & (found.at < times[1])
+    if subjects is not None:
+        wanted &= np.isin(found.subject, list(subjects))
+    for page, one in paging.listed(found, np.flatnonzero(wanted).tolist()):
+        yield stored[page], one
 
 
 def known(
@@ -358,7 +390,7 @@ def _records(
         if not digest or one.entry.facts not in facts:
             raise DamagedObject(
                 f"a score on {setting.task}#{setting.task_revision} points nowhere: "
-                "run `lori verify`, then restore registry.db from a copy"
+                "run `lori verify`, then restore the database from a copy"
             )
         for name in called[:1] if first_name else called:
             out.append(

@@ -45,6 +45,11 @@ class SQLite:
         """The path."""
         return str(self.path)
 
+    @property
+    def subject(self) -> str:
+        """The file's name."""
+        return self.path.name
+
     def engine(self) -> Engine:
         """Connections of which none outlives its transaction."""
         mode = "rwc" if self.create else "rw"  # never an empty database where one was removed
@@ -77,6 +82,14 @@ class SQLite:
     def no_schema(self, error: DBAPIError) -> bool:
         """What SQLite says of a table that is not there."""
         return getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+
+    def keep_readers_out(self, connection: Connection) -> None:
+        """They see the state before until the commit, which waits for them."""
+
+    def has_schema(self, connection: Connection) -> bool:
+        """Whether Alembic has worked here."""
+        query = "SELECT count(*) FROM sqlite_master WHERE name = 'alembic_version'"
+        return bool(connection.exec_driver_sql(query).scalar_one())
 
     def astray(self, connection: Connection) -> Iterator[str]:
         """Rows that point nowhere."""
@@ -177,8 +190,9 @@ class SQLite:
         finally:
             engine.dispose()
 
-    def back_up(self, target: Path) -> Path:
+    def back_up(self, folder: Path, revision: str) -> tuple[Path | None, str]:
         """Copy the database; while a migration holds the write lock none slips in."""
+        target = folder / f"registry.{revision}.db"
         unfinished = target.with_name(f".{target.name}.new")
         discard(unfinished)
         try:
@@ -193,7 +207,7 @@ class SQLite:
             raise self._told(e) from e
         unfinished.replace(target)
         sync_folder(target.parent)
-        return target
+        return target, ""
 
 
 def discard(path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from lori_manager.errors import InvalidInput, NotFound
+from lori_manager.errors import InvalidInput
 from lori_manager.records import (
     Adapter,
     Alias,
@@ -22,6 +22,8 @@ from lori_manager.records import (
     Forecasted,
     Freed,
     JournalEntry,
+    KindComparison,
+    KindStep,
     Line,
     Mask,
     NewAdapter,
@@ -41,9 +43,12 @@ from lori_manager.store import (
     bases,
     collecting,
     database,
+    databases,
     forecasts,
+    homes,
     integrity,
     journal,
+    kind_comparisons,
     lines,
     masks,
     parcels,
@@ -64,6 +69,7 @@ from lori_manager.store.files import (
 )
 from lori_manager.store.objects import Objects
 from lori_manager.store.parcels import Parcel
+from lori_manager.store.postgres import Postgres
 from lori_manager.store.s3 import check_installed, normal_url
 
 if TYPE_CHECKING:
@@ -89,37 +95,54 @@ class Store:
         self._db = db
 
     @classmethod
-    def create(cls, root: Path) -> Store:
+    def create(cls, root: Path, server: Postgres | None = None) -> Store:
         """Make a store in the folder `root` (usually `.lori`), which only its owner may enter.
 
+        Args:
+            server: an empty database for the rows; a file in `root` where None.
         Raises:
-            Conflict: there is one already.
+            Conflict: there is one already, or the database is another's.
         """
         with storing(root):
             lasting_folder(root.parent)
             private_folder(root)
             sync_folder(root.parent)  # whoever made `root` may not have come to this
-        database.create(root)
-        return cls.open(root)
+        if server is None:
+            database.create(root)
+            return cls.open(root)
+        database.create_served(root, server)
+        return cls.open(root, server.password)
 
     @classmethod
-    def open(cls, root: Path) -> Store:
+    def open(cls, root: Path, password: str | None = None) -> Store:
         """Open the store in `root`.
 
+        Args:
+            password: for a server's database; None leaves it to PGPASSWORD and ~/.pgpass.
         Raises:
-            NotFound: no registry.db there.
+            NotFound: none there.
             IncompatibleStore: it is older or newer than this lori, or not lori's.
         """
-        path = root / database.REGISTRY
-        if not path.is_file():
-            raise NotFound(f"there is no {path}: run `lori init`")
-        db = database.Database.sqlite(path)
-        with db.read() as c:
-            store = cls(root, db, places.objects(places.one(c), root))
+        backend = databases.backend(root, password)
+        db = database.Database(backend)
+        try:
+            with db.read() as c:
+                if isinstance(backend, Postgres):
+                    homes.check(c, databases.served(root).folder)
+                objects = places.objects(places.one(c), root)
+        except BaseException:
+            db.close()
+            raise
+        store = cls(root, db, objects)
         with storing(root):
             private_folder(root / places.OWN)
             private_folder(store.runs)
         return store
+
+    @property
+    def database(self) -> str:
+        """Where the rows are: a path, or a URL without a password."""
+        return self._db.shown
 
     def keep_objects_at(self, url: str) -> None:
         """Keep objects in a bucket, `s3://bucket/prefix`, from the first one on.
@@ -188,16 +211,22 @@ class Store:
         """Add a task and its line, or a revision where rows or scorer differ from the latest.
 
         Args:
-            splits: must have "eval"; their files are in `objects` already.
+            splits: must have "eval"; their files are in `objects` already, and so are the
+                images that their rows name.
         Returns:
             The new revision, or the latest one, unchanged, where nothing differs.
         Raises:
             Conflict: the name is that of a line.
             InvalidInput: the name is not usable.
+            MissingObject: a file is not there.
         """
+        files = {split.digest for split in splits.values()}
+        if "images" in options:
+            images = integrity.Images(self.objects)
+            files |= {image for digest in files for image in images.of_rows(digest)}
         with self._db.write() as c:
-            for split in splits.values():
-                self.objects.size(split.digest)  # a row never precedes its file
+            for digest in files:
+                self.objects.size(digest)  # a row never precedes its file
             return tasks.add(
                 c,
                 name,
@@ -628,6 +657,28 @@ class Store:
                 weights=weights,
             )
 
+    # comparisons of kinds
+
+    def open_kind_comparison(self, task: Task, plan: Mapping[str, Any]) -> KindComparison:
+        """The comparison of an equal plan, to go on with, or a new one."""
+        with self._db.write() as c:
+            return kind_comparisons.start(c, task, plan)
+
+    def kind_comparisons(self) -> list[KindComparison]:
+        """All comparisons of kinds, oldest first."""
+        with self._db.read() as c:
+            return kind_comparisons.every(c)
+
+    def add_kind_step(self, digest: str, step: KindStep) -> None:
+        """Note a finished step of a comparison; one that is noted already stays as it is."""
+        with self._db.write() as c:
+            kind_comparisons.add_step(c, digest, step)
+
+    def kind_steps(self, digest: str) -> list[KindStep]:
+        """The finished steps of a comparison, in their order."""
+        with self._db.read() as c:
+            return kind_comparisons.steps(c, digest)
+
     # aliases
 
     def set_alias(
@@ -743,6 +794,8 @@ class Store:
         Args:
             grace: since a file was written, a version removed, or a folder last changed.
             dry_run: tell only.
+        Raises:
+            DamagedObject, MissingObject: rows that name images cannot be read; nothing was freed.
         """
         if grace < timedelta(0):
             raise InvalidInput(f"the time of grace must be 0 or more, got {grace}")

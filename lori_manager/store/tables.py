@@ -34,7 +34,7 @@ from sqlalchemy import (
 
 from lori_manager.errors import DamagedObject
 
-_DAMAGED = "run `lori verify`, then restore registry.db from a copy"
+_DAMAGED = "run `lori verify`, then restore the database from a copy"
 
 
 def canonical(value: object) -> str:
@@ -130,6 +130,7 @@ base = Table(
     Column("path", Text, nullable=False),
     Column("model_type", Text, nullable=False),
     Column("created_at", UtcTime, nullable=False),
+    Column("code", Text),
     UniqueConstraint("fingerprint"),
     CheckConstraint("id = 1", name="one_row"),
 )
@@ -140,6 +141,15 @@ object_place = Table(  # where objects lie when not in the store's own folder
     Column("id", Integer, primary_key=True),
     Column("url", Text, nullable=False),
     Column("owner", Text, nullable=False),
+    CheckConstraint("id = 1", name="one_row"),
+)
+
+home = Table(  # of a server's database: the folder that it goes with
+    "home",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("folder", Text, nullable=False),
+    Column("place", Text, nullable=False),
     CheckConstraint("id = 1", name="one_row"),
 )
 
@@ -298,7 +308,8 @@ score_facts = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("facts", Json, nullable=False),
-    UniqueConstraint("facts"),
+    Column("digest", Text, nullable=False),
+    UniqueConstraint("digest"),
 )
 
 row_weights = Table(  # token counts and the like, which many scores share
@@ -438,4 +449,34 @@ trials = Table(
         "precision",
         name="uq_trials_key",
     ),
+)
+
+# Comparisons of kinds by the digest of their plan, and what is done of each.
+kind_comparisons = Table(
+    "kind_comparisons",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("digest", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("task_revision", Integer, nullable=False),
+    Column("plan", Json, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    ForeignKeyConstraint(["task", "task_revision"], ["tasks.name", "tasks.revision"]),
+    UniqueConstraint("digest"),
+)
+
+kind_steps = Table(  # rows are only ever added
+    "kind_steps",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("comparison", Integer, ForeignKey("kind_comparisons.id"), nullable=False),
+    Column("entry", Text, nullable=False),
+    Column("step", Text, nullable=False),
+    Column("point", Text, nullable=False),
+    Column("line", Text),
+    Column("version", Integer),
+    Column("facts", Json, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    ForeignKeyConstraint(["line", "version"], ["adapters.line", "adapters.version"]),
+    UniqueConstraint("comparison", "entry", "step", "point", name="uq_kind_steps_key"),
 )

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lori_manager.errors import BadData, InvalidInput
+from lori_manager.sandbox.forked import Forked, Refused
 from lori_manager.tasks.rows import RenderChat, Row, bad_row, candidate_completions
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from lori_manager.tasks.labelled import LabelledText
 
 Tokenizer = Any  # a transformers tokenizer, fast or slow
 _CHUNK = 4096  # texts a call: a fast tokenizer's results hold far more than the ids
@@ -36,6 +39,16 @@ class Encoded:
     prompt_length: int
     truncated: int = 0
     taught: NDArray[np.int64] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
+    @property
+    def read_from(self) -> slice:
+        """The places whose next token belongs to the completion; the last one of a prompt alone."""
+        return slice(max(self.prompt_length, 1) - 1, max(len(self.ids) - 1, self.prompt_length))
 
 
 def encode_rows(
@@ -130,7 +143,7 @@ def encode_choices(tokenizer: Tokenizer, row: Row) -> tuple[list[list[int]], int
     return candidates, right
 
 
-def lengths_summary(encoded: Sequence[Encoded]) -> dict[str, int]:
+def lengths_summary(encoded: Sequence[Encoded | LabelledText]) -> dict[str, int]:
     """How long rows are, in tokens.
 
     `tokens` is the sum after truncation; `median`, `p95` (the nearest rank) and
@@ -157,7 +170,18 @@ def chat_renderer(tokenizer: Tokenizer) -> RenderChat:
     What white space the template adds after the turn is left out.
     The function raises BadData where there is no template, where it fails, and where it
     writes a finished conversation differently from one that waits for its answer.
+
+    A template is a program of the model's author. transformers runs it in Jinja's sandbox, which
+    lets it call and change nothing but does not end it: so it runs in a fork, within `Bounds`.
     """
+
+    def written(turns: list[dict[str, Any]]) -> tuple[str, str]:
+        prompt = tokenizer.apply_chat_template(
+            turns[:-1], tokenize=False, add_generation_prompt=True
+        )
+        return prompt, tokenizer.apply_chat_template(turns, tokenize=False)
+
+    forked = Forked(written)
 
     def render(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         if not getattr(tokenizer, "chat_template", None):
@@ -167,14 +191,11 @@ def chat_renderer(tokenizer: Tokenizer) -> RenderChat:
             )
         turns = [dict(message) for message in messages]
         try:
-            prompt = tokenizer.apply_chat_template(
-                turns[:-1], tokenize=False, add_generation_prompt=True
-            )
-            full = tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception as e:
-            # A template is a program of the model's author: it may fail in any way.
-            reason = str(e).strip().partition("\n")[0] or type(e).__name__
-            raise BadData(f"the chat template refuses the messages: {reason[:160]}") from e
+            prompt, full = forked(turns)
+        except Refused as e:
+            raise BadData(f"the chat template refuses the messages: {str(e)[:160]}") from e
+        if not isinstance(prompt, str) or not isinstance(full, str):
+            raise BadData("the chat template writes no text: use another base")
         if not full.startswith(prompt):
             raise BadData(
                 "the chat template writes the finished conversation differently from its "

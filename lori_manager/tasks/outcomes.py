@@ -48,13 +48,20 @@ def read_outcomes(file: Path, keys: Sequence[bytes]) -> np.ndarray:
         else:
             index = row if isinstance(row, int) and not isinstance(row, bool) else -1
         if not 0 <= index < len(keys):
-            raise BadData(f"{where}: row {row!r} is not among the task's {len(keys)} eval rows")
+            raise BadData(
+                f"{where}: row {_said(row)} is not among the task's {len(keys)} eval rows"
+            )
         # The comparison is exact for whole numbers of any size, and False for NaN.
         if not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
-            raise BadData(f"{where}: {expected}, got the value {value!r}")
+            raise BadData(f"{where}: {expected}, got the value {_said(value)}")
         if not math.isnan(out[index]):
-            raise BadData(f"{where}: row {row!r} is there twice")
+            raise BadData(f"{where}: row {_said(row)} is there twice")
         out[index] = value
     if np.isnan(out).all():
         raise BadData(f"{file} holds no outcomes: {expected}, a line each")
     return out
+
+
+def _said(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

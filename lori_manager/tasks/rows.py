@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -235,9 +236,13 @@ class _TwiceError(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     obj = dict(pairs)
     if len(obj) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+        raise _TwiceError(_twice([name for name, _ in pairs]))
     return obj
+
+
+def _twice(names: Sequence[str]) -> str:
+    """The first that comes more than once."""
+    return next(name for name, count in Counter(names).items() if count > 1)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
@@ -326,8 +331,7 @@ def _choices(choices: object, completion: str, answer: object, where: str) -> tu
             )
     plain = _stripped(choices)
     if len(set(plain)) != len(plain):
-        twice = next(choice for choice in plain if plain.count(choice) > 1)
-        raise bad_row(where, f"`choices` must differ, found {shorten(twice)} twice", advice)
+        raise bad_row(where, f"`choices` must differ, found {shorten(_twice(plain))} twice", advice)
     span = _answer_span(completion, plain, answer)
     if span is None:
         problem = f"none of the {len(plain)} `choices` is the completion {shorten(completion)}"

@@ -1,6 +1,7 @@
 """Scorers: what a row's outcome is, in one number.
 
-There are three kinds, told apart by what they read. A `TokenScorer` says which token
+There are four kinds, told apart by what they read. A `LabelScorer` reads the logits of an
+encoder's labels. A `TokenScorer` says which token
 sequences it needs of a row and reads what one teacher-forced forward gives for them; a
 `TextScorer` reads the text that the model writes after the prompt; a `RequestScorer` leaves
 both to lm-evaluation-harness. Raise `version` when a change alters any outcome: scores of
@@ -12,11 +13,13 @@ lm-evaluation-harness's too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from lori_manager.errors import BadData
+from lori_manager import pipelines
+from lori_manager.errors import BadData, InvalidInput
 from lori_manager.extras import check_extra
 from lori_manager.metrics import refusal
 from lori_manager.metrics import text as texts
@@ -103,6 +106,23 @@ class TextScorer(AnyScorer, Protocol):
 
     def outcome(self, text: str, completion: str, row: Row) -> tuple[float, float]:
         """(outcome, weight) of a text; `completion` is the row's, decoded as the text is."""
+
+
+class LabelScorer(AnyScorer, Protocol):
+    """One outcome per row from the logits of a task's labels, given by an encoder's head."""
+
+    reads: ClassVar[Literal["labels"]]
+
+    def outcome(self, logits: np.ndarray, right: int | None) -> tuple[float, float]:
+        """(outcome, weight).
+
+        Args:
+            logits: float32 (labels,).
+            right: the place of the row's label; None where the head does not know it.
+        """
+
+    def unanswered(self, labels: int) -> float:
+        """The outcome where there is no head to tell that many labels: nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +234,34 @@ class Refusal:
         return float(refusal.is_refusal(text)), 1.0
 
 
-Scorer = TokenScorer | TextScorer | RequestScorer
+@dataclass(frozen=True)
+class NoiseLoss:
+    """Of an image: how well the UNet finds the noise put on it, at frozen timesteps.
+
+    Not in the registry, since no row of text can be scored by it.
+
+    Attributes:
+        draws: of noise for each image, spread over the scheduler's timesteps.
+    """
+
+    draws: ClassVar[int] = 8
+    reads: ClassVar[Literal["noise"]] = "noise"
+    version: ClassVar[int] = 1
+    binary: ClassVar[bool] = False
+    higher_is_better: ClassVar[bool] = False
+    unit: ClassVar[str] = "mean squared error"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Images are checked where they are read."""
+
+    def ready(self, run_code: bool) -> str:
+        """InvalidInput where the extra `diffusion` is not installed."""
+        pipelines.check_library("`noise_loss`")
+        return ""
+
+
+NOISE_LOSS = "noise_loss"
+Scorer = TokenScorer | TextScorer | RequestScorer | LabelScorer | NoiseLoss
 scorers: Registry[Scorer] = Registry("scorer")
 
 
@@ -330,6 +377,72 @@ class Perplexity:
     def outcome(self, stats: Sequence[TokenStats]) -> tuple[float, float]:
         """Mean over tokens, and how many they are."""
         return float(stats[0].nll.mean()), float(len(stats[0].nll))
+
+
+@_add("label_accuracy", "the likeliest of an encoder's labels")
+class LabelAccuracy:
+    """1 if the row's label is the likeliest, else 0. Ties go to the wrong label.
+
+    Without a head nothing is answered: 0.
+    """
+
+    reads = "labels"
+    version = 1
+    binary = True
+    higher_is_better = True
+    unit = "share"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Labels are checked where they are read."""
+
+    def ready(self, run_code: bool) -> str:
+        """Nothing is needed."""
+        return ""
+
+    def outcome(self, logits: np.ndarray, right: int | None) -> tuple[float, float]:
+        """Whether the right one is above every other."""
+        if right is None:
+            return 0.0, 1.0
+        return float((logits < logits[right]).sum() == len(logits) - 1), 1.0
+
+    def unanswered(self, labels: int) -> float:
+        """None is right."""
+        return 0.0
+
+
+@_add("label_nll", "negative log-likelihood of the row's label, from an encoder's head")
+class LabelLikelihood:
+    """Negative log-likelihood of the row's label, in nats.
+
+    Without a head every label is as likely as the others.
+    """
+
+    reads = "labels"
+    version = 1
+    binary = False
+    higher_is_better = False
+    unit = "nats"
+
+    def check(self, tokenizer: Any, row: Row, encoded: Encoded) -> None:
+        """Labels are checked where they are read."""
+
+    def ready(self, run_code: bool) -> str:
+        """Nothing is needed."""
+        return ""
+
+    def outcome(self, logits: np.ndarray, right: int | None) -> tuple[float, float]:
+        """From the softmax over the head's labels; InvalidInput for one that it does not know."""
+        if right is None:
+            raise InvalidInput(
+                "the head knows not all of the task's labels, so they have no likelihood: train "
+                "it on this revision, or score with `label_accuracy`"
+            )
+        wide = logits.astype("float64") - logits.max()
+        return float(math.log(sum(map(math.exp, wide))) - wide[right]), 1.0
+
+    def unanswered(self, labels: int) -> float:
+        """Of the uniform distribution."""
+        return math.log(labels)
 
 
 def _add_comparison(source: str, scorer: Comparison) -> None:

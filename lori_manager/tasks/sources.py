@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from lori_manager.errors import BadData, InvalidInput, NotFound
+from lori_manager.tasks.labelled import parse_labelled
 from lori_manager.tasks.rows import (
     RenderChat,
     Row,
@@ -31,7 +32,11 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def read_source(
-    spec: str | Path, *, root: Path, render_chat: RenderChat | None = None
+    spec: str | Path,
+    *,
+    root: Path,
+    render_chat: RenderChat | None = None,
+    labelled: bool = False,
 ) -> list[Row]:
     """Read and check every row of a source.
 
@@ -41,6 +46,7 @@ def read_source(
             are config and split. `hf:` also takes a folder, to name its split.
         root: where relative paths start.
         render_chat: what makes prompt and completion of `messages`; see `parse_row`.
+        labelled: whether rows have `text` and `label`; see `parse_labelled`.
     Returns:
         At least one row, in the order of the source; `where` names file and line.
     Raises:
@@ -67,7 +73,10 @@ def read_source(
                 f"{name}: expected a file that ends in {', '.join(JSON_LINES + PARQUET)}, or a "
                 "folder; convert or rename it"
             )
-    rows = _to_rows(objects, render_chat)
+    if labelled:
+        rows = [parse_labelled(obj, where) for where, obj in objects]
+    else:
+        rows = _to_rows(objects, render_chat)
     if not rows:
         raise BadData(f"{name}: holds no rows; expected at least one")
     return rows

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 
 from lori_manager.errors import BadData, InvalidInput
 from lori_manager.tasks.rows import Row, one_line, shorten
@@ -30,6 +32,7 @@ def make_splits(
     *,
     probe_rows: int = 256,
     allow_overlap: bool = False,
+    asked: Callable[[Row], str] = attrgetter("prompt"),
 ) -> PreparedSplits:
     """Check the files of a task against each other and set probe rows aside.
 
@@ -47,6 +50,7 @@ def make_splits(
         probe: None takes them from `train`.
         probe_rows: 0 takes none.
         allow_overlap: note shared prompts and go on.
+        asked: what counts as a row's prompt.
     Raises:
         InvalidInput: no eval rows, calibration without training rows, bad `probe_rows`.
         BadData: shared prompts, counted, the first one named.
@@ -61,7 +65,8 @@ def make_splits(
     splits = {name: list(rows) for name, rows in files.items() if rows}
     notes: list[str] = []
     learned = {name: rows for name, rows in splits.items() if name != "eval"}
-    overlaps = [text for name, rows in learned.items() if (text := _overlap(name, rows, eval))]
+    found = [_overlap(name, rows, eval, asked) for name, rows in learned.items()]
+    overlaps = [text for text in found if text]
     if overlaps and not allow_overlap:
         raise BadData(
             f"{'; '.join(overlaps)}. What is learned must not be scored: remove them on one "
@@ -86,6 +91,39 @@ def make_splits(
     return PreparedSplits(splits, notes)
 
 
+def hold_out(
+    rows: Sequence[Row], share: float, seed: int, alike: Callable[[Row], str]
+) -> tuple[list[Row], list[Row]]:
+    """Rows to learn and rows to be scored on, by a seeded draw that no order changes.
+
+    Args:
+        rows: of one source.
+        share: of the rows that are scored on, at least one.
+        seed: of the draw.
+        alike: what rows have in common that must stay on one side.
+    Returns:
+        (train, eval), each in the order of `rows`.
+    Raises:
+        InvalidInput: a share outside (0, 1). BadData: fewer than two kinds of rows.
+    """
+    if not 0 < share < 1:
+        raise InvalidInput(f"the share of eval rows must be above 0 and below 1, got {share}")
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(alike(row), []).append(row)
+    drawn = sorted(groups, key=lambda g: hashlib.sha256(f"{seed}|{g}".encode()).digest())
+    if len(drawn) < 2:
+        raise BadData(f"{len(rows)} rows, all alike: expected one to learn and one to score on")
+    held: set[str] = set()
+    count = 0
+    for group in drawn[:-1]:
+        if count >= max(1, round(share * len(rows))):
+            break
+        held.add(group)
+        count += len(groups[group])
+    return [row for row in rows if alike(row) not in held], [r for r in rows if alike(r) in held]
+
+
 def _set_aside(rows: list[Row], limit: int) -> tuple[list[Row], list[Row]]:
     """(the rest in its order, rows set aside in the order of their keys)."""
     room = min(limit, -(-len(rows) // 10), len(rows) - 1)
@@ -104,24 +142,25 @@ def _key(row: Row) -> bytes:
     return row.key
 
 
-def _content(row: Row) -> tuple[bool, str]:
-    """What two rows must not share: the prompt, or without one the completion."""
-    return (True, row.prompt) if row.prompt.strip() else (False, row.completion)
+def _overlap(
+    name: str, rows: Iterable[Row], eval_rows: Sequence[Row], asked: Callable[[Row], str]
+) -> str | None:
+    def content(row: Row) -> tuple[bool, str]:
+        """What two rows must not share: the prompt, or without one the completion."""
+        return (True, prompt) if (prompt := asked(row)).strip() else (False, row.completion)
 
-
-def _overlap(name: str, rows: Iterable[Row], eval_rows: Sequence[Row]) -> str | None:
     seen: dict[tuple[bool, str], int] = {}
     rows = list(rows)
     for i, row in enumerate(rows):
-        seen.setdefault(_content(row), i)
-    shared = [(j, seen[c]) for j, row in enumerate(eval_rows) if (c := _content(row)) in seen]
+        seen.setdefault(content(row), i)
+    shared = [(j, seen[c]) for j, row in enumerate(eval_rows) if (c := content(row)) in seen]
     if not shared:
         return None
     j, i = shared[0]
     return (
         f"{len(shared)} of {len(eval_rows)} eval rows share their prompt with {name} rows, "
         f"the first: {_place('eval', eval_rows[j], j)} and {_place(name, rows[i], i)}, "
-        f"{shorten(_content(eval_rows[j])[1], 60)}"
+        f"{shorten(content(eval_rows[j])[1], 60)}"
     )
 
 

@@ -34,12 +34,26 @@ def upgrade() -> None:
     op.drop_table("scores")
     _make_journal()
     op.execute(
-        "INSERT INTO journal (id, at, user, action, line, name, from_version, to_version, forced, "
-        "reason, verdict) SELECT id, moved_at, user, CASE WHEN to_version IS NULL THEN 'removed' "
-        "ELSE 'set' END, line, name, from_version, to_version, 0, '', 'null' FROM alias_moves "
-        "ORDER BY id"
+        'INSERT INTO journal (id, at, "user", action, line, name, from_version, to_version, '
+        "forced, reason, verdict) SELECT id, moved_at, \"user\", CASE WHEN to_version IS NULL "
+        "THEN 'removed' ELSE 'set' END, line, name, from_version, to_version, FALSE, '', 'null' "
+        "FROM alias_moves ORDER BY id"
     )
     op.drop_table("alias_moves")
+    _let_the_journal_only_grow()
+
+
+def _let_the_journal_only_grow() -> None:
+    if op.get_bind().dialect.name == "postgresql":
+        op.execute(
+            "CREATE FUNCTION refuse_journal_change() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'the journal only grows'; END $$"
+        )
+        op.execute(
+            "CREATE TRIGGER journal_refuses_change BEFORE UPDATE OR DELETE OR TRUNCATE "
+            "ON journal FOR EACH STATEMENT EXECUTE FUNCTION refuse_journal_change()"
+        )
+        return
     for change in ("UPDATE", "DELETE"):
         op.execute(
             f"CREATE TRIGGER journal_refuses_{change.lower()} BEFORE {change} ON journal "

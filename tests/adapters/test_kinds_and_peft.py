@@ -330,3 +330,15 @@ def test_linear_shapes_cover_every_vector(tmp_path):
         shape = linear_shape(base.model.get_submodule(module))
         assert tuple(vector.shape) == (shape[0] if side == "outputs" else shape[1],)
         assert not vector.any()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_adalora_of_too_few_steps_to_cut_in_is_refused(tiny_base, steps):
+
+    base = load_base(tiny_base, "fp32", "cpu")
+    config = resolved(Config(kind="adalora", rank=4))
+    with (
+        pytest.raises(InvalidInput, match=f"of {steps} steps.*none to cut"),
+        module_of("adalora").training(base, config, steps=steps),
+    ):
+        pass

@@ -370,14 +370,14 @@ WRONG_TYPES = [
     ("r", 10**300, "r must be a whole number"),
     ("r", None, "r must be a whole number"),
     ("lora_alpha", "8", "lora_alpha must be a finite number"),
-    ("lora_alpha", float("nan"), "lora_alpha must be a finite number"),
-    ("lora_alpha", float("inf"), "lora_alpha must be a finite number"),
     ("lora_alpha", 10**400, "lora_alpha must be a finite number"),
     ("use_rslora", "true", "use_rslora must be true or false"),
     ("rank_pattern", ["q_proj"], "rank_pattern must map names to numbers"),
     ("rank_pattern", {"q_proj": 2.5}, "rank_pattern must be a whole number"),
     ("rank_pattern", {"(": 2}, "is no regular expression"),
-    ("rank_pattern", {"a{99999999999999999999}": 2}, "is no regular expression"),
+    ("rank_pattern", {"a{99999999999999999999}": 2}, "braces that are no counts"),
+    ("rank_pattern", {"(a{200}){200}": 2}, "count to more than 10000"),
+    ("target_modules", "(?:q_proj){e<=3}", "braces that are no counts"),
     ("alpha_pattern", {"q_proj": None}, "alpha_pattern must be a finite number"),
     ("alpha_pattern", {"(?i)q": 2}, "is no regular expression"),
     ("target_modules", {"q_proj": 1}, "target_modules must be a list of names"),
@@ -399,11 +399,9 @@ def test_wrong_values_in_the_configuration_are_refused(llama, tools, adapter, fi
 
 
 def test_a_malformed_layers_pattern_is_refused(llama, tools, adapter):
-    tools.edit_config(adapter, layers_to_transform=[0, 1], layers_pattern=["layers", "("])
-    # The second expression is only tried on modules that the first does not match.
-    read_peft(adapter, **llama.import_arguments())
-    tools.edit_config(adapter, layers_pattern=["(", "layers"])
-    assert "layers_pattern has '('" in refused(llama, adapter)
+    for patterns in (["layers", "("], ["(", "layers"]):
+        tools.edit_config(adapter, layers_to_transform=[0, 1], layers_pattern=patterns)
+        assert "layers_pattern has '('" in refused(llama, adapter)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +502,6 @@ TENSORS = [
     (put("base_model.model.model.layers.9.x.lora_A.weight", 4, 32), "'model.layers.9.x' is not"),
     (put("../../etc/passwd", 1), "'../../etc/passwd' is not part of a LoRA"),
     (put("../../etc/x.lora_A.weight", 4, 32), "'../../etc/x' is not a linear module"),
-    (put("a\nb\x1b[31m", 1), r"'a\nb\x1b[31m' is not part"),
     (put("y" * 5000, 1), "is not part of a LoRA"),
     (put("base_model.model.model.norm.weight", 32), "is not part of a LoRA"),
     (put("base_model.model.model.embed_tokens.weight", 61, 32), "a weight of the base itself"),
@@ -538,6 +535,25 @@ def test_values_that_are_not_finite_are_damage(llama, tools, adapter, spoil, key
     tools.edit_tensors(adapter, change)
     message = refused(llama, adapter, DamagedObject)
     assert f"lora_{key[-8]} of module {Q0} has values that are not finite" in message
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_damage(llama, tools, adapter, number):
+    tools.edit_config(adapter, lora_dropout="HERE")
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace('"HERE"', number))
+    assert "is not usable" in refused(llama, adapter, DamagedObject)
+
+
+def test_a_scaling_that_float32_cannot_hold_is_refused(llama, tools, adapter):
+    tools.edit_config(adapter, lora_alpha=1e300)
+    assert "more than float32 holds" in refused(llama, adapter)
+
+
+@pytest.mark.parametrize("name", ["a\nb\x1b[31m", "", "\u202ea"])
+def test_a_name_that_cannot_be_shown_is_damage(llama, tools, adapter, name):
+    tools.edit_tensors(adapter, put(name, 1))
+    assert "a tensor has the name" in refused(llama, adapter, DamagedObject)
 
 
 def test_names_with_an_adapter_in_them_or_without_the_prefix_are_read(llama, tools, adapter):
@@ -585,7 +601,7 @@ def test_a_pickle_is_never_opened(llama, adapter, tmp_path, monkeypatch):
 )
 def test_a_malformed_configuration_is_damage(llama, adapter, text):
     (adapter / "adapter_config.json").write_bytes(text)
-    assert "is not valid JSON" in refused(llama, adapter, DamagedObject)
+    assert "is not usable: it is no JSON" in refused(llama, adapter, DamagedObject)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"LORA"', "3"])
@@ -616,11 +632,15 @@ def test_a_tensor_name_that_occurs_twice_is_damage(llama, adapter):
     assert "occurs twice" in refused(llama, adapter, DamagedObject)
 
 
-def test_weights_behind_a_link_are_read(llama, adapter, tmp_path):
-    # The hub's cache keeps its files as links.
-    blob = shutil.move(adapter / "adapter_model.safetensors", tmp_path / "blob")
-    (adapter / "adapter_model.safetensors").symlink_to(blob)
-    read_peft(adapter, **llama.import_arguments())
+def test_links_of_the_hubs_cache_are_read(llama, adapter, tmp_path):
+    snapshot = tmp_path / "models--org--a" / "snapshots" / "1f0c"
+    blobs = tmp_path / "models--org--a" / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copytree(adapter, snapshot)
+    for file in [*snapshot.iterdir()]:
+        shutil.move(file, blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    read_peft(snapshot, **llama.import_arguments())
 
 
 def test_an_export_is_refused_by_another_base(llama, gpt2, tmp_path):

@@ -53,7 +53,9 @@ def test_help_of_train_has_an_option_for_every_setting_of_lori_toml(empty):
         assert f"--{key.replace('_', '-')}" in told
 
 
-@pytest.mark.parametrize("command", ["train", "calibrate", "score", "merge", "diff", "blame"])
+@pytest.mark.parametrize(
+    "command", ["place", "train", "calibrate", "score", "merge", "diff", "blame"]
+)
 def test_whatever_loads_the_base_can_be_told_its_precision_and_bits(empty, command):
     told = empty(command, "--help").stdout
     assert "--precision" in told

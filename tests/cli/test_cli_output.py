@@ -86,10 +86,11 @@ def test_numbers_are_short(shown, expected):
     assert shown == expected
 
 
-def state(step, phase="training x", loss=1.25):
+def state(step, phase="training x", loss=1.25, job=""):
     return SimpleNamespace(
-        phase=phase, step=step, steps=100, loss=loss, tokens_per_second=3402.4, seconds_left=80.0
-    )
+        phase=phase, step=step, steps=100, loss=loss, tokens_per_second=3402.4,
+        seconds_left=80.0, job=job,
+    )  # fmt: skip
 
 
 def test_progress_line_tells_loss_speed_and_time_left():
@@ -142,6 +143,32 @@ def test_progress_on_a_terminal_moves_and_makes_way_for_messages(monkeypatch):
     assert "1/100" not in drawn  # too soon after the first
     assert drawn.endswith("\r\x1b[Kdone\n")
     assert all(len(part) <= 19 + len("\x1b[K") for part in drawn.split("\r")[1:3])
+
+
+def test_trainings_at_once_have_a_line_each_that_is_drawn_in_its_place(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with teller(stream, [0, 0.05, 0.2, 0.3]) as tell:
+        tell.progress(state(1, "training a", job="a"))
+        tell.progress(state(2, "training b", job="b"))
+        tell.progress(state(3, "training a", job="a"))
+        drawn = stream.getvalue()
+        tell.message("a: done")
+        tell.progress(state(4, "training b", job="b"))
+    block = drawn.rpartition("\x1b[F")[2].splitlines()
+    assert [line[:17] for line in block] == ["training a  3/100", "training b  2/100"]
+    after = stream.getvalue()[len(drawn) :]
+    assert after.startswith("\x1b[F\r\x1b[Ja: done\ntraining a  3/100".replace("\ntr", "\n\rtr"))
+
+
+def test_trainings_at_once_are_told_every_ten_seconds_each_off_a_terminal():
+    stream = io.StringIO()
+    tell = teller(stream, [0, 1, 9, 10.5, 11.5])
+    for step, job in enumerate("abaab"):
+        tell.progress(state(step, f"training {job}", job=job))
+    assert [line.split("  ")[:2] for line in stream.getvalue().splitlines()] == [
+        ["training a", "3/100"], ["training b", "4/100"],
+    ]  # fmt: skip
 
 
 def test_quiet_says_nothing():

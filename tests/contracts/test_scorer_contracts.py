@@ -50,6 +50,11 @@ def text_entry(request):
     return request.param
 
 
+@pytest.fixture(params=reading("labels"), ids=lambda entry: entry.name)
+def label_entry(request):
+    return request.param
+
+
 @pytest.fixture(
     params=[e for e in reading("text") if isinstance(e.item, Comparison)], ids=lambda e: e.name
 )
@@ -74,7 +79,7 @@ def test_a_scorer_says_what_it_is_and_where_it_comes_from(entry):
     assert isinstance(scorer.binary, bool)
     assert isinstance(scorer.higher_is_better, bool)
     assert scorer.unit
-    assert scorer.reads in ("tokens", "text")
+    assert scorer.reads in ("tokens", "text", "labels")
 
 
 def test_a_row_that_can_be_scored_passes_and_is_not_changed(entry):
@@ -169,6 +174,31 @@ def test_a_comparison_says_how_it_compares_and_is_named_after_it(comparison):
     compare = comparison.item.compare
     assert compare.__name__ == comparison.name
     assert (compare.__doc__ or "").strip()
+
+
+def test_a_labels_outcome_is_finite_and_best_where_the_right_one_is_certain(label_entry):
+    scorer = label_entry.item
+    for seed in range(20):
+        logits = np.random.default_rng(seed).normal(size=3).astype(np.float32) * 50
+        before = logits.copy()
+        outcomes = [scorer.outcome(logits, right) for right in range(3)]
+        assert np.array_equal(logits, before)
+        assert all(math.isfinite(outcome) and weight == 1.0 for outcome, weight in outcomes)
+        order = [outcome for outcome, _ in sorted(outcomes, reverse=scorer.higher_is_better)]
+        assert outcomes[int(logits.argmax())][0] == order[0] != order[-1]
+
+
+def test_labels_that_are_alike_are_answered_no_better_than_without_a_head(label_entry):
+    nothing = label_entry.item.unanswered(4)
+    alike = label_entry.item.outcome(np.zeros(4, np.float32), 1)[0]
+    assert alike == pytest.approx(nothing)
+
+
+def test_a_label_that_the_head_does_not_know_is_wrong_and_has_no_likelihood():
+    logits = np.zeros(3, np.float32)
+    assert scorers.get("label_accuracy").outcome(logits, None) == (0.0, 1.0)
+    with pytest.raises(InvalidInput, match="knows not all"):
+        scorers.get("label_nll").outcome(logits, None)
 
 
 def test_what_runs_a_models_programs_is_off_unless_asked_for(entry):

@@ -9,6 +9,11 @@ from small_workspaces import copied, make_workspace
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache():
+    """The real base lies in the cache of whoever runs these."""
+
+
 @pytest.fixture(scope="session")
 def base_folder():
     """The demo's own base, out of its cache or fetched as the demo does."""

@@ -86,6 +86,12 @@ def test_shapes_of_linear_layers_are_out_by_in_and_of_others_none():
     assert linear_shape(nn.Embedding(3, 4)) is None
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Linear(4, 3), Conv1D(4, 4), Conv1D(3, 4)])
+def test_a_weight_is_out_by_in_also_where_it_is_square(layer):
+    x = torch.randn(5, 4)
+    assert torch.allclose(x @ linear_weight(layer).t() + layer.bias, layer(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv"])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("grad", [True, False])

@@ -30,7 +30,7 @@ Ack = Callable[[str], None]
 FINGERPRINT = "f" * 64
 ROWS = 8
 SCHEMAS = Path(__file__).parents[1] / "store" / "schemas"
-OLD = "0004"  # the schema that is migrated from
+OLD = "0005"  # the schema that is migrated from
 ACTS: dict[str, Callable[[Path, Ack], None]] = {}
 
 

@@ -38,12 +38,27 @@ def write(root: Path, count: int, at: float) -> None:
             store.add_adapter(acting.adapter("safety"), os.urandom(200))
 
 
+def _slowly(store: Store, chance: random.Random) -> None:
+    """Let time go by between a file and its row."""
+    put = store.objects.put
+
+    def put_and_wait(content: bytes) -> str:
+        digest = put(content)
+        time.sleep(chance.uniform(0, 0.05))
+        return digest
+
+    store.objects.put = put_and_wait  # type: ignore[method-assign]
+
+
 def train(root: Path, stop: Path, seed: int) -> None:
     """Versions from the newest one, of contents that others put and free as well."""
     chance = random.Random(seed)
     with Store.open(root) as store:
+        _slowly(store, chance)
         while not stop.exists():
             blob = b"content %d" % chance.randrange(6)
+            if chance.random() < 0.5:  # what no row names until this one does
+                blob = chance.randbytes(300)
             try:
                 newest = store.adapter(AdapterRef("work", "latest"))
                 parents = (Parent(newest.ref, newest.digest),) if chance.random() < 0.3 else ()
@@ -56,6 +71,7 @@ def merge(root: Path, stop: Path, seed: int) -> None:
     """Merges of what it has just read."""
     chance = random.Random(seed)
     with Store.open(root) as store:
+        _slowly(store, chance)
         while not stop.exists():
             known = store.adapters("work", last=6)
             if len(known) < 2:

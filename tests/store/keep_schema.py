@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import store_builders as build
 
+from lori_manager.records import Task
 from lori_manager.store import database
 from lori_manager.store.store import Store
 
@@ -67,6 +68,8 @@ def fill(store: Store) -> None:
         store.add_trial(recipe="r" * 64, digest="d" * 64, outcomes=np.arange(9) / 9, **where)
     if hasattr(store, "add_forecasts"):
         _forecast(store, first.ref)
+    if hasattr(store, "open_kind_comparison"):
+        _compare_kinds(store, task, first.ref)
     if hasattr(store, "remove"):
         from lori_manager.refs import AdapterRef
 
@@ -79,6 +82,14 @@ def _forecast(store: Store, member: str) -> None:
 
     expected = Expected(member, "safety", 1, "exact_match", "1", 0.9, 40, 0.7, 0.63, 0.05)
     store.add_forecasts([Forecasted("m" * 64, "fp32", "e", expected)])
+
+
+def _compare_kinds(store: Store, task: Task, trained: str) -> None:
+    from lori_manager.records import KindStep
+
+    digest = store.open_kind_comparison(task, {"steps": 4, "search": {"points": 1}}).digest
+    store.add_kind_step(digest, KindStep("dora", "search", "0.001", None, {"loss": 0.5}))
+    store.add_kind_step(digest, KindStep("dora", "train", "0", trained, {"rate": 0.001}))
 
 
 def main() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import sqlite3
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,11 +16,17 @@ import numpy as np
 from lori_manager.errors import Conflict
 from lori_manager.records import Base, NewAdapter, NewScore, Parent, Score, Split, Task
 from lori_manager.store.database import HEAD
+from lori_manager.store.postgres import Postgres
+from lori_manager.store.sqlite import SQLite
 from lori_manager.store.store import Store
 
 NEXT = f"{int(HEAD) + 1:04d}"  # the schema of a later lori
 
 FINGERPRINT = "f" * 64
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
 
 
 def base(fingerprint: str = FINGERPRINT, **changes: Any) -> Base:
@@ -115,6 +123,25 @@ def key_of(task: Task, digest: str) -> Mapping[str, Any]:
     }
 
 
+def sql(store: Store, statement: str, *values: Any, rules: bool = False) -> list[Any]:
+    """What the database itself answers, behind lori's back.
+
+    Args:
+        rules: keep triggers and foreign keys on.
+    """
+    backend = store._db.backend
+    if isinstance(backend, SQLite):
+        with contextlib.closing(sqlite3.connect(backend.path, isolation_level=None)) as file:
+            return file.execute(statement, values).fetchall()
+    import psycopg
+
+    with psycopg.connect(backend.shown, autocommit=True) as connection:
+        if not rules:
+            connection.execute("SET session_replication_role = replica")
+        cursor = connection.execute(statement.replace("?", "%s"), values or None)
+        return cursor.fetchall() if cursor.description else []
+
+
 # run by other processes
 
 
@@ -132,9 +159,9 @@ def write_until_killed(root: Path, line: str, acknowledged: Path) -> None:
         os.write(fd, f"{adapter.version} {adapter.digest}\n".encode())
 
 
-def create_store(root: Path, said: Path) -> None:
+def create_store(root: Path, server: Postgres | None, said: Path) -> None:
     try:
-        Store.create(root).close()
+        Store.create(root, server).close()
     except Conflict:
         result = "conflict"
     else:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import store_builders as build
@@ -16,10 +17,11 @@ from lori_manager.errors import (
 )
 from lori_manager.records import Split
 from lori_manager.refs import AdapterRef
+from lori_manager.store.sqlite import SQLite
 from lori_manager.store.store import Store
 from lori_manager.tasks.rows import Row, rows_to_jsonl
 
-ODD = 'it\'s "odd"; DROP TABLE lines; -- % # @ ../../etc/passwd \x00 \u2603 \U0001f600'
+ODD = 'it\'s "odd"; DROP TABLE lines; -- % # @ ../../etc/passwd \t \u2603 \U0001f600'
 
 
 # base
@@ -31,8 +33,8 @@ def test_the_base_comes_back_as_it_was_given(store: Store) -> None:
         assert again.base() == build.base()
 
 
-def test_a_store_without_a_base_says_what_to_do(tmp_path: Path) -> None:
-    with Store.create(tmp_path / ".lori") as store:
+def test_a_store_without_a_base_says_what_to_do(stores: Any, tmp_path: Path) -> None:
+    with stores.make(tmp_path / ".lori") as store:
         for call in (store.base, lambda: store.move_base(path="/x", source="x")):
             with pytest.raises(NotFound, match="lori init"):
                 call()
@@ -53,16 +55,16 @@ def test_the_same_weights_may_move(store: Store) -> None:
     assert store.base() == moved
 
 
-def test_times_are_utc_whatever_zone_was_given(tmp_path: Path) -> None:
+def test_times_are_utc_whatever_zone_was_given(stores: Any, tmp_path: Path) -> None:
     local = datetime(2026, 5, 1, 1, 30, tzinfo=timezone(timedelta(hours=5, minutes=30)))
-    with Store.create(tmp_path / ".lori") as store:
+    with stores.make(tmp_path / ".lori") as store:
         kept = store.set_base(build.base(created_at=local)).created_at
     assert kept == local
     assert kept.tzinfo == UTC
 
 
-def test_a_time_without_a_zone_is_a_callers_bug(tmp_path: Path) -> None:
-    with Store.create(tmp_path / ".lori") as store:
+def test_a_time_without_a_zone_is_a_callers_bug(stores: Any, tmp_path: Path) -> None:
+    with stores.make(tmp_path / ".lori") as store:
         naive = datetime(2026, 1, 1)
         with pytest.raises(ValueError, match="time zone"):
             store.set_base(build.base(created_at=naive))
@@ -503,6 +505,17 @@ def test_odd_text_is_stored_as_it_is_and_found_nowhere(store: Store) -> None:
             call(ODD)
     with pytest.raises(NotFound):
         store.adapter(AdapterRef("safety", ODD))
+
+
+def test_a_zero_character_is_kept_in_json_and_elsewhere_kept_or_refused(store: Store) -> None:
+    adapter = store.add_adapter(build.new_adapter(config={"a\0": "b\0"}), b"x")
+    assert store.adapters() == [adapter]
+    if isinstance(store._db.backend, SQLite):
+        assert store.move_base(path="a\0b", source="").path == "a\0b"
+        return
+    with pytest.raises(InvalidInput, match="cannot keep this text"):
+        store.move_base(path="a\0b", source="")
+    assert store.base() == build.base()
 
 
 def test_text_that_is_not_unicode_is_told(store: Store) -> None:

@@ -11,6 +11,7 @@ import store_builders as build
 
 from lori_manager.errors import NotFound
 from lori_manager.records import Task
+from lori_manager.store.sqlite import SQLite
 from lori_manager.store.store import Store
 
 OUTCOMES = np.array([1, 0, np.nan, 0.25, 1, 0, -3.5, 1, 1, 0], np.float32)
@@ -88,6 +89,8 @@ def test_what_is_damaged_counts_as_none_and_is_replaced(
 ) -> None:
     store.add_trial(**tried(task), digest="d", outcomes=OUTCOMES, weights=WEIGHTS)
     store.add_answers(**about(task), found={0: "zero", 1: "one"})
+    if not isinstance(store._db.backend, SQLite):
+        damage = damage.replace("X'", r"'\x")
     with store._db.write() as connection:
         connection.exec_driver_sql(f"UPDATE trials SET {column} = {damage.format(column)}")
         connection.exec_driver_sql(

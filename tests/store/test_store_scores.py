@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
-import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,8 @@ def adapter(store: Store) -> Adapter:
 
 
 def sql(store: Store, statement: str, *values: Any) -> Any:
-    connection = sqlite3.connect(store.root / "registry.db", isolation_level=None)
-    row = connection.execute(statement, values).fetchone()
-    connection.close()
-    return row
+    rows = build.sql(store, statement, *values)
+    return rows[0] if rows else None
 
 
 def test_a_score_comes_back_as_it_was_given(store: Store, task: Task, adapter: Adapter) -> None:
@@ -73,7 +69,7 @@ def test_a_long_history_takes_at_most_015_bytes_an_outcome_all_told(store: Store
     (used,) = sql(store, "SELECT count(*) * 4096.0 FROM score_pages")  # each fills one of SQLite's
     (largest,) = sql(
         store,
-        "SELECT max(length(directory) + ifnull(length(reference), 0) + length(bodies)) "
+        "SELECT max(length(directory) + coalesce(length(reference), 0) + length(bodies)) "
         "FROM score_pages",
     )
     assert largest <= 4046
@@ -299,9 +295,11 @@ def test_outcomes_of_many_scores_come_in_the_order_asked(store: Store, adapter: 
     assert store.outcomes_of([]) == []
 
 
-def test_scores_added_together_are_those_added_one_by_one(store: Store, tmp_path: Path) -> None:
+def test_scores_added_together_are_those_added_one_by_one(
+    store: Store, stores: Any, tmp_path: Path
+) -> None:
     given = history(store, versions=120, rows=300)
-    shutil.copytree(store.root, tmp_path / "other")
+    stores.copy(store, tmp_path / "other")
     together = store.add_scores(given)
     with Store.open(tmp_path / "other") as other:
         apart = [other.add_score(*one) for one in given]
@@ -390,7 +388,7 @@ def test_damaged_outcomes_are_found_and_healed_by_scoring_again(
     assert store.find_score(**build.key_of(task, build.FINGERPRINT)) is None
     again = store.add_score(new, RIGHT, RIGHT)
     if column == "directory":
-        assert dataclasses.replace(again, created_at=score.created_at) == score
+        assert dataclasses.replace(again, id=score.id, created_at=score.created_at) == score
     else:
         assert again == score
     np.testing.assert_array_equal(store.outcomes(again)[0], RIGHT)
@@ -400,7 +398,6 @@ def test_damaged_outcomes_are_found_and_healed_by_scoring_again(
 def test_every_flipped_bit_of_a_page_is_noticed(store: Store) -> None:
     given = history(store, versions=4, rows=50)
     stored = store.add_scores(given)
-    whole = (store.root / "registry.db").read_bytes()
     for column in ("directory", "reference", "bodies"):
         (length,) = sql(store, f"SELECT length({column}) FROM score_pages")
         for place in range(length):
@@ -408,7 +405,7 @@ def test_every_flipped_bit_of_a_page_is_noticed(store: Store) -> None:
             with pytest.raises(DamagedObject, match=r"main@|safety#1"):
                 store.outcomes_of(stored)
             assert {f.kind for f in store.verify()} == {"damaged"}
-            (store.root / "registry.db").write_bytes(whole)
+            flip(store, column, place, bit=1 << place % 8)
     assert len(store.outcomes_of(stored)) == 4
 
 

@@ -22,8 +22,8 @@ MOUNTS = """\
 
 
 @pytest.fixture
-def database(store: Store) -> SQLite:
-    return SQLite(store.root / "registry.db")
+def database(file_store: Store) -> SQLite:
+    return SQLite(file_store.root / "registry.db")
 
 
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,24 +53,24 @@ def test_wal_is_refused_off_a_local_disk(database: SQLite, monkeypatch: pytest.M
 
 
 def test_wal_on_request_and_back(
-    store: Store, database: SQLite, monkeypatch: pytest.MonkeyPatch
+    file_store: Store, database: SQLite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newer(monkeypatch)
     monkeypatch.setattr(sqlite, "file_system", lambda _: ("ext4", True))
     database.set_journal(WAL)
-    assert store.add_line("main").name == "main"
-    with store._db.write() as connection:
+    assert file_store.add_line("main").name == "main"
+    with file_store._db.write() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() >= 2
     # an older one refuses to work so, and can turn it back
     monkeypatch.setattr(sqlite, "SAFE_WAL", (9, 0, 0))
     with pytest.raises(IncompatibleStore, match="run `lori db journal rollback`"):
-        store.lines()
+        file_store.lines()
     database.set_journal(ROLLBACK)
-    assert [line.name for line in store.lines()] == ["main"]
+    assert [line.name for line in file_store.lines()] == ["main"]
 
 
 def test_a_journal_that_others_hold_is_told(
-    store: Store, database: SQLite, monkeypatch: pytest.MonkeyPatch
+    file_store: Store, database: SQLite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.05)
     newer(monkeypatch)

@@ -30,11 +30,10 @@ CREATE TABLE adapters (
 	CONSTRAINT uq_adapters_line_version UNIQUE (line, version), 
 	CONSTRAINT uq_adapters_run_stage UNIQUE (run, stage)
 );
-INSERT INTO "adapters" VALUES(1,'safety',1,'trained','safety',1,'safety',1,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,'259fc1734d0b4731983a79f328d78b7e',0,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:10:08.890908+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
-INSERT INTO "adapters" VALUES(2,'safety',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4',6,'2026-11-22T20:10:08.963759+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.5}');
-INSERT INTO "adapters" VALUES(3,'main',1,'merged',NULL,NULL,NULL,NULL,'concat',8,NULL,'ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'283128acef14943c127f7327ca8f57e7cd7c31ec6c5546de5d62ab16a2f9758a',5,'2026-11-22T20:10:09.020486+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
-INSERT INTO "adapters" VALUES(4,'main',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:10:09.079150+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
-INSERT INTO "adapters" VALUES(5,'safety',3,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'7c7bfe826b20f5e2dd3328afe12f02c6f6585af99bdf716fb617b5c06515fee7',13,'2026-11-22T20:10:09.792397+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(1,'safety',1,'trained','safety',1,'safety',1,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,'2d831720117e4a2cb149f81f0cc6e442',0,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:25:09.861915+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(2,'safety',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4',6,'2026-11-22T20:25:09.952487+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.5}');
+INSERT INTO "adapters" VALUES(3,'main',1,'merged',NULL,NULL,NULL,NULL,'concat',8,NULL,'ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'283128acef14943c127f7327ca8f57e7cd7c31ec6c5546de5d62ab16a2f9758a',5,'2026-11-22T20:25:10.029491+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
+INSERT INTO "adapters" VALUES(4,'main',2,'trained',NULL,NULL,NULL,NULL,'lori-s',8,'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff',0,NULL,NULL,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',5,'2026-11-22T20:25:10.074986+00:00','{"seed":1,"targets":["q_proj"]}','{"torch":"2.13.0"}','{"loss":0.25}');
 CREATE TABLE alembic_version (
 	version_num VARCHAR(32) NOT NULL, 
 	CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
@@ -48,7 +47,7 @@ CREATE TABLE aliases (
 	CONSTRAINT pk_aliases PRIMARY KEY (line, name), 
 	CONSTRAINT fk_aliases_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version)
 );
-INSERT INTO "aliases" VALUES('main','production',2,'2026-11-22T20:10:09.593057+00:00');
+INSERT INTO "aliases" VALUES('main','production',2,'2026-11-22T20:25:10.503879+00:00');
 CREATE TABLE answers (
 	id INTEGER NOT NULL, 
 	digest TEXT NOT NULL, 
@@ -98,7 +97,7 @@ CREATE TABLE forecasts (
 	CONSTRAINT pk_forecasts PRIMARY KEY (id), 
 	CONSTRAINT fk_forecasts_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision)
 );
-INSERT INTO "forecasts" VALUES(1,'mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm','fp32','safety@1','safety',1,'exact_match','1','e',0.9,40,0.7,0.63,0.05,'2026-11-22T20:10:09.766427+00:00');
+INSERT INTO "forecasts" VALUES(1,'mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm','fp32','safety@1','safety',1,'exact_match','1','e',0.9,40,0.7,0.63,0.05,'2026-11-22T20:25:10.690923+00:00');
 CREATE TABLE journal (
 	id INTEGER NOT NULL, 
 	at TEXT NOT NULL, 
@@ -114,10 +113,39 @@ CREATE TABLE journal (
 	CONSTRAINT pk_journal PRIMARY KEY (id), 
 	CONSTRAINT fk_journal_line FOREIGN KEY(line) REFERENCES lines (name)
 );
-INSERT INTO "journal" VALUES(1,'2026-11-22T20:10:09.552497+00:00','root','set','main','production',NULL,1,0,'','null');
-INSERT INTO "journal" VALUES(2,'2026-11-22T20:10:09.593057+00:00','root','set','main','production',1,2,0,'better','null');
-INSERT INTO "journal" VALUES(3,'2026-11-22T20:10:09.649461+00:00','root','set','safety','champion',NULL,2,0,'','null');
-INSERT INTO "journal" VALUES(4,'2026-11-22T20:10:09.691698+00:00','root','removed','safety','champion',2,NULL,0,'','null');
+INSERT INTO "journal" VALUES(1,'2026-11-22T20:25:10.460050+00:00','root','set','main','production',NULL,1,0,'','null');
+INSERT INTO "journal" VALUES(2,'2026-11-22T20:25:10.503879+00:00','root','set','main','production',1,2,0,'better','null');
+INSERT INTO "journal" VALUES(3,'2026-11-22T20:25:10.545954+00:00','root','set','safety','champion',NULL,2,0,'','null');
+INSERT INTO "journal" VALUES(4,'2026-11-22T20:25:10.583886+00:00','root','removed','safety','champion',2,NULL,0,'','null');
+CREATE TABLE kind_comparisons (
+	id INTEGER NOT NULL, 
+	digest TEXT NOT NULL, 
+	task TEXT NOT NULL, 
+	task_revision INTEGER NOT NULL, 
+	"plan" TEXT NOT NULL, 
+	created_at TEXT NOT NULL, 
+	CONSTRAINT pk_kind_comparisons PRIMARY KEY (id), 
+	CONSTRAINT fk_kind_comparisons_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
+	CONSTRAINT uq_kind_comparisons_digest UNIQUE (digest)
+);
+INSERT INTO "kind_comparisons" VALUES(1,'ad41fe81a2ba0a3a2f0b959ab57e5450efb43df8095e2a6749f63d1134f55532','safety',1,'{"search":{"points":1},"steps":4}','2026-11-22T20:25:10.745787+00:00');
+CREATE TABLE kind_steps (
+	id INTEGER NOT NULL, 
+	comparison INTEGER NOT NULL, 
+	entry TEXT NOT NULL, 
+	step TEXT NOT NULL, 
+	point TEXT NOT NULL, 
+	line TEXT, 
+	version INTEGER, 
+	facts TEXT NOT NULL, 
+	created_at TEXT NOT NULL, 
+	CONSTRAINT pk_kind_steps PRIMARY KEY (id), 
+	CONSTRAINT fk_kind_steps_comparison FOREIGN KEY(comparison) REFERENCES kind_comparisons (id), 
+	CONSTRAINT fk_kind_steps_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version), 
+	CONSTRAINT uq_kind_steps_key UNIQUE (comparison, entry, step, point)
+);
+INSERT INTO "kind_steps" VALUES(1,1,'dora','search','0.001',NULL,NULL,'{"loss":0.5}','2026-11-22T20:25:10.784935+00:00');
+INSERT INTO "kind_steps" VALUES(2,1,'dora','train','0','safety',1,'{"rate":0.001}','2026-11-22T20:25:10.819573+00:00');
 CREATE TABLE lines (
 	id INTEGER NOT NULL, 
 	name TEXT NOT NULL, 
@@ -127,10 +155,10 @@ CREATE TABLE lines (
 	CONSTRAINT pk_lines PRIMARY KEY (id), 
 	CONSTRAINT uq_lines_name UNIQUE (name)
 );
-INSERT INTO "lines" VALUES(1,'safety',1,'[]','2026-11-22T20:10:08.547304+00:00');
-INSERT INTO "lines" VALUES(2,'wiki',1,'[]','2026-11-22T20:10:08.734698+00:00');
-INSERT INTO "lines" VALUES(3,'main',0,'[]','2026-11-22T20:10:09.019594+00:00');
-INSERT INTO "lines" VALUES(4,'stages',0,'["safety#1","wiki#1"]','2026-11-22T20:10:09.120180+00:00');
+INSERT INTO "lines" VALUES(1,'safety',1,'[]','2026-11-22T20:25:09.589647+00:00');
+INSERT INTO "lines" VALUES(2,'wiki',1,'[]','2026-11-22T20:25:09.718680+00:00');
+INSERT INTO "lines" VALUES(3,'main',0,'[]','2026-11-22T20:25:10.022762+00:00');
+INSERT INTO "lines" VALUES(4,'stages',0,'["safety#1","wiki#1"]','2026-11-22T20:25:10.106666+00:00');
 CREATE TABLE masks (
 	id INTEGER NOT NULL, 
 	task TEXT NOT NULL, 
@@ -148,7 +176,7 @@ CREATE TABLE masks (
 	CONSTRAINT fk_masks_task_task_revision FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
 	CONSTRAINT uq_masks_task_version UNIQUE (task, version)
 );
-INSERT INTO "masks" VALUES(1,'safety',1,1,'48bf9b4f142ab45cac6f33cf99415bca6ca8e07608a031237aa76560fec2204b','aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa',0.9,'model',1,10,'{"seed":1}','2026-11-22T20:10:08.798029+00:00');
+INSERT INTO "masks" VALUES(1,'safety',1,1,'48bf9b4f142ab45cac6f33cf99415bca6ca8e07608a031237aa76560fec2204b','aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa',0.9,'model',1,10,'{"seed":1}','2026-11-22T20:25:09.763566+00:00');
 CREATE TABLE parents (
 	adapter INTEGER NOT NULL, 
 	position INTEGER NOT NULL, 
@@ -163,18 +191,6 @@ CREATE TABLE parents (
 INSERT INTO "parents" VALUES(2,0,'safety',1,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',NULL);
 INSERT INTO "parents" VALUES(3,0,'safety',1,'a7937b64b8caa58f03721bb6bacf5c78cb235febe0e70b1b84cd99541461a08e',0.25);
 INSERT INTO "parents" VALUES(3,1,'safety',2,'16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4',0.75);
-CREATE TABLE removals (
-	id INTEGER NOT NULL, 
-	at TEXT NOT NULL, 
-	user TEXT NOT NULL, 
-	line TEXT NOT NULL, 
-	version INTEGER NOT NULL, 
-	hidden BOOLEAN NOT NULL, 
-	reason TEXT NOT NULL, 
-	CONSTRAINT pk_removals PRIMARY KEY (id), 
-	CONSTRAINT fk_removals_line_version FOREIGN KEY(line, version) REFERENCES adapters (line, version)
-);
-INSERT INTO "removals" VALUES(1,'2026-11-22T20:10:09.820040+00:00','root','safety',3,1,'a mistake');
 CREATE TABLE row_weights (
 	id INTEGER NOT NULL, 
 	digest TEXT NOT NULL, 
@@ -193,8 +209,8 @@ CREATE TABLE runs (
 	CONSTRAINT pk_runs PRIMARY KEY (id), 
 	CONSTRAINT uq_runs_open_plan UNIQUE (open_plan)
 );
-INSERT INTO "runs" VALUES('259fc1734d0b4731983a79f328d78b7e','{"options":{"start":null},"tasks":["safety#1"]}','ab565bb77abf4881b79a92e17479105e607d8b2f02b372edd294ee82cc6523ae','2026-11-22T20:10:08.823599+00:00');
-INSERT INTO "runs" VALUES('221dc56d9741418484fdca7c8196b94f','{"options":{"start":"safety@1"},"tasks":["wiki#1"]}','2d8c1a440cc88e738d180393e8828e1dd3841c589e5c85929c2d2d1752bbf237','2026-11-22T20:10:08.915322+00:00');
+INSERT INTO "runs" VALUES('2d831720117e4a2cb149f81f0cc6e442','{"options":{"start":null},"tasks":["safety#1"]}','ab565bb77abf4881b79a92e17479105e607d8b2f02b372edd294ee82cc6523ae','2026-11-22T20:25:09.789862+00:00');
+INSERT INTO "runs" VALUES('4e42b977e20141f3997571838cfe0142','{"options":{"start":"safety@1"},"tasks":["wiki#1"]}','2d8c1a440cc88e738d180393e8828e1dd3841c589e5c85929c2d2d1752bbf237','2026-11-22T20:25:09.906821+00:00');
 CREATE TABLE score_facts (
 	id INTEGER NOT NULL, 
 	facts TEXT NOT NULL, 
@@ -213,8 +229,8 @@ CREATE TABLE score_pages (
 	CONSTRAINT fk_score_pages_setting FOREIGN KEY(setting) REFERENCES settings (id), 
 	CONSTRAINT uq_score_pages_setting_number UNIQUE (setting, number)
 );
-INSERT INTO "score_pages" VALUES(1,1,0,X'0104000400000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E0000008001EAAEAD86E2B8B006040100018101F0AF0B01010004820184E308010100048301CE9010020100013C834708',X'01F2957FCC38918016',X'008DEF02D2F7FDD72CBA2E487B5AAEEFB82D944E4A008DEF02D2');
-INSERT INTO "score_pages" VALUES(2,2,0,X'0103000300000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F090000008001FCECB486E2B8B00615010024810198FE07250100248201A6FC0E35010024EDE7924D',NULL,X'F36A2C3FB616BC3FB9CEFA3FA201753F29703940FC2A033F4E7E8240FB0A024077168B40B36EBA4580BF793F021B1E3F1CB12740095D7D4074F89D40D2D4623FB19958409577823F77BDDD3E227ECC51CF0AD33FE8C4864086420940695F0C40514B0740D00F613E3959543FB815A93FF8F74A3FA2EC9864');
+INSERT INTO "score_pages" VALUES(1,1,0,X'0104000400000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E000000000000000000E03F9A9999999999B93F1E0000008001D4E6C9E1E8B8B006040100018101BAB00D010100048201BA9F0A010100048301D6A30802010001C407D8B7',X'01F2957FCC38918016',X'008DEF02D2F7FDD72CBA2E487B5AAEEFB82D944E4A008DEF02D2');
+INSERT INTO "score_pages" VALUES(2,2,0,X'0103000300000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F09000000000000000000E03F9A9999999999B93F090000008001F0EAD0E1E8B8B006150100248101C09B0B250100248201A2E30935010024081D0490',NULL,X'F36A2C3FB616BC3FB9CEFA3FA201753F29703940FC2A033F4E7E8240FB0A024077168B40B36EBA4580BF793F021B1E3F1CB12740095D7D4074F89D40D2D4623FB19958409577823F77BDDD3E227ECC51CF0AD33FE8C4864086420940695F0C40514B0740D00F613E3959543FB815A93FF8F74A3FA2EC9864');
 CREATE TABLE settings (
 	id INTEGER NOT NULL, 
 	task TEXT NOT NULL, 
@@ -273,9 +289,9 @@ CREATE TABLE "tasks" (
 	CONSTRAINT fk_tasks_name FOREIGN KEY(name) REFERENCES lines (name), 
 	CONSTRAINT uq_tasks_name_revision UNIQUE (name, revision)
 );
-INSERT INTO "tasks" VALUES(1,'safety',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:10:08.548152+00:00');
-INSERT INTO "tasks" VALUES(2,'safety',2,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:10:08.651971+00:00');
-INSERT INTO "tasks" VALUES(3,'wiki',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:10:08.735323+00:00');
+INSERT INTO "tasks" VALUES(1,'safety',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:25:09.590388+00:00');
+INSERT INTO "tasks" VALUES(2,'safety',2,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:25:09.655813+00:00');
+INSERT INTO "tasks" VALUES(3,'wiki',1,'exact_match','1','what it is','{"seed":0,"sources":["a.jsonl"]}','2026-11-22T20:25:09.719131+00:00');
 CREATE TABLE trials (
 	id INTEGER NOT NULL, 
 	recipe TEXT NOT NULL, 
@@ -292,13 +308,10 @@ CREATE TABLE trials (
 	CONSTRAINT fk_trials_task FOREIGN KEY(task, task_revision) REFERENCES tasks (name, revision), 
 	CONSTRAINT uq_trials_key UNIQUE (recipe, task, task_revision, scorer, scorer_version, precision)
 );
-INSERT INTO "trials" VALUES(1,'rrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrr','dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd','wiki',1,'exact_match','1','fp32','2026-11-22T20:10:09.740449+00:00',X'789C63606060B0EC7B6C6BD9976CB77AD52A3B20DBEE89059FFDEA555AF64532EEF640717B00E8D50D19',NULL);
+INSERT INTO "trials" VALUES(1,'rrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrr','dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd','wiki',1,'exact_match','1','fp32','2026-11-22T20:25:10.662065+00:00',X'789C63606060B0EC7B6C6BD9976CB77AD52A3B20DBEE89059FFDEA555AF64532EEF640717B00E8D50D19',NULL);
 CREATE INDEX ix_adapters_digest ON adapters (digest);
 CREATE INDEX ix_parents_line_version ON parents (line, version);
 CREATE INDEX ix_journal_line ON journal (line);
 CREATE TRIGGER journal_refuses_update BEFORE UPDATE ON journal BEGIN SELECT RAISE(ABORT, 'the journal only grows'); END;
 CREATE TRIGGER journal_refuses_delete BEFORE DELETE ON journal BEGIN SELECT RAISE(ABORT, 'the journal only grows'); END;
-CREATE INDEX ix_removals_line_version ON removals (line, version);
-CREATE TRIGGER removals_refuse_update BEFORE UPDATE ON removals BEGIN SELECT RAISE(ABORT, 'removals only grow'); END;
-CREATE TRIGGER removals_refuse_delete BEFORE DELETE ON removals BEGIN SELECT RAISE(ABORT, 'removals only grow'); END;
 COMMIT;

@@ -3,8 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0005"
-down_revision = "0004"
+revision = "0006"
+down_revision = "0005"
 
 
 def upgrade() -> None:
@@ -25,6 +25,16 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_removals")),
     )
     op.create_index("ix_removals_line_version", "removals", ["line", "version"])
+    if op.get_bind().dialect.name == "postgresql":
+        op.execute(
+            "CREATE FUNCTION refuse_removals_change() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'removals only grow'; END $$"
+        )
+        op.execute(
+            "CREATE TRIGGER removals_refuse_change BEFORE UPDATE OR DELETE OR TRUNCATE "
+            "ON removals FOR EACH STATEMENT EXECUTE FUNCTION refuse_removals_change()"
+        )
+        return
     for change in ("UPDATE", "DELETE"):
         op.execute(
             f"CREATE TRIGGER removals_refuse_{change.lower()} BEFORE {change} ON removals "

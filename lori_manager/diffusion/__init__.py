@@ -1,0 +1,1 @@
+"""LoRI on the UNet of a diffusers pipeline: its parts, its noise, its loss, its images."""

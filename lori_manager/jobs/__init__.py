@@ -1,0 +1,1 @@
+"""Independent trainings at once: on this machine's cores or a cluster's, through Ray or Slurm."""

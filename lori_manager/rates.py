@@ -1,0 +1,63 @@
+"""Which learning rate to try next: a small search on a geometric grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+FACTOR = 3.0
+DIGITS = 3  # of a rate
+
+
+def next_rate(tried: Mapping[float, float], usual: float, factor: float = FACTOR) -> float:
+    """The rate to measure next.
+
+    First the usual one, then `factor` times more and less. After that the search goes on past
+    the best where it is the largest or smallest tried, and else halves, in logarithms, the
+    gap between it and its better neighbour.
+
+    Args:
+        tried: rate -> loss, lower is better; not finite where training diverged.
+        usual: where to begin, above 0.
+        factor: between neighbours, above 1.
+    Raises:
+        ValueError: `usual` or `factor` out of range.
+
+    >>> next_rate({1.0: 0.5, 3.0: 0.4, 0.333: 0.7}, 1.0)
+    9.0
+    """
+    if usual <= 0 or factor <= 1:
+        raise ValueError(f"`usual` must be above 0 and `factor` above 1, got {usual}, {factor}")
+    for first in (_told(usual), _told(usual * factor), _told(usual / factor)):
+        if first not in tried:
+            return first
+    best, ordered = best_rate(tried), sorted(tried)
+    at = ordered.index(best)
+    if at == len(ordered) - 1:
+        return _told(best * factor)
+    if at == 0:
+        return _told(best / factor)
+    neighbour = best_rate({rate: tried[rate] for rate in (ordered[at - 1], ordered[at + 1])})
+    return _told(math.sqrt(best * neighbour))
+
+
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The rate of the lowest loss; the lowest rate of equal ones, or where all diverged.
+
+    >>> best_rate({1e-3: 0.5, 3e-3: 0.5, 1e-2: float("inf")})
+    0.001
+    """
+    return min(tried, key=lambda rate: (_finite(tried[rate]), rate))
+
+
+def at_edge(tried: Mapping[float, float]) -> bool:
+    """Whether the best is the largest or smallest tried, so that a better one may lie beyond."""
+    return len(tried) > 0 and best_rate(tried) in (min(tried), max(tried))
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _told(rate: float) -> float:
+    return float(f"{rate:.{DIGITS}g}")
