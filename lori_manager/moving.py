@@ -190,7 +190,9 @@ class Inspector:
     def __call__(self, file: parcels.File, content: bytes) -> None:
         """Raises a LoriError that names source and record."""
         try:
-            if isinstance(file.record, Task):
+            if file.kind == parcels.IMAGE:
+                _check_image(content)
+            elif isinstance(file.record, Task):
                 _check_rows(file.record, file.split, content)
             elif isinstance(file.record, Mask):
                 _check_mask(file.record, content)
@@ -219,7 +221,7 @@ class Inspector:
             if not self._looked:
                 self._looked = True
                 if Path(self._ws.store.base().path).is_dir():
-                    self._shapes = models.load_skeleton(self._ws.base_folder).linear_shapes
+                    self._shapes = self._ws.skeleton().linear_shapes
                 else:
                     self._ws.on_message(
                         "the base's files are not here: shapes are not compared with it"
@@ -233,6 +235,12 @@ def _check_rows(task: Task, split: str, content: bytes) -> None:
     found, expected = len(rows_from_jsonl(content)), task.splits[split].rows
     if found != expected:
         raise BadData(f"it has {found} rows, expected {expected}")
+
+
+def _check_image(content: bytes) -> None:
+    from lori_manager.tasks.images import load_image
+
+    load_image(content, 1)
 
 
 def _check_mask(mask: Mask, content: bytes) -> None:

@@ -192,12 +192,15 @@ class Workspace(Context):
         Raises:
             WrongBase: those are other weights.
         """
-        root = Path(root)
+        root = Path(root).absolute()
         origin = moving.origin(source)
-        if (root / FOLDER / "registry.db").exists() and _has_base(root / FOLDER):
-            ws = cls.open(root)
+        begun = _begun(root / FOLDER, None)
+        if begun is not None and _has_base(begun):
+            ws = cls(root, begun)
             moving.check_base(ws.store.base(), origin.base, root)
         else:
+            if begun is not None:
+                begun.close()
             given, revision = moving.find_base(origin.base, base)
             ws = cls.create(root, given, revision, objects=objects)
             if origin.settings is not None:

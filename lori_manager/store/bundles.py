@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, LoriError, NotFound
+from lori_manager.foreign import parse_json
 from lori_manager.records import Score, Task
 from lori_manager.refs import AdapterRef
 from lori_manager.store import documents, outcomes
 from lori_manager.store.files import TEMPORARY, object_name, storing, sync_folder
-from lori_manager.store.parcels import Parcel, check
+from lori_manager.store.parcels import Parcel, check, images
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,7 +79,8 @@ def write(
     kept = [_pack(*both) for both in source.outcomes(parcel.scores)]
     parcel = _portable(parcel)
     content = {hashlib.sha256(one).hexdigest(): one for both in kept for one in both if one}
-    digests = sorted({file.digest for file in parcel.files()} | content.keys())
+    files = [*parcel.files(), *(i for t in parcel.tasks for i in images(t, source.content))]
+    digests = sorted({file.digest for file in files} | content.keys())
     sizes = {a.digest: a.bytes for a in parcel.adapters} | {d: len(c) for d, c in content.items()}
     sizes |= {d: len(source.content(d)) for d in digests if d not in sizes}
     manifest = {
@@ -163,7 +165,7 @@ class Bundle:
         self.shown = str(path)
         self._counted: dict[str, int] = {}
         try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except FileNotFoundError as e:
             raise NotFound(f"there is no file {path}") from e
         except OSError as e:
@@ -269,6 +271,8 @@ class Bundle:
 
     def content(self, digest: str) -> bytes:
         """A file's content, checked against its digest, and all around it."""
+        if digest not in self._places:
+            raise self._wrong(f"the file {digest} is missing")
         at, length = self._places[digest]
         found = self._bytes(at, _BLOCK + length + -length % _BLOCK)
         content = found[_BLOCK : _BLOCK + length]
@@ -285,7 +289,7 @@ def _manifest(
     text: bytes,
 ) -> tuple[Parcel, list[tuple[str, str | None]], list[tuple[str, int]]]:
     """Records, digests of outcomes and weights a score, and the files with their sizes."""
-    found = documents.parse(text)
+    found = parse_json(text)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError("its manifest is none")
     if found.get("version") != VERSION:

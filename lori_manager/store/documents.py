@@ -5,7 +5,6 @@ A record is an object with exactly its fields, each of the type that the record 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import types
@@ -19,7 +18,6 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from lori_manager.refs import AdapterRef, check_name, parse_mask_ref
 
 _LARGEST = 2**63 - 1  # what databases keep
-_DEPTH = 40  # of JSON in JSON
 _DIGESTS = ("digest", "fingerprint")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _NAMES = ("line", "name", "task")  # fields that hold names of lines, tasks or aliases
@@ -41,57 +39,6 @@ def write(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def parse(content: bytes) -> Any:
-    """JSON of nobody's.
-
-    Raises:
-        ValueError: not JSON, a key twice, or nested too deep.
-    """
-    try:
-        value = json.loads(content, object_pairs_hook=_unique, parse_constant=_refuse)
-    except RecursionError as e:
-        raise ValueError("it is nested too deep") from e
-    _check_depth(value)
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
-
-
-def _refuse(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
-
-
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > _DEPTH:
-            raise ValueError("it is nested too deep")
-        inner: list[Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                inner += one.values()
-            elif isinstance(one, list):
-                inner += one
-            elif isinstance(one, str):
-                _check_text(one)
-            elif isinstance(one, int) and abs(one) > _LARGEST:
-                raise ValueError("a number is too large")
-        level = inner
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError("a text is not Unicode") from e
 
 
 def read(kind: type[_Record], value: Any, where: str) -> _Record:
@@ -132,8 +79,8 @@ def _check_meaning(name: str, value: Any, where: str) -> None:
         check_name(line, "line")
         if not at or AdapterRef(line, version).version is None:
             raise ValueError(f"{where}: {short(value)} is no version")
-    if isinstance(value, int) and value < 0:
-        raise ValueError(f"{where}: {name} is negative")
+    if isinstance(value, int) and not 0 <= value <= _LARGEST:
+        raise ValueError(f"{where}: {name} is negative or too large")
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:

@@ -18,7 +18,7 @@ from lori_manager.errors import Conflict, DamagedObject, NotFound
 from lori_manager.records import Alias, Mask, Score
 from lori_manager.refs import AdapterRef
 from lori_manager.store.files import MissingObject
-from lori_manager.store.parcels import File, Parcel
+from lori_manager.store.parcels import File, Parcel, images
 from lori_manager.store.receiving import News, score_key
 
 if TYPE_CHECKING:
@@ -180,16 +180,23 @@ class _Porter:
         outcomes = self._source.outcomes(part.scores)
         for _ in range(_ATTEMPTS):
             wanted = self._target.news(part).only_new(part)
-            files = list({(file.digest, file.kind): file for file in wanted.files()}.values())
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                for size in pool.map(self._carry, files):
-                    self.files += size is not None
-                    self.bytes += size or 0
+            files = self._carry_all(wanted.files())
+            rows = self._target.objects.get  # of images, which are known once these are there
+            for task in wanted.tasks:
+                files += self._carry_all(images(task, rows))
             needed = [file.digest for file in files]
             added = self._target.take(part, outcomes, f"from {self._source.shown}", needed)
             if added is not None:
                 return added
         raise MissingObject("objects vanish whenever they are stored: check the disk")
+
+    def _carry_all(self, wanted: Iterable[File]) -> list[File]:
+        files = list({(file.digest, file.kind): file for file in wanted}.values())
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for size in pool.map(self._carry, files):
+                self.files += size is not None
+                self.bytes += size or 0
+        return files
 
     def _carry(self, file: File) -> int | None:
         """Have the file in the target; its bytes where it was copied."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -13,8 +13,9 @@ from lori_manager.records import SPLITS, Adapter, Alias, Base, Mask, Run, Score,
 from lori_manager.refs import BASE, AdapterRef, check_name, parse_mask_ref
 from lori_manager.store import adapters, aliases, bases, masks, runs, scores, tasks
 from lori_manager.store import tables as t
+from lori_manager.store.integrity import images_in
 
-ROWS, MASK, ADAPTER = "rows", "mask", "adapter"  # what a file may be
+ROWS, IMAGE, MASK, ADAPTER = "rows", "image", "mask", "adapter"  # what a file may be
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class File:
     """A file that a record needs: what it is to be, and of which record."""
 
     digest: str
-    kind: str  # ROWS, MASK or ADAPTER
+    kind: str  # ROWS, IMAGE, MASK or ADAPTER
     record: Task | Mask | Adapter
-    split: str = ""  # of rows
+    split: str = ""  # of rows and their images
 
     @property
     def subject(self) -> str:
@@ -62,7 +63,7 @@ class Parcel:
     asked: frozenset[str] = field(default_factory=frozenset)
 
     def files(self) -> Iterator[File]:
-        """Every file that these records need; one may be needed by several."""
+        """Every file that these records name; one may be needed by several. See `images`."""
         for task in self.tasks:
             for name, split in task.splits.items():
                 yield File(split.digest, ROWS, task, name)
@@ -71,6 +72,20 @@ class Parcel:
         for adapter in self.adapters:
             if not adapter.hidden:
                 yield File(adapter.digest, ADAPTER, adapter)
+
+
+def images(task: Task, rows: Callable[[str], bytes]) -> Iterator[File]:
+    """The images that a task's rows name; none of most tasks.
+
+    Args:
+        rows: digest of a split -> its content.
+    Raises:
+        DamagedObject: those are no rows of images.
+    """
+    if task.images is not None:
+        for name, split in task.splits.items():
+            for digest in images_in(rows(split.digest)):
+                yield File(digest, IMAGE, task, name)
 
 
 def whole(connection: Connection) -> Parcel:

@@ -273,6 +273,18 @@ def test_without_the_bases_files_it_is_told_that_shapes_are_not_compared(
     assert "3 new versions" in told.stdout
 
 
+def test_what_is_no_image_is_refused(trained):
+    pytest.importorskip("PIL")
+    from lori_manager.errors import BadData
+    from lori_manager.moving import Inspector
+    from lori_manager.store.parcels import File
+
+    with Workspace.open(trained.folder) as ws:
+        file = File("a" * 64, "image", ws.store.task("colour"), "train")
+        with pytest.raises(BadData, match="there: colour#1 train"):
+            Inspector(ws, "there")(file, b"no image")
+
+
 # buckets
 
 

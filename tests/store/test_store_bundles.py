@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from test_store_moving import contents, empty
 
 from lori_manager.errors import Conflict, DamagedObject, LoriError, NotFound, StorageFailed
+from lori_manager.records import Split
 from lori_manager.refs import AdapterRef, parse_adapter_ref
 from lori_manager.store import bundles, outcomes
 from lori_manager.store.bundles import Bundle
@@ -35,6 +37,12 @@ SOAK = os.environ.get("LORI_SOAK") == "1"
 def full(tmp_path: Path) -> Iterator[Store]:
     with empty(tmp_path / "full") as store:
         fill(store)
+        yield store
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[Store]:
+    with empty(tmp_path / "target") as store:
         yield store
 
 
@@ -157,6 +165,74 @@ def test_a_bundle_of_one_version_holds_what_it_needs_alone(full: Store, tmp_path
     assert parcel.asked == {"safety@1"}
 
 
+def with_images(store: Store) -> list[str]:
+    """A task whose rows name images, and an adapter of it."""
+    found = [store.objects.put(b"image %d" % i) for i in range(3)]
+    rows = b"".join(
+        json.dumps({"completion": "", "image": image, "prompt": "x"}).encode() + b"\n"
+        for image in found
+    )
+    split = Split(store.objects.put(rows), 3)
+    store.add_task(
+        "watercolour", scorer="noise_loss", scorer_version="1", description="",
+        splits={"eval": split, "train": split}, options={"images": {}},
+    )  # fmt: skip
+    store.add_adapter(build.new_adapter("watercolour", task="watercolour", task_revision=1), b"w")
+    return found
+
+
+@pytest.mark.parametrize("by", ["store", "bundle"])
+def test_images_come_with_the_rows_that_name_them(
+    full: Store, target: Store, tmp_path: Path, by: str
+) -> None:
+    found = with_images(full)
+    seen = []
+    if by == "bundle":
+        path = pack(full, tmp_path / "b.tar", "watercolour")
+        with Bundle(path) as bundle:
+            move(bundle, bundle.parcel(), target, check=lambda file, _: seen.append(file))
+    else:
+        source = StoreSource(full, "full")
+        parcel = source.parcel([AdapterRef("watercolour", "1")])
+        move(source, parcel, target, check=lambda file, _: seen.append(file))
+    assert [target.objects.get(digest) for digest in found] == [b"image 0", b"image 1", b"image 2"]
+    assert {file.digest for file in seen if file.kind == "image"} == set(found)
+    assert list(target.verify()) == []
+    list(target.collect(grace=timedelta(0)))
+    assert list(target.verify()) == []
+
+
+def test_a_bundle_without_an_image_that_its_rows_name_is_refused(
+    full: Store, target: Store, tmp_path: Path
+) -> None:
+    gone = with_images(full)[1]
+
+    def change(manifest: dict[str, Any], _: dict[str, bytes]) -> None:
+        manifest["files"] = [entry for entry in manifest["files"] if entry[0] != gone]
+
+    path = rebuilt(pack(full, tmp_path / "b.tar", "watercolour"), change)
+    refused(path, target, f"the file {gone} is missing")
+
+
+@pytest.mark.parametrize(
+    "rows", [b"[]\n", b"x\n", b"{}\n", b'{"image": 7}\n', b'{"image": "../x"}\n']
+)
+def test_rows_that_name_no_images_are_refused(
+    full: Store, target: Store, tmp_path: Path, rows: bytes
+) -> None:
+    with_images(full)
+    path = pack(full, tmp_path / "b.tar", "watercolour")
+
+    def change(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+        digest = hashlib.sha256(rows).hexdigest()
+        files[digest] = rows
+        manifest["files"] = sorted([*manifest["files"], [digest, len(rows)]])
+        (task,) = manifest["parcel"]["tasks"]
+        task["splits"] = {"eval": task["splits"]["eval"] | {"digest": digest, "rows": 1}}
+
+    refused(rebuilt(path, change), target)
+
+
 # hostile files
 
 
@@ -183,12 +259,6 @@ def refused(path: Path, target: Store, told: str = "") -> None:
     assert "\n" not in str(caught.value)
     assert target.adapters() == []
     assert [f for f in target.verify() if f.kind != "orphan"] == []
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Iterator[Store]:
-    with empty(tmp_path / "target") as store:
-        yield store
 
 
 def edit(path: str, value: Any) -> Callable[[dict[str, Any], dict[str, bytes]], None]:
@@ -239,7 +309,7 @@ for _ in range(60):
         ("parcel.adapters.0.created_at", "yesterday", "is no time"),
         ("parcel.adapters.0.created_at", "2026-01-01T00:00:00", "without a zone"),
         ("parcel.adapters.0.config", [], "no object"),
-        ("parcel.adapters.0.config", DEEP, "nested too deep"),
+        ("parcel.adapters.0.config", DEEP, "nested deeper"),
         ("parcel.adapters.0.more", 1, "must have exactly"),
         ("parcel.adapters.2.parents.0.digest", "b" * 64, "is missing or comes later"),
         ("parcel.adapters.2.parents.0.ref", "safety", "no version"),
