@@ -192,10 +192,13 @@ def of_run(connection: Connection, run: str, stage: int | None = None) -> list[A
     return sorted(found, key=lambda adapter: adapter.stage or 0)
 
 
-def times(connection: Connection) -> list[datetime]:
-    """When each adapter was made, in their order."""
-    query = select(t.adapters.c.created_at).order_by(t.adapters.c.id)
-    return list(connection.execute(query).scalars())
+def times(connection: Connection) -> list[list[datetime]]:
+    """When each adapter was made, line by line in the order of their numbers."""
+    columns = t.adapters.c.line, t.adapters.c.created_at
+    found: dict[str, list[datetime]] = defaultdict(list)
+    for line, made in connection.execute(select(*columns).order_by(t.adapters.c.version)):
+        found[line].append(made)
+    return list(found.values())
 
 
 def children(connection: Connection, ref: AdapterRef) -> list[Adapter]:

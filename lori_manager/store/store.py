@@ -781,8 +781,11 @@ class Store:
 
     # care
 
-    def times(self) -> list[datetime]:
-        """When each version was made by the clock of then, in the order of their making."""
+    def times(self) -> list[list[datetime]]:
+        """When each version was made by the clock of then, line by line in their order.
+
+        Between lines there is no order: versions of other stores come when they come.
+        """
         with self._db.read() as c:
             return adapters.times(c)
 

@@ -35,6 +35,13 @@ def test_pull_brings_all_and_again_nothing(trained, other):
     other("score", "main@1", "--tasks", "colour")  # its weights, on this base
 
 
+def test_what_comes_later_is_no_clock_that_went_back(trained, other):
+    other("pull", trained.folder, "shape")
+    other("pull", trained.folder, "colour")
+    states = {check["name"]: check["state"] for check in other.json("doctor")}
+    assert states["clock"] == "ok"
+
+
 def test_push_brings_one_version_with_what_it_needs(trained, other):
     moved = trained.json("push", other.folder, "colour")
     assert moved["adapters"] == ["colour@1"]

@@ -251,7 +251,7 @@ def rebuilt(path: Path, change: Callable[[dict[str, Any], dict[str, bytes]], Any
     return path
 
 
-def refused(path: Path, target: Store, told: str = "") -> None:
+def refused(path: Path, target: Store, told: str | None = None) -> None:
     start = time.monotonic()
     with pytest.raises(DamagedObject, match=told) as caught:
         take(path, target)
