@@ -232,7 +232,7 @@ def test_what_does_not_fit_the_base_is_refused_with_nothing_written(llama, shard
     shutil.copy(sharded / doc["weight_map"][f"{Q}.weight"], tmp_path / "away.safetensors")
     doc["weight_map"][f"{Q}.weight"] = "../away.safetensors"
     index.write_text(json.dumps(doc))
-    refused(sharded, {Q: update}, tmp_path, WrongBase, "no safetensors file beside it")
+    refused(sharded, {Q: update}, tmp_path, NotFound, "not an index of safetensors files beside it")
     index.unlink()
     refused(sharded, {Q: update}, tmp_path, NotFound, r"neither model.safetensors nor model.safe")
 
@@ -255,7 +255,7 @@ def test_tensors_that_nothing_can_be_added_to_are_refused(llama, tmp_path):
     refused(base, update, tmp_path, WrongBase, f"expected '{key}' or a name that.*'renamed.q_proj")
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    refused(base, update, tmp_path, WrongBase, "cut short at tensor")
+    refused(base, update, tmp_path, WrongBase, "cut short: its tensors need")
 
 
 def test_a_sum_that_float16_cannot_hold_is_refused_and_leaves_nothing(llama, tmp_path):

@@ -340,7 +340,8 @@ def test_a_database_of_another_version_ends_with_7(lori, revision, told):
 
 
 def test_a_database_of_this_version_needs_no_upgrade(lori):
-    assert lori.json("db", "upgrade") == {"before": HEAD, "after": HEAD, "backup": None}
+    done = {"before": HEAD, "after": HEAD, "backup": None, "unsaved": ""}
+    assert lori.json("db", "upgrade") == done
 
 
 def object_file(lori, ref):
