@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lori_manager.tasks.scorers import Scorer
     from lori_manager.training import Progress
 
+FOLDER = ".lori"
 SETTINGS = "lori.toml"
 MACHINE = "machine.json"
 CHAMPION = "champion"

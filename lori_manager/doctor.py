@@ -53,7 +53,7 @@ def examine(root: Path) -> Iterator[Check]:
     yield from _permissions(root)
     try:
         with Store.open(root) as store:
-            for part in (_clock, _base, _runs):
+            for part in (_objects, _clock, _base, _runs):
                 yield from _guarded(part, store)
     except LoriError as e:
         yield Check("store", TROUBLE, str(e))
@@ -184,10 +184,16 @@ def _permissions(root: Path) -> Iterator[Check]:
         yield Check("permissions", OK, "folders are this user's alone")
 
 
+def _objects(store: Store) -> Iterator[Check]:
+    """Whether the place for objects can be reached and is this store's."""
+    store.objects.confirm()
+    yield Check("objects", OK, store.objects.url)
+
+
 def _clock(store: Store) -> Iterator[Check]:
     """Times in the store against the clock, and against their own order."""
     times = store.times()
-    newest = max(times, default=None)
+    newest = max((made for line in times for made in line), default=None)
     if newest is not None and newest - now() > SKEW:
         yield Check("clock", TROUBLE, f"a version is of {newest:%Y-%m-%d %H:%M} UTC, which is yet "
                     "to come: set this machine's clock")  # fmt: skip
@@ -197,7 +203,7 @@ def _clock(store: Store) -> Iterator[Check]:
         yield Check("clock", NOTE, f"{later} was changed in what is the future by this machine's "
                     "clock: clocks differ, or one was set back")  # fmt: skip
         return
-    back = sum(b < a for a, b in pairwise(times))
+    back = sum(b < a for line in times for a, b in pairwise(line))
     if back:
         yield Check("clock", NOTE, f"it went back {back} time(s) between versions: times may "
                     "mislead, version numbers do not")  # fmt: skip

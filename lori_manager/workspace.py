@@ -9,7 +9,8 @@ of its own, which takes the open workspace and returns what it stored.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from lori_manager import (
     intake,
     integrity,
     models,
+    moving,
     pipelines,
     placing,
     sampling,
@@ -30,13 +32,14 @@ from lori_manager import (
     transfer,
 )
 from lori_manager.config import default_toml
-from lori_manager.context import SETTINGS, Context
+from lori_manager.context import FOLDER, SETTINGS, Context
 from lori_manager.errors import Conflict, InvalidInput, NotFound, WrongBase
 from lori_manager.records import Adapter, Alias, Base
 from lori_manager.refs import AdapterRef, check_name
 from lori_manager.store import databases
 from lori_manager.store.database import reach
 from lori_manager.store.postgres import Postgres
+from lori_manager.store.s3 import normal_url
 from lori_manager.store.store import Store
 
 if TYPE_CHECKING:
@@ -48,10 +51,9 @@ if TYPE_CHECKING:
     from lori_manager.reporting.changed_rows import Answers
     from lori_manager.reporting.contents import Report
     from lori_manager.reporting.kind_comparisons import KindsCompared
+    from lori_manager.store.moving import Moved
     from lori_manager.suggesting import Suggestion
     from lori_manager.teaching import Trained, TrainOptions
-
-FOLDER = ".lori"
 
 
 class Workspace(Context):
@@ -65,6 +67,7 @@ class Workspace(Context):
         revision: str | None = None,
         *,
         database: str | None = None,
+        objects: str | None = None,
         trust_remote_code: bool = False,
     ) -> Workspace:
         """Make a workspace in `root` for a base model.
@@ -75,13 +78,15 @@ class Workspace(Context):
             revision: of the hub id.
             database: `postgresql://USER@HOST/DATABASE`, empty, for the rows; a file in `root` where
                 None. A password in it is used now and not kept.
+            objects: `s3://bucket/prefix` for all files; the workspace's own folder where None.
             trust_remote_code: run Python code that comes with the base, see `base_files`.
         Raises:
             NotFound: no such base. Conflict: there is a workspace already.
-            StorageFailed: no such server or database, or it does not let us in.
+            StorageFailed: no such server, database or bucket, or it does not let us in.
             InvalidInput: the base asks for more than lori lets it, or for its own code.
         """
         root = Path(root).absolute()
+        objects = None if objects is None else normal_url(objects)
         server = None if database is None else Postgres.at(database)
         begun = _begun(root / FOLDER, server)
         if begun is not None and _has_base(begun):
@@ -95,6 +100,8 @@ class Workspace(Context):
         kind = models.model_type(path)
         root.mkdir(parents=True, exist_ok=True)
         store = begun or Store.create(root / FOLDER, server)
+        if objects is not None:
+            store.keep_objects_at(objects)
         source = str(Path(base).expanduser().resolve()) if commit is None else base
         now = datetime.now(UTC)
         store.set_base(Base(mark, source, commit, str(path), kind, now, code))
@@ -165,6 +172,45 @@ class Workspace(Context):
     routed = transfer.routed
     import_adapters = transfer.import_adapters
     verify = integrity.verify
+    push = moving.push
+    pull = moving.pull
+    bundle = moving.bundle
+
+    @classmethod
+    def clone(
+        cls,
+        source: str | Path,
+        root: str | Path,
+        *,
+        base: str | None = None,
+        objects: str | None = None,
+        on_message: Callable[[str], None] = lambda _: None,
+    ) -> tuple[Workspace, Moved]:
+        """A new workspace with all that is in another one or in a bundle; again, it goes on.
+
+        Args:
+            source: a workspace's folder, or a bundle's file.
+            root: the new folder.
+            base: where the base's weights are on this machine; where the source has them if None.
+            objects: as for `create`.
+        Raises:
+            WrongBase: those are other weights.
+        """
+        root = Path(root).absolute()
+        origin = moving.origin(source)
+        begun = _begun(root / FOLDER, None)
+        if begun is not None and _has_base(begun):
+            ws = cls(root, begun)
+            moving.check_base(ws.store.base(), origin.base, root)
+        else:
+            if begun is not None:
+                begun.close()
+            given, revision = moving.find_base(origin.base, base)
+            ws = cls.create(root, given, revision, objects=objects)
+            if origin.settings is not None:
+                shutil.copyfile(origin.settings, root / SETTINGS)
+        ws.on_message = on_message
+        return ws, ws.pull(source, aliases=True)
 
     def audit(
         self,

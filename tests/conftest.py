@@ -96,6 +96,27 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def s3():
+    """A real S3 server on loopback."""
+    import buckets
+
+    if buckets.missing():
+        pytest.skip(f"S3 IS NOT TESTED: {', '.join(buckets.missing())} not installed (extra dev)")
+    with buckets.serving() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3, monkeypatch):
+    """A new bucket, with the credentials for it in the environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3.bucket()
+
+
+@pytest.fixture(scope="session")
 def postgres_server():
     """A PostgreSQL server of the tests' own."""
     import servers

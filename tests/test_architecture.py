@@ -28,7 +28,7 @@ ROWS = (
     ),
     ("remerging",),
     ("image_intake",),
-    ("teaching", "combining", "transfer", "intake", "integrity", "doctor", "sampling"),
+    ("teaching", "combining", "transfer", "moving", "intake", "integrity", "doctor", "sampling"),
     ("trials", "rehearsal", "probing"),
     ("merge_inputs",),
     ("answering",),
@@ -78,7 +78,7 @@ LIGHT_PARTS = {
     "replaying", "merge_inputs", "context", "kinds", "auditing", "blaming", "differing",
     "remerging", "answering", "changes", "comparing", "plain", "reporting", "models", "store",
     "config", "architectures", "records", "refs", "registry", "sandbox", "extras", "errors",
-    "image_intake", "sampling", "pipelines", "base_files", "foreign",
+    "image_intake", "sampling", "pipelines", "base_files", "foreign", "moving",
 }  # fmt: skip
 
 

@@ -51,8 +51,8 @@ def add(ws: Workspace) -> None:
 def test_a_sound_workspace_has_no_trouble(ws: Workspace) -> None:
     found = states(ws)
     assert set(found) == {
-        "schema", "journal", "file system", "space", "locks", "permissions", "clock", "base",
-        "trainings", "libraries", "gpu",
+        "schema", "journal", "file system", "space", "locks", "permissions", "objects", "clock",
+        "base", "trainings", "libraries", "gpu",
     }  # fmt: skip
     assert TROUBLE not in found.values()
     assert sqlite3.sqlite_version in told(ws, "journal")[1]

@@ -91,7 +91,7 @@ def store_folder(ctx: typer.Context) -> Path:
     Raises:
         NotFound: none up to the root of the file system.
     """
-    from lori_manager.workspace import FOLDER
+    from lori_manager.context import FOLDER
 
     session: Session = ctx.obj
     start = session.folder.absolute()

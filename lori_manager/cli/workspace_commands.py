@@ -25,6 +25,13 @@ def init(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    objects: Annotated[
+        str | None,
+        typer.Option(
+            metavar="s3://BUCKET/PREFIX",
+            help="Keep files there; credentials come from the provider's own chain.",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option(
@@ -53,7 +60,12 @@ def init(
 
     folder = directory or ctx.obj.folder
     with Workspace.create(
-        folder, base, revision, database=store, trust_remote_code=trust_remote_code
+        folder,
+        base,
+        revision,
+        database=store,
+        objects=objects,
+        trust_remote_code=trust_remote_code,
     ) as ws:
         made = ws.store.base()
         if json:

@@ -147,8 +147,7 @@ def digest_of(connection: Connection, ref: AdapterRef) -> tuple[str, str]:
 
 def of_version(connection: Connection, line: str, version: int, *, hidden: bool = False) -> Adapter:
     """The adapter `line@version`; one that is hidden only where that is allowed."""
-    last = _last(connection, line)
-    if 1 <= version <= last:
+    if 1 <= version <= _last(connection, line):
         found = _select(connection, t.adapters.c.line == line, t.adapters.c.version == version)
         if found and found[0].hidden and not hidden:
             removal = removals.last(connection, line, version)
@@ -157,7 +156,9 @@ def of_version(connection: Connection, line: str, version: int, *, hidden: bool 
         if found:
             return found[0]
     names.require(connection, line)
-    there = f"it has 1 to {last}" if last else "it has none yet"
+    own = select(t.adapters.c.version).where(t.adapters.c.line == line)
+    known = names.numbers(connection.execute(own).scalars())
+    there = f"it has {known}" if known else "it has none yet"
     raise NotFound(f"line {line!r} has no version {version}: {there}")
 
 
@@ -191,10 +192,13 @@ def of_run(connection: Connection, run: str, stage: int | None = None) -> list[A
     return sorted(found, key=lambda adapter: adapter.stage or 0)
 
 
-def times(connection: Connection) -> list[datetime]:
-    """When each adapter was made, in their order."""
-    query = select(t.adapters.c.created_at).order_by(t.adapters.c.id)
-    return list(connection.execute(query).scalars())
+def times(connection: Connection) -> list[list[datetime]]:
+    """When each adapter was made, line by line in the order of their numbers."""
+    columns = t.adapters.c.line, t.adapters.c.created_at
+    found: dict[str, list[datetime]] = defaultdict(list)
+    for line, made in connection.execute(select(*columns).order_by(t.adapters.c.version)):
+        found[line].append(made)
+    return list(found.values())
 
 
 def children(connection: Connection, ref: AdapterRef) -> list[Adapter]:

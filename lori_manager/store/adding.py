@@ -46,14 +46,20 @@ logger = logging.getLogger(__name__)
 
 
 def add(
-    connection: Connection, new: Sequence[New], at: Sequence[datetime] | None = None
+    connection: Connection,
+    new: Sequence[New],
+    at: Sequence[datetime] | None = None,
+    *,
+    keep: bool = False,
 ) -> list[Score]:
     """Commit scores with their outcomes and weights; one of a known key is as it is stored.
 
     Args:
         at: when each was made; now, where None.
+        keep: where other outcomes are stored under a name that they were given elsewhere, leave
+            those, too, without a word.
     """
-    return _Writer(connection).add(new, at or [now()] * len(new))
+    return _Writer(connection, keep).add(new, at or [now()] * len(new))
 
 
 @dataclass
@@ -106,8 +112,9 @@ class _Pages:
 class _Writer:
     """Adds scores within one transaction, in few queries; each page is written once."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, keep: bool) -> None:
         self._connection = connection
+        self._keep = keep
         self._rows: dict[tuple[str, int], int] = {}
         self._subjects: dict[str, tuple[str, str]] = {}
         self._keys: dict[tuple[str, ...], int] = {}
@@ -235,7 +242,7 @@ class _Writer:
             page.mend(slot, entry, values)
             return score
         same = np.array_equal(told, values, equal_nan=True) and key == entry.weights
-        if score.origin != MEASURED and not same:
+        if score.origin != MEASURED and not same and not self._keep:
             raise Conflict(
                 f"other outcomes of {score.subject} on {score.task}#{score.task_revision} are "
                 f"stored under the origin {score.origin!r}: name another origin"

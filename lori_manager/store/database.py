@@ -26,7 +26,7 @@ from lori_manager.store.files import PRIVATE, storing, sync_folder
 from lori_manager.store.postgres import Postgres
 from lori_manager.store.sqlite import BUSY_SECONDS, SQLite, discard
 
-HEAD = "0008"  # the schema that this lori reads and writes
+HEAD = "0009"  # the schema that this lori reads and writes
 UNFINISHED = ".registry.db.new"
 
 

@@ -110,6 +110,17 @@ def _write(path: Path, chunks: Iterable[bytes], mode: int = PRIVATE) -> None:
     sync_folder(path.parent)
 
 
+def object_name(digest: str) -> str:
+    """`ab/cdef...`: how the object of that digest is called among others.
+
+    Raises:
+        DamagedObject: no SHA-256 in lower-case hex, as an altered row may hold.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise DamagedObject(f"{digest[:80]!r} is no SHA-256: run `lori verify`")
+    return f"{digest[:2]}/{digest[2:]}"
+
+
 class MissingObject(DamagedObject):
     """An object whose file is gone."""
 
@@ -129,9 +140,7 @@ class ObjectStore:
         Raises:
             DamagedObject: no SHA-256 in lower-case hex, as an altered row may hold.
         """
-        if not _DIGEST.fullmatch(digest):
-            raise DamagedObject(f"{digest[:80]!r} is no SHA-256: run `lori verify`")
-        return self.root / digest[:2] / digest[2:]
+        return self.root / object_name(digest)
 
     def exists(self, digest: str) -> bool:
         """Whether a file is there; `get` alone knows whether it is whole."""
@@ -179,21 +188,35 @@ class ObjectStore:
         path = self.path(digest)
         with storing(path):
             private_folder(path.parent)
-            if self._whole(path, digest, size):
-                # its writer may not have come to this step, and the caller commits a row next
-                sync_folder(path.parent)
-                with contextlib.suppress(FileNotFoundError):  # gc: the caller will look again
-                    os.utime(path)  # its time of grace begins anew
-            else:
+            if not self._kept(path, digest, size):
                 _write(path, chunks)
             sync_folder(self.root)
 
+    def keep(self, digest: str) -> bool:
+        """Whether it is there, whole; if so, it is durable on return and its age begins anew.
+
+        Raises:
+            StorageFailed: the disk fails.
+        """
+        path = self.path(digest)
+        with storing(path):
+            kept = self._kept(path, digest)
+            if kept:
+                sync_folder(self.root)
+        return kept
+
     @staticmethod
-    def _whole(path: Path, digest: str, size: int) -> bool:
+    def _kept(path: Path, digest: str, size: int | None = None) -> bool:
         try:
-            return path.stat().st_size == size and _digest_of(path) == digest
+            whole = size in (None, path.stat().st_size) and _digest_of(path) == digest
         except FileNotFoundError:
             return False
+        if whole:
+            # its writer may not have come to this step, and the caller commits a row next
+            sync_folder(path.parent)
+            with contextlib.suppress(FileNotFoundError):  # gc: the caller will look again
+                os.utime(path)  # its time of grace begins anew
+        return whole
 
     def get(self, digest: str) -> bytes:
         """The content, checked against the digest.
@@ -257,6 +280,14 @@ class ObjectStore:
     def leftovers(self) -> Iterator[str]:
         """Temporary files of writers that are at work now or were killed."""
         return (str(path) for path in self._files() if path.name.startswith(TEMPORARY))
+
+    @property
+    def url(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def confirm(self) -> None:
+        """A workspace's own folder is nobody else's."""
 
     def _files(self) -> Iterator[Path]:
         with storing(self.root):

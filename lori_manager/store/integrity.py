@@ -18,7 +18,7 @@ from lori_manager.records import Finding
 from lori_manager.store import removals, scores, tasks
 from lori_manager.store import tables as t
 from lori_manager.store.database import Database
-from lori_manager.store.files import MissingObject
+from lori_manager.store.files import MissingObject, object_name
 from lori_manager.store.objects import Objects
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -82,8 +82,7 @@ class Images:
             DamagedObject, MissingObject, StorageFailed: the file cannot be read.
         """
         if digest not in self._known:
-            rows = self._objects.get(digest).splitlines()
-            self._known[digest] = tuple(dict.fromkeys(json.loads(row)["image"] for row in rows))
+            self._known[digest] = images_in(self._objects.get(digest))
         return self._known[digest]
 
     def needed(self, rows: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
@@ -93,6 +92,21 @@ class Images:
             for image in self.of_rows(digest):
                 by_digest[image].append(name)
         return by_digest
+
+
+def images_in(rows: bytes) -> tuple[str, ...]:
+    """The digests of the images that rows name, each once.
+
+    Raises:
+        DamagedObject: those are no rows of images.
+    """
+    try:
+        found = tuple(dict.fromkeys(json.loads(row)["image"] for row in rows.splitlines()))
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise DamagedObject("rows of images name none: restore them from a copy") from e
+    for digest in found:
+        object_name(str(digest))
+    return found
 
 
 def verify(database: Database, objects: Objects) -> Iterator[Finding]:

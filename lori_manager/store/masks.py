@@ -53,16 +53,22 @@ def one(connection: Connection, task: str, version: int) -> Mask:
     Raises:
         NotFound: no such task or version.
     """
-    latest = _latest(connection, task)
-    if not 1 <= version <= latest:
-        tasks.one(connection, task, None)
-        there = f"it has 1 to {latest}" if latest else "it has none yet: run `lori calibrate`"
+    found = []
+    if 1 <= version <= _latest(connection, task):
+        found = _select(connection, t.masks.c.task == task, t.masks.c.version == version)
+    if not found:
+        known = [mask.version for mask in every(connection, task)]
+        there = (
+            f"it has {names.numbers(known)}" if known else "it has none yet: run `lori calibrate`"
+        )
         raise NotFound(f"task {task!r} has no mask {version}: {there}")
-    return _select(connection, t.masks.c.task == task, t.masks.c.version == version)[0]
+    return found[0]
 
 
-def every(connection: Connection, task: str) -> list[Mask]:
-    """The task's masks, oldest first."""
+def every(connection: Connection, task: str | None) -> list[Mask]:
+    """The masks of a task, or of all tasks, oldest first."""
+    if task is None:
+        return _select(connection)
     tasks.one(connection, task, None)
     return _select(connection, t.masks.c.task == task)
 

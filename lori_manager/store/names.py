@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select
@@ -36,6 +36,19 @@ def add(
             name=name, of_task=of_task, sequence=list(sequence), created_at=now()
         )
     )
+
+
+def numbers(known: Iterable[int]) -> str:
+    """`1 to 4, 7`: what there is of numbers that others may have brought with gaps."""
+    spans: list[list[int]] = []
+    for number in sorted(known):
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    told = [" to ".join(map(str, span)) for span in spans]
+    left = "" if len(told) <= _SHOWN else f" and more, up to {spans[-1][-1]}"
+    return ", ".join(told[:_SHOWN]) + left
 
 
 def not_found(what: str, name: str, known: Sequence[str]) -> NotFound:

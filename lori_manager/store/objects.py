@@ -9,7 +9,20 @@ from typing import Protocol
 
 
 class Objects(Protocol):
-    """Immutable content named by its SHA-256. `ObjectStore` is one, in a folder."""
+    """Immutable content named by its SHA-256. `ObjectStore` is one, in a folder; `S3Objects`."""
+
+    @property
+    def url(self) -> str:
+        """The whole place, for people; never with a secret."""
+        ...
+
+    def confirm(self) -> None:
+        """Refuse a place that is not this store's alone, before anything there is freed.
+
+        Raises:
+            Conflict: it is another store's.
+        """
+        ...
 
     def put(self, content: bytes) -> str:
         """Store `content` and return its digest; durable on return.
@@ -22,6 +35,10 @@ class Objects(Protocol):
 
     def put_file(self, source: Path) -> str:
         """Store a copy of a file; else like `put`."""
+        ...
+
+    def keep(self, digest: str) -> bool:
+        """Whether it is there, whole; if so, it is durable on return and its age begins anew."""
         ...
 
     def get(self, digest: str) -> bytes:

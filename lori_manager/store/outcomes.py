@@ -169,9 +169,12 @@ def _decode_floats(form: int, content: bytes, rows: int) -> NDArray[np.float32]:
 
     if form == PLANES:
         try:
-            content = zlib.decompress(content)
+            inflating = zlib.decompressobj()
+            content = inflating.decompress(content, 4 * rows + 1)  # no more, whatever is told
         except zlib.error as e:
             raise ValueError(str(e)) from e
+        if not inflating.eof or inflating.unused_data:
+            raise ValueError("the values are not whole")
     elif form != FLOATS:
         raise ValueError(f"form {form} is none that is known")
     if len(content) != 4 * rows:

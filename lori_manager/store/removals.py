@@ -85,7 +85,7 @@ def hide(connection: Connection, keys: Sequence[tuple[str, int]], reason: str) -
                 f"{line}@{version} is needed by {', '.join(needed_by)}: remove or move these first"
             )
     for line, version in keys:
-        _note(connection, line, version, reason, hidden=True)
+        note(connection, line, version, reason, hidden=True)
 
 
 def restore(connection: Connection, line: str, version: int, reason: str) -> None:
@@ -93,10 +93,11 @@ def restore(connection: Connection, line: str, version: int, reason: str) -> Non
     known = last(connection, line, version)
     if known is None or not known.hidden:
         raise NotFound(f"{line}@{version} is not removed, so there is nothing to bring back")
-    _note(connection, line, version, reason, hidden=False)
+    note(connection, line, version, reason, hidden=False)
 
 
-def _note(connection: Connection, line: str, version: int, reason: str, *, hidden: bool) -> None:
+def note(connection: Connection, line: str, version: int, reason: str, *, hidden: bool) -> None:
+    """Note that a version is hidden now, or back."""
     connection.execute(
         insert(t.removals).values(
             at=now(), user=journal.user(), line=line, version=version, hidden=hidden, reason=reason

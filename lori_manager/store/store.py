@@ -7,6 +7,7 @@ kill -9 and a power cut, and an interruption leaves at most a file that no row n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,9 @@ from lori_manager.store import (
     kind_comparisons,
     lines,
     masks,
+    parcels,
+    places,
+    receiving,
     removals,
     runs,
     scores,
@@ -58,14 +62,15 @@ from lori_manager.store import (
 )
 from lori_manager.store.files import (
     MissingObject,
-    ObjectStore,
     lasting_folder,
     private_folder,
     storing,
     sync_folder,
 )
 from lori_manager.store.objects import Objects
+from lori_manager.store.parcels import Parcel
 from lori_manager.store.postgres import Postgres
+from lori_manager.store.s3 import check_installed, normal_url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,17 +124,18 @@ class Store:
             IncompatibleStore: it is older or newer than this lori, or not lori's.
         """
         backend = databases.backend(root, password)
-        objects = ObjectStore(root / "objects")
-        store = cls(root, database.Database(backend), objects)
+        db = database.Database(backend)
         try:
-            with store._db.read() as c:
+            with db.read() as c:
                 if isinstance(backend, Postgres):
                     homes.check(c, databases.served(root).folder)
+                objects = places.objects(places.one(c), root)
         except BaseException:
-            store.close()
+            db.close()
             raise
+        store = cls(root, db, objects)
         with storing(root):
-            private_folder(objects.root)
+            private_folder(root / places.OWN)
             private_folder(store.runs)
         return store
 
@@ -137,6 +143,22 @@ class Store:
     def database(self) -> str:
         """Where the rows are: a path, or a URL without a password."""
         return self._db.shown
+
+    def keep_objects_at(self, url: str) -> None:
+        """Keep objects in a bucket, `s3://bucket/prefix`, from the first one on.
+
+        Raises:
+            InvalidInput: no such URL, or the extra is not installed.
+            Conflict: they are kept elsewhere already, or others keep theirs there.
+            StorageFailed: no bucket, no network, no permission.
+        """
+        url = normal_url(url)
+        check_installed()
+        with self._db.write() as c:
+            place = places.choose(c, url)
+        objects = place.open(self.root)
+        objects.claim()
+        self.objects = objects
 
     def close(self) -> None:
         """Release what is held; nothing is lost without it."""
@@ -713,10 +735,57 @@ class Store:
         with self._db.read() as c:
             return journal.entries(c, line=line, alias=alias, since=since)
 
+    # moving between stores: see `moving`
+
+    def parcel(self, refs: Sequence[AdapterRef] | None = None) -> Parcel:
+        """Adapters with all that they need, or everything, as of one moment."""
+        with self._db.read() as c:
+            return parcels.whole(c) if refs is None else parcels.of_adapters(c, refs)
+
+    def news(self, parcel: Parcel) -> receiving.News:
+        """What of another store's parcel is new here.
+
+        Raises:
+            WrongBase: it is of another base.
+            Conflict: the same name is something else here.
+        """
+        with self._db.read() as c:
+            return receiving.compare(c, parcel)
+
+    def score_keys(self) -> set[tuple[Any, ...]]:
+        """What each score here is known by; see `receiving.score_key`."""
+        with self._db.read() as c:
+            return receiving.score_keys(c)
+
+    def take(
+        self,
+        parcel: Parcel,
+        outcomes: Sequence[tuple[np.ndarray, np.ndarray | None]],
+        said: str,
+        files: Sequence[str],
+    ) -> receiving.News | None:
+        """Add what is new of a parcel, all of it or nothing; None where a file is gone again.
+
+        Args:
+            outcomes: of the parcel's scores.
+            said: where it is from, for the record.
+            files: digests of what its new rows need, put before.
+        Raises:
+            As `news`.
+        """
+        with self._db.write() as c:
+            with ThreadPoolExecutor(8) as pool:
+                if not all(pool.map(self.objects.exists, files)):
+                    return None
+            return receiving.add(c, parcel, outcomes, said)
+
     # care
 
-    def times(self) -> list[datetime]:
-        """When each version was made by the clock of then, in the order of their making."""
+    def times(self) -> list[list[datetime]]:
+        """When each version was made by the clock of then, line by line in their order.
+
+        Between lines there is no order: versions of other stores come when they come.
+        """
         with self._db.read() as c:
             return adapters.times(c)
 
@@ -733,6 +802,7 @@ class Store:
         """
         if grace < timedelta(0):
             raise InvalidInput(f"the time of grace must be 0 or more, got {grace}")
+        self.objects.confirm()
         return collecting.collect(self._db, self.objects, self.root, grace=grace, dry_run=dry_run)
 
     def verify(self) -> Iterator[Finding]:

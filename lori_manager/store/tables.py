@@ -135,6 +135,15 @@ base = Table(
     CheckConstraint("id = 1", name="one_row"),
 )
 
+object_place = Table(  # where objects lie when not in the store's own folder
+    "object_place",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("owner", Text, nullable=False),
+    CheckConstraint("id = 1", name="one_row"),
+)
+
 home = Table(  # of a server's database: the folder that it goes with
     "home",
     metadata,

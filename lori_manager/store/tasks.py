@@ -48,22 +48,29 @@ def add(
         ):
             return latest
         revision = latest.revision + 1
+    new = Task(name, revision, scorer, scorer_version, description, splits, options, now())
+    insert_as(connection, new)
+    return one(connection, name, revision)
+
+
+def insert_as(connection: Connection, task: Task) -> None:
+    """Add that revision as it is; its line is there."""
     connection.execute(
         insert(t.tasks).values(
-            name=name,
-            revision=revision,
-            scorer=scorer,
-            scorer_version=scorer_version,
-            description=description,
-            options=options,
-            created_at=now(),
+            name=task.name,
+            revision=task.revision,
+            scorer=task.scorer,
+            scorer_version=task.scorer_version,
+            description=task.description,
+            options=task.options,
+            created_at=task.created_at,
         )
     )
-    for split_name, split in splits.items():
+    for split_name, split in task.splits.items():
         connection.execute(
             insert(t.splits).values(
-                task=name,
-                task_revision=revision,
+                task=task.name,
+                task_revision=task.revision,
                 name=split_name,
                 digest=split.digest,
                 rows=split.rows,
@@ -72,7 +79,6 @@ def add(
                 truncated=split.truncated,
             )
         )
-    return one(connection, name, revision)
 
 
 def _digests(splits: Mapping[str, Split]) -> dict[str, str]:
@@ -91,9 +97,14 @@ def one(connection: Connection, name: str, revision: int | None) -> Task:
     if latest is None:
         raise names.not_found("task", name, [task.name for task in every(connection)])
     wanted = latest if revision is None else revision
-    if not 1 <= wanted <= latest:
-        raise NotFound(f"task {name!r} has no revision {wanted}: it has 1 to {latest}")
-    return _select(connection, t.tasks.c.name == name, t.tasks.c.revision == wanted)[0]
+    found = []
+    if 1 <= wanted <= latest:
+        found = _select(connection, t.tasks.c.name == name, t.tasks.c.revision == wanted)
+    if not found:
+        own = select(t.tasks.c.revision).where(t.tasks.c.name == name)
+        known = names.numbers(connection.execute(own).scalars().all())
+        raise NotFound(f"task {name!r} has no revision {wanted}: it has {known}")
+    return found[0]
 
 
 def every(connection: Connection) -> list[Task]:

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from lori_manager.errors import Conflict
-from lori_manager.records import Base, NewAdapter, NewScore, Parent, Split
+from lori_manager.records import Adapter, Base, NewAdapter, NewScore, Parent, Split
 from lori_manager.refs import AdapterRef
-from lori_manager.store import database
+from lori_manager.store import bundles, database
 from lori_manager.store.databases import REGISTRY
 from lori_manager.store.files import private_folder, storing
+from lori_manager.store.moving import StoreSource, move
 from lori_manager.store.postgres import Postgres
 from lori_manager.store.store import Store
 
@@ -51,7 +52,10 @@ def prepare(place: Path, server: Postgres | None = None) -> None:
             splits={"eval": Split(digest, ROWS)}, options={},
         )  # fmt: skip
         for i in range(2):
-            store.add_adapter(adapter("safety"), b"first weights %d" % i)
+            made = store.add_adapter(adapter("safety"), b"first weights %d" % i)
+            score(store, made.ref, made.digest)
+    with Store.create(place / "far" / ".lori") as far:
+        far.set_base(Base(FINGERPRINT, "tiny", None, str(place), "llama", datetime.now(UTC)))
     old = place / "old"
     old.mkdir()
     with sqlite3.connect(old / REGISTRY) as file:
@@ -174,6 +178,24 @@ def migrate(place: Path, ack: Ack) -> None:
 
 
 @act
+def pull(place: Path, ack: Ack) -> None:
+    """Another store brings two versions and is brought one that it lacks, by a bundle."""
+    with Store.open(place / "far" / ".lori") as far, Store.open(place / ".lori") as near:
+        source = StoreSource(near, "near")
+        asked = [AdapterRef("safety", str(version)) for version in (1, 2)]
+        move(source, source.parcel(asked), far, check=lambda *_: None)
+        ack("pulled safety@1 safety@2")
+        made = far.add_adapter(adapter("faraway"), os.urandom(4000))
+        file = place / f"faraway-{made.version}.tar"
+        parcel = far.parcel([AdapterRef("faraway", str(made.version))])
+        bundles.write(file, StoreSource(far, "far"), parcel)
+        ack(f"bundled {file.name} {made.ref}")
+        with bundles.Bundle(file) as bundle:
+            move(bundle, bundle.parcel(), near, check=lambda *_: None)
+        ack(f"moved {made.ref} {made.digest}")
+
+
+@act
 def export(place: Path, ack: Ack) -> None:
     """A PEFT directory, whole or not there."""
     import torch
@@ -202,13 +224,35 @@ def check_export(target: Path) -> None:
     assert len(load_file(target / "adapter_model.safetensors")) == 2
 
 
+def check_far(place: Path, acks: list[str], near: dict[str, Adapter]) -> None:
+    """What was brought is there with all that it needs; what was not is absent or whole."""
+    with Store.open(place / "far" / ".lori") as far:
+        wrong = [f for f in far.verify() if f.kind != "orphan"]
+        assert not wrong, wrong
+        here = {a.ref: a for a in far.adapters()}
+        for told in acks:
+            kind, *words = told.split()
+            if kind == "pulled":
+                assert here.keys() >= set(words), told
+            elif kind == "moved":
+                assert near[words[0]].digest == words[1], told
+            elif kind == "bundled":
+                with bundles.Bundle(place / words[0]) as bundle:
+                    assert words[1] in {a.ref for a in bundle.parcel().adapters}
+        for version in here.values():
+            assert len(far.adapter_bytes(version)) == version.bytes
+            if version.line == "safety":
+                assert version.digest == near[version.ref].digest
+                assert len(far.scores(subject=version.ref, task="safety")) == 1
+
+
 def check(place: Path, acks: list[str]) -> None:
     """Nothing that was told is lost, and no row is without a good file."""
     with Store.open(place / ".lori") as store:
         wrong = [f for f in store.verify() if f.kind != "orphan"]
         assert not wrong, wrong
         every = {a.ref: a for a in store.adapters(removed=True)}
-        for line in {a.line for a in every.values()}:
+        for line in {a.line for a in every.values()} - {"faraway"}:  # which comes with gaps
             versions = [a.version for a in every.values() if a.line == line]
             assert versions == list(range(1, len(versions) + 1))
         for adapter in store.adapters():
@@ -226,6 +270,7 @@ def check(place: Path, acks: list[str]) -> None:
                 assert every[words[0]].hidden, told
         last = [told.split() for told in acks if told.startswith("alias")][-1:]
         assert all(aliases[word] >= int(version) for _, word, version in last)
+    check_far(place, acks, every)
     old = sqlite3.connect(place / "old" / REGISTRY)
     (revision,) = old.execute("SELECT version_num FROM alembic_version").fetchone()
     (rows,) = old.execute("SELECT count(*) FROM adapters").fetchone()

@@ -59,7 +59,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_bytes(CONTENT)
-    monkeypatch.setattr(objects, "_whole", lambda *_: source.write_bytes(b"other") == 0)
+    monkeypatch.setattr(objects, "_kept", lambda *_: source.write_bytes(b"other") == 0)
     with pytest.raises(StorageFailed, match="changed while it was read"):
         objects.put_file(source)
     assert everything(objects.root) == []
