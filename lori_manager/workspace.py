@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from lori_manager import (
 from lori_manager.config import default_toml
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import Conflict, NotFound, WrongBase
+from lori_manager.ranks import led_store
 from lori_manager.records import Adapter, Alias, Base
 from lori_manager.refs import AdapterRef, check_name
 from lori_manager.store.store import Store
@@ -91,7 +93,7 @@ class Workspace(Context):
         start = Path(path).absolute()
         for folder in (start, *start.parents):
             if (folder / FOLDER).is_dir():
-                return cls(folder, Store.open(folder / FOLDER))
+                return cls(folder, led_store(partial(Store.open, folder / FOLDER)))
         raise NotFound(f"no workspace in {start} or above it: run `lori init --base MODEL` first")
 
     def close(self) -> None:

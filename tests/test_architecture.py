@@ -57,7 +57,18 @@ ROWS = (
     ("kinds",),
     ("architectures",),
     ("pipelines",),
-    ("config", "records", "refs", "registry", "sandbox", "extras", "errors", "plain", "rates"),
+    (
+        "config",
+        "records",
+        "refs",
+        "registry",
+        "sandbox",
+        "ranks",
+        "extras",
+        "errors",
+        "plain",
+        "rates",
+    ),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
 # Part -> what no module of it may import, at its top or inside a function.
@@ -76,8 +87,8 @@ LIGHT_PARTS = {
     "settings_file", "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding",
     "replaying", "merge_inputs", "context", "kinds", "auditing", "blaming", "differing",
     "remerging", "answering", "changes", "comparing", "plain", "reporting", "models", "store",
-    "config", "architectures", "records", "refs", "registry", "sandbox", "extras", "errors",
-    "image_intake", "sampling", "pipelines",
+    "config", "architectures", "records", "refs", "registry", "sandbox", "ranks", "extras",
+    "errors", "image_intake", "sampling", "pipelines",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from lori_manager.cli.session import workspace
 from lori_manager.cli.settings import CALIBRATION, TRAINING, Changes, configured, with_settings
 from lori_manager.errors import InvalidInput
 from lori_manager.kinds import parse_options
+from lori_manager.ranks import ranks
 
 if TYPE_CHECKING:
     from lori_manager.teaching import Trained
@@ -41,8 +42,11 @@ def calibrate(
 
     B trains dense from zero for a few steps; what grew most is kept.
     """
-    with workspace(ctx) as ws:
+    with workspace(ctx, by_ranks=True) as ws:
         mask = ws.calibrate(task, configured(ws.settings.config, changes), line=line)
+        told = ranks().first
+    if not told:
+        return
     if json:
         output.print_json(mask)
     else:
@@ -177,7 +181,7 @@ def train(
         None if avoided is None else tuple(avoided), replay, replay_general,
         None if general_text is None else str(general_text.absolute()),
     )  # fmt: skip
-    with workspace(ctx) as ws:
+    with workspace(ctx, by_ranks=True) as ws:
         config = configured(ws.settings.config, changes)
         if option:
             own = {**config.kind_options, **parse_options(config.kind, option)}
@@ -186,6 +190,9 @@ def train(
             trained = ws.train(tasks, config, options, sequence=sequence)
         else:
             trained = ws.train_jobs(tasks, config, options, jobs=jobs)
+        told = ranks().first
+    if not told:
+        return
     if json:
         output.print_json(trained)
     else:

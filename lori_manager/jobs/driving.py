@@ -16,6 +16,7 @@ from lori_manager.jobs.job import Failed, Job
 from lori_manager.jobs.news import Reader
 from lori_manager.kinds import LORI
 from lori_manager.projecting import reserve_rows
+from lori_manager.ranks import ranks
 from lori_manager.teaching import Course, Trained, TrainOptions, prepared, running
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ def train_jobs(
         InvalidInput: what needs an order, as for `teaching.train` besides.
         LoriError: of the first task that failed.
     """
+    if ranks().world > 1:
+        raise InvalidInput(
+            "--jobs starts its own processes: give it to lori itself, not to torchrun, or leave "
+            "it out"
+        )
     if at_once < 1:
         raise InvalidInput(f"--jobs must be at least 1, got {at_once}")
     course = prepared(ws, names, config, options)

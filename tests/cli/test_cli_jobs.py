@@ -22,4 +22,6 @@ def test_jobs_without_ray_name_the_extra(lori, monkeypatch):
 
 
 def test_a_task_that_is_not_there_is_told_before_ray_starts(lori):
-    assert "no task is called 'mass'" in lori.refuses("train", "colour", "mass", "--jobs", 2, code=4)
+    assert "no task is called 'mass'" in lori.refuses(
+        "train", "colour", "mass", "--jobs", 2, code=4
+    )
