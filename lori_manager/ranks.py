@@ -1,8 +1,9 @@
 """Several processes at one training, as `torchrun` or `accelerate launch` start them.
 
-All of them run the same code on the same workspace. Rank 0 alone reads and writes the store:
-the others are handed its answers (see `led_store`), so that they cannot take another way. The
-rows of every step and of every scoring are split over the ranks, and what they found is summed.
+All of them run the same code on the same workspace. Rank 0 alone reads and writes the store's
+records: the others are handed its answers (see `led_store`), so that they cannot take another
+way. The rows of every step and of every scoring are split over the ranks, and what they found is
+summed.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Ranks:
         for bucket in _buckets(gradients):
             flat = torch.cat([g.reshape(-1) for g in bucket])
             self._collective(partial(_sum, flat))
-            parts = torch.split(flat, [g.numel() for g in bucket])  # type: ignore[no-untyped-call]
+            parts = torch.split(flat, [g.numel() for g in bucket])
             for g, part in zip(bucket, parts, strict=True):
                 g.copy_(part.view_as(g))
         both = torch.stack([total.double(), torch.tensor(counted).to(total.device).double()])
@@ -221,46 +222,35 @@ def joined() -> Iterator[Ranks]:
     _now = alone
 
 
-class _Led:
-    """An object of rank 0's: what its methods answer there, they answer on every rank."""
+class _LedStore:
+    """A store whose records rank 0 alone reads and writes; the others hear its answers.
 
-    def __init__(self, name: str, held: Any, plain: Mapping[str, Any]) -> None:
-        self._name, self._held, self._plain = name, held, plain
+    Objects are read by every rank for itself, each as many as it needs: their names are the
+    digests of what is in them, so that no two ranks can see different ones.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.root, self.runs, self.objects = store.root, store.runs, store.objects
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._plain:
-            return self._plain[name]
-
         def ask(*args: Any, **options: Any) -> Any:
-            return ranks().led(
-                lambda: getattr(self._held, name)(*args, **options), f"{self._name}.{name}"
-            )
+            return ranks().led(lambda: getattr(self._store, name)(*args, **options), name)
 
         return ask
 
-
-class _LedStore(_Led):
     def close(self) -> None:
         """Nobody waits for the others here: they may have ended."""
-        if self._held is not None:
-            self._held.close()
+        self._store.close()
 
 
 def led_store(open_store: Callable[[], T]) -> T:
-    """A store that rank 0 alone opens; alone, the store itself."""
-    group = ranks()
-    if group.world == 1:
+    """A store of which rank 0 holds the records; alone, the store itself."""
+    if ranks().world == 1:
         return open_store()
-    held: list[Any] = []
-
-    def opened() -> dict[str, Any]:
-        held.append(open_store())
-        return {"root": held[0].root, "runs": held[0].runs}
-
-    plain = group.led(opened, "open")
-    mine = held[0] if held else None
-    objects = _Led("objects", None if mine is None else mine.objects, {})
-    return cast(T, _LedStore("store", mine, {**plain, "objects": objects}))
+    mine: list[T] = []
+    ranks().led(lambda: mine.append(open_store()), "open")  # whatever it has to do, it does alone
+    return cast(T, _LedStore(mine[0] if mine else open_store()))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

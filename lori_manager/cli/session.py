@@ -147,17 +147,19 @@ class FailingGroup(TyperGroup):
 
 def _bug(error: Exception, ctx: Any) -> typer.Exit:
     kind = type(error).__name__
+    who = "" if ranks().first else f"rank {ranks().rank}: "
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return _end("out of memory: use a smaller --batch or --score-batch", 1, ctx)
-    message = f"{kind}: {error}; this is a bug, please report it with the output of LORI_DEBUG=1"
+        return _end(f"{who}out of memory: use a smaller --batch or --score-batch", 1, ctx)
+    message = (
+        f"{who}{kind}: {error}; this is a bug, please report it with the output of LORI_DEBUG=1"
+    )
     return _end(message, 1, ctx)
 
 
 def _end(message: str, code: int, ctx: Any) -> typer.Exit:
     if not ranks().may_tell():
         return typer.Exit(code)
-    who = "" if ranks().first else f"rank {ranks().rank}: "
-    typer.echo(f"lori: {who}{one_line(message)}", err=True)
+    typer.echo(f"lori: {one_line(message)}", err=True)
     verbose = isinstance(ctx.obj, Session) and ctx.obj.verbose
     if verbose or os.environ.get("LORI_DEBUG") == "1":
         typer.echo(traceback.format_exc(), err=True)
