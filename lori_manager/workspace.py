@@ -203,13 +203,26 @@ class Workspace(Context):
         config: Config | None = None,
         options: TrainOptions | None = None,
         *,
-        jobs: int,
+        jobs: int | None = None,
+        slurm: str | None = None,
     ) -> list[Trained]:
-        """Independent trainings, `jobs` at once through Ray; see `jobs.driving.train_jobs`."""
+        """Independent trainings at once; see `jobs.driving.train_jobs`.
+
+        Args:
+            jobs: how many at a time; as many as there are tasks where None.
+            slurm: options of `sbatch`: then they are jobs of that cluster, else Ray's.
+        """
         from lori_manager.jobs.driving import train_jobs
         from lori_manager.jobs.on_ray import RayWorkers
+        from lori_manager.jobs.on_slurm import SlurmWorkers, slurm_options
 
-        return train_jobs(self, tasks, config, options, jobs, RayWorkers)
+        at_once = max(1, len(tasks)) if jobs is None else jobs
+        if slurm is None:
+            return train_jobs(self, tasks, config, options, at_once, RayWorkers)
+        told = slurm_options(slurm)
+        return train_jobs(
+            self, tasks, config, options, at_once, lambda _, folder: SlurmWorkers(told, folder)
+        )
 
     def compare_kinds(self, task: str, kinds: Sequence[str], **options: Any) -> KindsCompared:
         """Several kinds of adapters on one task; see `kind_comparison.compare_kinds`."""

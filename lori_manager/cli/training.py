@@ -157,6 +157,15 @@ def train(
             show_default=False,
         ),
     ] = None,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARGS",
+            help="Train each task as a job of a Slurm cluster, with these options of sbatch, such "
+            'as "--partition=gpu --gres=gpu:1 --time=4:00:00".',
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     *,
     changes: Changes,
@@ -166,13 +175,15 @@ def train(
     Calibrates where a task has no fitting mask. Interrupted, the same command goes
     on from its last checkpoint. With --sequence every stage continues the one
     before, and is scored on all the tasks, also the coming ones. With --jobs the tasks
-    are trained at once instead, on this machine or on the cluster of RAY_ADDRESS.
+    are trained at once instead, on this machine or on the cluster of RAY_ADDRESS, with
+    --slurm on a Slurm cluster.
     """
     from lori_manager.teaching import TrainOptions
 
-    if jobs is not None and sequence is not None:
+    at_once = jobs is not None or slurm is not None
+    if at_once and sequence is not None:
         raise InvalidInput(
-            "--jobs trains tasks at once, and the stages of a --sequence go on from one another: "
+            f"--{'slurm' if jobs is None else 'jobs'} trains tasks at once, and the stages of a --sequence go on from one another: "
             "leave one of them out"
         )
     avoided = names(avoid)
@@ -186,10 +197,10 @@ def train(
         if option:
             own = {**config.kind_options, **parse_options(config.kind, option)}
             config = config.replace(kind_options=own)
-        if jobs is None:
-            trained = ws.train(tasks, config, options, sequence=sequence)
+        if at_once:
+            trained = ws.train_jobs(tasks, config, options, jobs=jobs, slurm=slurm)
         else:
-            trained = ws.train_jobs(tasks, config, options, jobs=jobs)
+            trained = ws.train(tasks, config, options, sequence=sequence)
         told = ranks().first
     if not told:
         return
