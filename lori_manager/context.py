@@ -21,6 +21,7 @@ from lori_manager.architectures import (
 from lori_manager.config import PRECISIONS, Config, Settings, load_settings
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, NotFound, WrongBase
 from lori_manager.kinds import KINDS
+from lori_manager.ranks import ranks
 from lori_manager.records import Adapter, Mask, Task
 from lori_manager.refs import AdapterRef, check_name, parse_adapter_ref
 from lori_manager.store.files import write_atomic
@@ -89,7 +90,9 @@ class Context:
         path = Path(base.path)
         if not path.is_dir():
             path, _ = models.locate(base.source, base.revision, code=base.code is not None)
-        mark = models.fingerprint(path, self.store.root / "fingerprint.json")
+        memory = self.store.root / "fingerprint.json"
+        ranks().led(lambda: models.fingerprint(path, memory), "fingerprint")  # then it is known
+        mark = models.fingerprint(path, memory)
         if mark != base.fingerprint:
             raise WrongBase(
                 f"{path} is not the base of this workspace: expected weights "
@@ -121,7 +124,8 @@ class Context:
             if resolved not in PRECISIONS:
                 resolved = models.resolve_precision("auto")
                 told = json.dumps({"machine": stamp, "precision": resolved})
-                write_atomic(memory, told.encode())
+                if ranks().first:
+                    write_atomic(memory, told.encode())
             config = config.replace(precision=resolved)
         return models.score_precision(config)
 

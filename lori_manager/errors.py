@@ -32,6 +32,10 @@ class Diverged(InvalidInput):
     """A training whose loss or values stopped being finite."""
 
 
+class EndedElsewhere(LoriError):
+    """Another process of the same training has ended, and says why."""
+
+
 class AuditFailed(LoriError):
     """A task on the audited line fell further than allowed."""
 

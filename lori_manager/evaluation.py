@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import InvalidInput
+from lori_manager.ranks import ranks
 from lori_manager.records import Adapter, NewScore, Score, Task
 from lori_manager.refs import BASE
 
@@ -172,11 +173,21 @@ def _outcomes(
         from lori_manager.diffusion.noise_loss import held_out_losses
 
         pictures = ws.pictures(task, "eval")
-        return held_out_losses(base, pictures, scorer.draws, config.score_batch, progress), None
+
+        def losses(own: Sequence[int]) -> tuple[np.ndarray, None]:
+            mine = [pictures[i] for i in own]
+            return held_out_losses(base, mine, scorer.draws, config.score_batch, progress), None
+
+        return ranks().by_row(len(pictures), losses)
     from lori_manager.scoring import score_rows
 
     rows, encoded = ws.rows(task, "eval")
-    return score_rows(base, rows, encoded, scorer, config.score_batch, progress, config.packing)
+
+    def outcomes(own: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        mine, tokens = [rows[i] for i in own], [encoded[i] for i in own]
+        return score_rows(base, mine, tokens, scorer, config.score_batch, progress, config.packing)
+
+    return ranks().by_row(len(rows), outcomes)
 
 
 def _labelled(
@@ -201,10 +212,14 @@ def _labelled(
     base = ws.base_model(config)
     _, encoded = ws.labelled(task, "eval")
     progress = counted_progress(ws, f"scoring {subject} on {task.name}")
+
+    def outcomes(own: Sequence[int]) -> tuple[np.ndarray, None]:
+        mine = [encoded[i] for i in own]
+        found = label_outcomes(base, head, task.labels, mine, scorer, config.score_batch, progress)
+        return found, None
+
     with applied(base, weights):
-        return label_outcomes(
-            base, head, task.labels, encoded, scorer, config.score_batch, progress
-        )
+        return ranks().by_row(len(encoded), outcomes)[0]
 
 
 def _run_routed(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lori_manager.errors import InvalidInput
 from lori_manager.graphs import Graphed, plan_sizes
 from lori_manager.labelling import Runner
+from lori_manager.ranks import ranks
 from lori_manager.tasks.batches import Sizes
 
 T = TypeVar("T")
@@ -43,7 +44,10 @@ class Late:
 
 
 class Gradients:
-    """The mean loss of a step's rows, with its gradient left in the parameters."""
+    """The mean loss of a step's rows, with its gradient left in the parameters.
+
+    Where several processes are at it, each runs its share of the rows and all get the sum.
+    """
 
     def __init__(
         self,
@@ -70,7 +74,8 @@ class Gradients:
         parts = [part for step in steps for part in step]
         self._graphed: Graphed | None = None
         self._sizes: dict[int, Sizes | None] = {}
-        if graphs == "auto" and forward.packed and forward.base.device.type == "cuda":
+        alone = ranks().world == 1  # a capture does not stand the other processes' sums
+        if graphs == "auto" and alone and forward.packed and forward.base.device.type == "cuda":
             weights = sum(p.numel() for p in forward.base.model.parameters())
             planned = plan_sizes(parts, weights)
             self._sizes = {id(part): sizes for part, sizes in zip(parts, planned, strict=True)}
@@ -82,7 +87,9 @@ class Gradients:
         counted = 0
         for p in self._parameters:
             p.grad.zero_()  # type: ignore[union-attr]
-        for part in parts:
+        for part in map(ranks().own, parts):
+            if not part:
+                continue
             sizes = self._sizes.get(id(part))
             batch = self._forward.batch(part, sizes)
             counted += int(batch.counts.sum())
@@ -91,13 +98,13 @@ class Gradients:
             else:
                 (loss,) = self._add(self._forward.place(batch))
             total = loss.clone() if total is None else total + loss
-        if total is None:
-            raise ValueError("a step needs at least one row")
-        for p in self._parameters:
-            p.grad.div_(counted)  # type: ignore[union-attr]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        total, every = ranks().summed(gradients, total, counted)
+        for gradient in gradients:
+            gradient.div_(every)
         if self._penalty is not None:
             self._add_gradient(self._penalty())
-        return total / counted
+        return total / every
 
     def _add(self, batch: Any) -> tuple[Tensor]:
         """Add the gradient of the summed loss to the parameters' own."""

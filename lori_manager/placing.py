@@ -16,6 +16,7 @@ from lori_manager.evaluation import counted_progress
 from lori_manager.kinds import LORI, kind_of
 from lori_manager.placement import Placement, module_types
 from lori_manager.projecting import APART
+from lori_manager.ranks import ranks
 from lori_manager.records import Adapter, Task
 from lori_manager.settings_file import with_default
 from lori_manager.store.files import private_folder, storing, write_atomic
@@ -68,7 +69,7 @@ def place(
         raise InvalidInput(f"`prompts` must be at least 1, got {prompts}")
     task = ws.trainable(name)
     path = _memory(ws, task, config, prompts)
-    known = _read(path, task)
+    known = ranks().led(lambda: _read(path, task), "the placement")
     if known is not None:
         return known
     from lori_manager.feature_norms import feature_norms
@@ -87,9 +88,10 @@ def place(
         seed=config.seed,
         precision=ws.score_precision(config),
     )
-    with storing(path):
-        private_folder(path.parent)
-    write_atomic(path, json.dumps(asdict(found)).encode())
+    if ranks().first:
+        with storing(path):
+            private_folder(path.parent)
+        write_atomic(path, json.dumps(asdict(found)).encode())
     return found
 
 

@@ -17,6 +17,7 @@ from lori_manager.avoiding import avoiding_block, without_probes
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import DamagedObject, InvalidInput
+from lori_manager.ranks import ranks
 from lori_manager.records import Adapter, Task
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _first_row(ws: Context, label: str, rank: int) -> int:
 
     made = [a.facts["A"] for a in ws.store.adapters() if "first_row" in a.facts.get("A", {})]
     used = {rows_key(A["label"], A["rank"]): A["first_row"] for A in made}
-    return give_rows(ws.store.root, label, rank, used)
+    return ranks().led(lambda: give_rows(ws.store.root, label, rank, used), "rows of A")
 
 
 def _keep(path: Path, block: Block, how: Mapping[str, Any]) -> None:
@@ -179,13 +180,17 @@ def _keep(path: Path, block: Block, how: Mapping[str, Any]) -> None:
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.store.files import write_atomic
 
-    if block.tensors is None:
+    if block.tensors is None or not ranks().first:
         return
     nothing = {name: torch.zeros_like(b, dtype=torch.bool) for name, b in block.B.items()}
     write_atomic(path, encode_adapter(AdapterWeights((replace(block, mask=nothing),)), how))
 
 
 def _kept(path: Path) -> tuple[Block, dict[str, Any]] | None:
+    return ranks().led(lambda: _read(path), "the kept A")
+
+
+def _read(path: Path) -> tuple[Block, dict[str, Any]] | None:
     from lori_manager.engine.codec import decode_adapter
 
     if not path.is_file():

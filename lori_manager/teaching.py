@@ -17,6 +17,7 @@ from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, kind_of, resolved
 from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
+from lori_manager.ranks import ranks
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
 from lori_manager.replaying import check_replay, with_replay
@@ -474,12 +475,13 @@ def _train_stage(
                 "first_loss": result.losses[0],
                 "last_loss": result.losses[-1],
             }
+            | ({"processes": ranks().world} if ranks().world > 1 else {})
             | learned.facts
             | placement.facts,
         ),
         encode(learned.weights, {"base": base} | learned.meta),
     )
-    for left in folder.glob(f"{stage}-*"):
+    for left in folder.glob(f"{stage}-*") if ranks().first else ():
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
@@ -638,13 +640,16 @@ def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> 
 
 @contextmanager
 def running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
-    """The run of this plan, open or new, held by this process alone.
+    """The run of this plan, open or new, held by this process alone, or by rank 0 for all.
 
     Raises:
         Conflict: another process holds it.
     """
     run = ws.store.open_run(plan)
-    folder = ws.store.root / "runs" / run.id
+    folder = ws.store.runs / run.id
+    if not ranks().first:
+        yield run.id, folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lock = held_lock(folder / "lock", "the same training")
     line = None
@@ -659,10 +664,11 @@ def running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
         finished = True
     except LoriError:
         # A run that was refused before it began leaves nothing to go on with.
-        begun = any(folder.glob("*/step-*")) or ws.store.run_adapters(run.id)
-        if not begun:
-            ws.store.finish_run(run.id)
-            finished = True
+        with ranks().apart():
+            begun = any(folder.glob("*/step-*")) or ws.store.run_adapters(run.id)
+            if not begun:
+                ws.store.finish_run(run.id)
+                finished = True
         raise
     finally:
         if finished:

@@ -24,6 +24,7 @@ from lori_manager.errors import Diverged, InvalidInput
 from lori_manager.forward import Forward
 from lori_manager.gradients import Gradients, Late, checkpointed, micro_batches
 from lori_manager.models import BaseModel
+from lori_manager.ranks import ranks
 from lori_manager.tasks.batches import training_order
 from lori_manager.tasks.encoding import Encoded
 
@@ -195,7 +196,7 @@ def fit(
             on_progress(Progress(phase, done, steps, losses[done - 1], tokens / spent, left))
 
     batches = [
-        micro_batches([rows[i] for i in order[step]], config.micro_batch)
+        micro_batches([rows[i] for i in order[step]], config.micro_batch * ranks().world)
         for step in range(state.step, steps)
     ]
     waiting: deque[Late] = deque()
@@ -215,7 +216,7 @@ def fit(
             waiting.append(Late(loss))
             # Of what takes long to save, no more than a tenth of the time goes into it.
             pause = max(config.checkpoint_seconds, 9 * took if config.checkpoint_seconds else 0)
-            due = checkpoint is not None and step + 1 < steps and (
+            due = checkpoint is not None and ranks().first and step + 1 < steps and (
                 time.monotonic() - saved >= pause
             )  # fmt: skip
             # On a GPU a step's loss is read when the next step has been launched.
@@ -298,7 +299,9 @@ def _load_state(
                 if found.tensors[f"{name}|{part}"].shape != parameter.shape:
                     raise ValueError("it has other shapes")
 
-    found = None if folder is None else checkpoints.newest(folder, check)
+    found = ranks().led(
+        lambda: None if folder is None else checkpoints.newest(folder, check), "the checkpoint"
+    )
     if found is None:
         return fresh
     state = _State(**found.facts)

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from lori_manager import (
 from lori_manager.config import default_toml
 from lori_manager.context import FOLDER, SETTINGS, Context
 from lori_manager.errors import Conflict, InvalidInput, NotFound, WrongBase
+from lori_manager.ranks import led_store
 from lori_manager.records import Adapter, Alias, Base
 from lori_manager.refs import AdapterRef, check_name
 from lori_manager.store import databases
@@ -123,7 +125,7 @@ class Workspace(Context):
             if (folder / FOLDER).is_dir():
                 if folder != start:
                     _check_owner(folder)
-                return cls(folder, Store.open(folder / FOLDER))
+                return cls(folder, led_store(partial(Store.open, folder / FOLDER)))
         raise NotFound(f"no workspace in {start} or above it: run `lori init --base MODEL` first")
 
     def close(self) -> None:
@@ -274,13 +276,26 @@ class Workspace(Context):
         config: Config | None = None,
         options: TrainOptions | None = None,
         *,
-        jobs: int,
+        jobs: int | None = None,
+        slurm: str | None = None,
     ) -> list[Trained]:
-        """Independent trainings, `jobs` at once through Ray; see `jobs.driving.train_jobs`."""
+        """Independent trainings at once; see `jobs.driving.train_jobs`.
+
+        Args:
+            jobs: how many at a time; as many as there are tasks where None.
+            slurm: options of `sbatch`: then they are jobs of that cluster, else Ray's.
+        """
         from lori_manager.jobs.driving import train_jobs
         from lori_manager.jobs.on_ray import RayWorkers
+        from lori_manager.jobs.on_slurm import SlurmWorkers, slurm_options
 
-        return train_jobs(self, tasks, config, options, jobs, RayWorkers)
+        at_once = max(1, len(tasks)) if jobs is None else jobs
+        if slurm is None:
+            return train_jobs(self, tasks, config, options, at_once, RayWorkers)
+        told = slurm_options(slurm)
+        return train_jobs(
+            self, tasks, config, options, at_once, lambda _, folder: SlurmWorkers(told, folder)
+        )
 
     def compare_kinds(self, task: str, kinds: Sequence[str], **options: Any) -> KindsCompared:
         """Several kinds of adapters on one task; see `kind_comparison.compare_kinds`."""

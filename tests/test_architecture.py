@@ -57,7 +57,7 @@ ROWS = (
     ("kinds",),
     ("base_files", "architectures"),
     ("pipelines",),
-    ("config", "records", "refs", "registry", "sandbox", "extras", "plain", "rates"),
+    ("config", "records", "refs", "registry", "sandbox", "ranks", "extras", "plain", "rates"),
     ("foreign", "errors"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
@@ -77,8 +77,8 @@ LIGHT_PARTS = {
     "settings_file", "intake", "integrity", "doctor", "evaluation", "projecting", "avoiding",
     "replaying", "merge_inputs", "context", "kinds", "auditing", "blaming", "differing",
     "remerging", "answering", "changes", "comparing", "plain", "reporting", "models", "store",
-    "config", "architectures", "records", "refs", "registry", "sandbox", "extras", "errors",
-    "image_intake", "sampling", "pipelines", "base_files", "foreign", "moving",
+    "config", "architectures", "records", "refs", "registry", "sandbox", "ranks", "extras",
+    "errors", "image_intake", "sampling", "pipelines", "base_files", "foreign", "moving",
 }  # fmt: skip
 
 

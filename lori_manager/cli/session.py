@@ -19,7 +19,8 @@ from typer.core import TyperGroup
 
 from lori_manager.cli.output import one_line
 from lori_manager.cli.progress import Teller
-from lori_manager.errors import LoriError, NotFound, StorageFailed
+from lori_manager.errors import InvalidInput, LoriError, NotFound, StorageFailed
+from lori_manager.ranks import joined, launched, ranks
 
 if TYPE_CHECKING:
     from lori_manager.workspace import Workspace
@@ -71,15 +72,32 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def workspace(ctx: typer.Context) -> Iterator[Workspace]:
-    """The workspace that the command is for, telling its progress on stderr."""
+def workspace(ctx: typer.Context, *, by_ranks: bool = False) -> Iterator[Workspace]:
+    """The workspace that the command is for, telling its progress on stderr.
+
+    Args:
+        by_ranks: the command can be done by several processes, of which rank 0 alone tells.
+    Raises:
+        InvalidInput: torchrun has started several of a command that cannot.
+    """
     session: Session = ctx.obj
+    if launched() > 1 and not by_ranks:
+        raise InvalidInput(
+            f"{launched()} processes were started for this command, and only `lori train` and "
+            "`lori calibrate` can be done by several: start it without torchrun"
+        )
+    with joined() as group, _opened(session, quiet=session.quiet or not group.first) as opened:
+        yield opened
+
+
+@contextmanager
+def _opened(session: Session, *, quiet: bool) -> Iterator[Workspace]:
     with uncollected():
         from lori_manager.workspace import Workspace
 
         found = Workspace.open(session.folder)
     gc.freeze()  # what is loaded stays: no later look for cycles has to go over it
-    with Teller(quiet=session.quiet) as teller, found as opened:
+    with Teller(quiet=quiet) as teller, found as opened:
         opened.on_message = teller.message
         opened.on_progress = teller.progress
         yield opened
@@ -129,13 +147,18 @@ class FailingGroup(TyperGroup):
 
 def _bug(error: Exception, ctx: Any) -> typer.Exit:
     kind = type(error).__name__
+    who = "" if ranks().first else f"rank {ranks().rank}: "
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return _end("out of memory: use a smaller --batch or --score-batch", 1, ctx)
-    message = f"{kind}: {error}; this is a bug, please report it with the output of LORI_DEBUG=1"
+        return _end(f"{who}out of memory: use a smaller --batch or --score-batch", 1, ctx)
+    message = (
+        f"{who}{kind}: {error}; this is a bug, please report it with the output of LORI_DEBUG=1"
+    )
     return _end(message, 1, ctx)
 
 
 def _end(message: str, code: int, ctx: Any) -> typer.Exit:
+    if not ranks().may_tell():
+        return typer.Exit(code)
     typer.echo(f"lori: {one_line(message)}", err=True)
     verbose = isinstance(ctx.obj, Session) and ctx.obj.verbose
     if verbose or os.environ.get("LORI_DEBUG") == "1":

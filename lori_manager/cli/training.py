@@ -15,6 +15,7 @@ from lori_manager.cli.session import workspace
 from lori_manager.cli.settings import CALIBRATION, TRAINING, Changes, configured, with_settings
 from lori_manager.errors import InvalidInput
 from lori_manager.kinds import parse_options
+from lori_manager.ranks import ranks
 
 if TYPE_CHECKING:
     from lori_manager.teaching import Trained
@@ -41,8 +42,11 @@ def calibrate(
 
     B trains dense from zero for a few steps; what grew most is kept.
     """
-    with workspace(ctx) as ws:
+    with workspace(ctx, by_ranks=True) as ws:
         mask = ws.calibrate(task, configured(ws.settings.config, changes), line=line)
+        told = ranks().first
+    if not told:
+        return
     if json:
         output.print_json(mask)
     else:
@@ -153,6 +157,15 @@ def train(
             show_default=False,
         ),
     ] = None,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARGS",
+            help="Train each task as a job of a Slurm cluster, with these options of sbatch, such "
+            'as "--partition=gpu --gres=gpu:1 --time=4:00:00".',
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     *,
     changes: Changes,
@@ -162,14 +175,17 @@ def train(
     Calibrates where a task has no fitting mask. Interrupted, the same command goes
     on from its last checkpoint. With --sequence every stage continues the one
     before, and is scored on all the tasks, also the coming ones. With --jobs the tasks
-    are trained at once instead, on this machine or on the cluster of RAY_ADDRESS.
+    are trained at once instead, on this machine or on the cluster of RAY_ADDRESS, with
+    --slurm on a Slurm cluster.
     """
     from lori_manager.teaching import TrainOptions
 
-    if jobs is not None and sequence is not None:
+    at_once = jobs is not None or slurm is not None
+    if at_once and sequence is not None:
+        given = "--slurm" if jobs is None else "--jobs"
         raise InvalidInput(
-            "--jobs trains tasks at once, and the stages of a --sequence go on from one another: "
-            "leave one of them out"
+            f"{given} trains tasks at once, and the stages of a --sequence go on from one "
+            "another: leave one of them out"
         )
     avoided = names(avoid)
     options = TrainOptions(
@@ -177,15 +193,18 @@ def train(
         None if avoided is None else tuple(avoided), replay, replay_general,
         None if general_text is None else str(general_text.absolute()),
     )  # fmt: skip
-    with workspace(ctx) as ws:
+    with workspace(ctx, by_ranks=True) as ws:
         config = configured(ws.settings.config, changes)
         if option:
             own = {**config.kind_options, **parse_options(config.kind, option)}
             config = config.replace(kind_options=own)
-        if jobs is None:
-            trained = ws.train(tasks, config, options, sequence=sequence)
+        if at_once:
+            trained = ws.train_jobs(tasks, config, options, jobs=jobs, slurm=slurm)
         else:
-            trained = ws.train_jobs(tasks, config, options, jobs=jobs)
+            trained = ws.train(tasks, config, options, sequence=sequence)
+        told = ranks().first
+    if not told:
+        return
     if json:
         output.print_json(trained)
     else:

@@ -15,6 +15,7 @@ from lori_manager.diffusion.capture import Captured
 from lori_manager.diffusion.noise import normals, spread_timesteps, timesteps
 from lori_manager.diffusion.pipeline import DiffusionBase
 from lori_manager.errors import InvalidInput
+from lori_manager.ranks import ranks
 from lori_manager.tasks.images import Picture
 from lori_manager.training import Steps, StepsOf
 
@@ -73,7 +74,7 @@ class _NoiseSteps:
         self._base, self._step, self._label = base, step, label
         self._trained, self._penalty = list(training.parameters.values()), training.penalty
         self._run: Callable[..., Tensor] = self._summed
-        if graphs and training.graphs and base.device.type == "cuda":
+        if graphs and training.graphs and ranks().world == 1 and base.device.type == "cuda":
             self._run = Captured(self._summed)
         for p in self._trained:
             p.grad = torch.zeros_like(p)
@@ -93,16 +94,22 @@ class _NoiseSteps:
         losses = []
         for p in self._trained:
             p.grad.zero_()  # type: ignore[union-attr]
-        begin = 0
+        begin = counted = 0
         for part in parts:
-            own = [t[begin : begin + len(part)] for t in placed]
+            mine = ranks().own(range(begin, begin + len(part)))
             begin += len(part)
-            losses.append(self._run(*own).clone())
-        for p in self._trained:
-            p.grad.div_(len(pictures))  # type: ignore[union-attr]
+            if mine:
+                own = slice(mine[0], begin, ranks().world)
+                losses.append(self._run(*(t[own] for t in placed)).clone())
+                counted += len(mine)
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        found = torch.stack(losses).sum() if losses else None
+        loss, every = ranks().summed(gradients, found, counted)
+        for gradient in gradients:
+            gradient.div_(every)
         if self._penalty is not None:
             self._add_gradient(self._penalty())
-        return torch.stack(losses).sum() / len(pictures)
+        return loss / every
 
     def _summed(self, *inputs: Tensor) -> Tensor:
         """Add the gradient of the images' summed loss to the parameters' own."""

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lori_manager import errors
@@ -16,6 +17,7 @@ from lori_manager.jobs.job import Failed, Job
 from lori_manager.jobs.news import Reader
 from lori_manager.kinds import LORI
 from lori_manager.projecting import reserve_rows
+from lori_manager.ranks import ranks
 from lori_manager.teaching import Course, Trained, TrainOptions, prepared, running
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def train_jobs(
     config: Config | None,
     options: TrainOptions | None,
     at_once: int,
-    workers: Callable[[int], Workers],
+    workers: Callable[[int, Path], Workers],
 ) -> list[Trained]:
     """Train independent tasks, several at once, each in a process of its own.
 
@@ -66,13 +68,19 @@ def train_jobs(
     Args:
         names, config, options: as for `teaching.train`.
         at_once: the most to run at a time.
-        workers: makes them for so many at once, when everything else is checked.
+        workers: makes them, when everything else is checked, for so many at once and with
+            the run's folder.
     Returns:
         In the order of `names`.
     Raises:
         InvalidInput: what needs an order, as for `teaching.train` besides.
         LoriError: of the first task that failed.
     """
+    if ranks().world > 1:
+        raise InvalidInput(
+            "--jobs starts its own processes: give it to lori itself, not to torchrun, or leave "
+            "it out"
+        )
     if at_once < 1:
         raise InvalidInput(f"--jobs must be at least 1, got {at_once}")
     course = prepared(ws, names, config, options)
@@ -84,7 +92,7 @@ def train_jobs(
             parent = None if start is None else ws.adapter(start)
             for task in course.tasks:
                 reserve_rows(ws, task, course.config, course.options.line or task.name, parent)
-        crew = workers(min(at_once, len(course.tasks)))
+        crew = workers(min(at_once, len(course.tasks)), folder)
         jobs = [
             Job(
                 str(ws.root),

@@ -39,7 +39,7 @@ class RayWorkers:
     loopback alone, and to whoever has a token that is drawn anew each time.
     """
 
-    def __init__(self, at_once: int) -> None:
+    def __init__(self, at_once: int, _: Path) -> None:
         """Start Ray or join a cluster.
 
         Raises:

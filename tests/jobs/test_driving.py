@@ -24,7 +24,7 @@ class Crew:
         self.begun, self.running, self.most = [], 0, 0
         self.pool = ThreadPoolExecutor(1)
 
-    def __call__(self, at_once):
+    def __call__(self, at_once, folder):
         self.at_once = at_once
         return self
 

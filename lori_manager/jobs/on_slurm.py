@@ -1,0 +1,130 @@
+"""Jobs as jobs of a Slurm cluster, handed in through submitit.
+
+submitit writes what is to be done, and what came of it, as pickles into the run's folder,
+which only its owner may enter; they go with the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from lori_manager.errors import InvalidInput, first_line
+from lori_manager.extras import load_extra
+from lori_manager.jobs.driving import Lost
+from lori_manager.jobs.job import Failed, Job, work
+from lori_manager.teaching import Trained
+
+CHECK = 30.0  # seconds between two questions to Slurm about a job without a result
+OPTIONS = frozenset({
+    "account", "clusters", "constraint", "cpus-per-gpu", "cpus-per-task", "exclude", "exclusive",
+    "gpus", "gpus-per-node", "gpus-per-task", "gres", "licenses", "mail-type", "mail-user", "mem",
+    "mem-per-cpu", "mem-per-gpu", "nice", "nodelist", "partition", "qos", "reservation", "time",
+    "tmp",
+})  # fmt: skip
+_OPTION = re.compile(r"--([a-z][a-z-]*)(?:=([A-Za-z0-9_.,:/@%+*\[\]=-]+))?")
+
+
+def slurm_options(given: str) -> dict[str, str | bool]:
+    """The options of `sbatch` in a line such as `--partition=gpu --time=4:00:00`.
+
+    No shell reads them: a word that is not one of `OPTIONS` with a plain value is refused.
+    Raises:
+        InvalidInput: names the word.
+    """
+    try:
+        words = shlex.split(given)
+    except ValueError as e:
+        raise InvalidInput(f"--slurm cannot be read: {e}; got {given!r}") from e
+    found: dict[str, str | bool] = {}
+    for word in words:
+        match = _OPTION.fullmatch(word)
+        if match is None:
+            raise InvalidInput(f"--slurm takes options such as --partition=gpu, got {word!r}")
+        name, value = match.groups()
+        if name not in OPTIONS:
+            raise InvalidInput(
+                f"--slurm does not take --{name}; there are: {', '.join(sorted(OPTIONS))}"
+            )
+        if name in found:
+            raise InvalidInput(f"--slurm has --{name} twice")
+        if value is None and name != "exclusive":
+            raise InvalidInput(f"--slurm needs a value for --{name}, such as --{name}=VALUE")
+        found[name] = True if value is None else value
+    if "time" not in found:
+        raise InvalidInput("--slurm needs the time that one task may take, such as --time=4:00:00")
+    return found
+
+
+class SlurmWorkers:
+    """A job of the cluster for each task.
+
+    Args:
+        options: see `slurm_options`.
+        folder: the run's; submitit's files are put into `slurm/` in it.
+        cluster: submitit's name for where to run: "slurm", or "local" for processes here.
+    Raises:
+        InvalidInput: there is no Slurm here, or submitit is not installed.
+    """
+
+    def __init__(
+        self, options: dict[str, str | bool], folder: Path, cluster: str = "slurm"
+    ) -> None:
+        self._submitit = load_extra("submitit", "slurm", "--slurm")
+        lacking = [tool for tool in ("sbatch", "srun") if shutil.which(tool) is None]
+        if cluster == "slurm" and lacking:
+            raise InvalidInput(
+                f"--slurm needs a Slurm cluster, and there is no `{lacking[0]}` here: run it on a "
+                "login node, or use --jobs"
+            )
+        told = options.get("cpus-per-task") or os.environ.get("OMP_NUM_THREADS") or "1"
+        self.threads = int(told) if str(told).isdecimal() else 1
+        self._executor = self._submitit.AutoExecutor(folder / "slurm", cluster=cluster)
+        self._executor.update_parameters(
+            name="lori", slurm_additional_parameters=dict(options), slurm_stderr_to_stdout=True
+        )
+        self._started: list[Any] = []
+        self._checked: dict[str, float] = {}
+
+    def start(self, job: Job) -> Any:
+        """Hand in the job.
+
+        Raises:
+            InvalidInput: Slurm does not take it; says why.
+        """
+        try:
+            started = self._executor.submit(work, job)
+        except (self._submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as e:
+            raise InvalidInput(f"sbatch refuses the job: {first_line(e)}") from e
+        self._started.append(started)
+        self._checked[started.job_id] = time.monotonic()
+        return started
+
+    def answer(self, started: Any) -> Trained | Failed | Lost | None:
+        """What came of it; None while it waits or runs."""
+        now = time.monotonic()
+        ask = now - self._checked[started.job_id] >= CHECK
+        if ask:
+            self._checked[started.job_id] = now
+        if not started.done(force_check=ask):
+            return None
+        if not started.paths.result_pickle.exists():
+            return Lost(f"Slurm's state of job {started.job_id} is {started.state}")
+        try:
+            answer: Trained | Failed = started.result()
+        except self._submitit.core.utils.FailedJobError as e:
+            said = str(e).strip().splitlines() or ["it says nothing"]
+            return Failed("RuntimeError", said[-1])
+        return answer
+
+    def stop(self) -> None:
+        """Cancel what is not done."""
+        for started in self._started:
+            if not started.done():
+                started.cancel()
