@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 from sqlalchemy import Connection, insert, select, update
 
-from lori_manager.errors import Conflict, NotFound
+from lori_manager.errors import Conflict, DamagedObject, NotFound
 from lori_manager.records import Base
 from lori_manager.store import tables as t
+from lori_manager.store.files import storing, write_atomic
+
+NOTE = "base.json"  # in a folder that shares its rows with others: where it has the base
 
 
 def one(connection: Connection) -> Base:
@@ -51,6 +58,32 @@ def add(connection: Connection, base: Base) -> Base:
             "make another workspace for another base"
         )
     return one(connection)
+
+
+def here(root: Path, base: Base) -> Base:
+    """The base with the path that the folder has noted for itself, if it has.
+
+    Raises:
+        DamagedObject: the note cannot be read.
+    """
+    path = root / NOTE
+    if not path.is_file():
+        return base
+    with storing(path):
+        content = path.read_bytes()
+    try:
+        told = json.loads(content)
+        where, source = told["path"], told["source"]
+        if not isinstance(where, str) or not isinstance(source, str):
+            raise TypeError("not text")
+    except (ValueError, KeyError, TypeError) as e:
+        raise DamagedObject(f"{path} is damaged: remove it, then `lori base --move DIR`") from e
+    return replace(base, path=where, source=source)
+
+
+def note(root: Path, *, path: str, source: str) -> None:
+    """Note where this folder has the base's weights."""
+    write_atomic(root / NOTE, json.dumps({"path": path, "source": source}, indent=1).encode())
 
 
 def move(connection: Connection, *, path: str, source: str) -> Base:

@@ -19,7 +19,7 @@ from lori_manager.errors import (
     IncompatibleStore,
     InvalidInput,
 )
-from lori_manager.store import databases, homes
+from lori_manager.store import databases, homes, places
 from lori_manager.store.backend import Backend
 from lori_manager.store.databases import REGISTRY
 from lori_manager.store.files import PRIVATE, storing, sync_folder
@@ -211,6 +211,8 @@ def reach(backend: Backend) -> None:
 def create_served(root: Path, backend: Postgres) -> None:
     """Make the schema in a server's empty database, whose files `root` will hold.
 
+    A database whose files are in a bucket is joined by any folder.
+
     Exactly one process does, on whatever machine. What a killed one has begun is gone on with.
     Raises:
         Conflict: `root` is a store, the database is another folder's, or has other tables.
@@ -225,7 +227,8 @@ def create_served(root: Path, backend: Postgres) -> None:
                 if not backend.has_schema(connection):
                     _run_alembic(connection)
                 check_revision(database.revision(connection), database.shown)
-                homes.take(connection, claimed.folder, databases.place(root))
+                if places.one(connection) is None:  # else whoever has the rows has the files
+                    homes.take(connection, claimed.folder, databases.place(root))
             databases.settle(root)
     finally:
         database.close()

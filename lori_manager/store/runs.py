@@ -14,9 +14,13 @@ from lori_manager.store import tables as t
 from lori_manager.store.tables import canonical, now
 
 
-def start(connection: Connection, plan: JSON) -> Run:
-    """The open run of an equal plan, or a new one."""
-    digest = hashlib.sha256(canonical(plan).encode()).hexdigest()
+def start(connection: Connection, plan: JSON, folder: str = "") -> Run:
+    """The open run of an equal plan, or a new one.
+
+    Args:
+        folder: whose it is, where several share the rows: checkpoints lie in one of them.
+    """
+    digest = hashlib.sha256((canonical(plan) + folder).encode()).hexdigest()
     same = select(t.runs).where(t.runs.c.open_plan == digest)
     found = connection.execute(same).one_or_none()
     if found is not None:

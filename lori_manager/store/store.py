@@ -60,8 +60,10 @@ from lori_manager.store import (
     tasks,
     trials,
 )
+from lori_manager.store.databases import REGISTRY
 from lori_manager.store.files import (
     MissingObject,
+    ObjectStore,
     lasting_folder,
     private_folder,
     storing,
@@ -127,9 +129,10 @@ class Store:
         db = database.Database(backend)
         try:
             with db.read() as c:
-                if isinstance(backend, Postgres):
+                place = places.one(c)
+                if isinstance(backend, Postgres) and place is None:
                     homes.check(c, databases.served(root).folder)
-                objects = places.objects(places.one(c), root)
+                objects = places.objects(place, root)
         except BaseException:
             db.close()
             raise
@@ -143,6 +146,11 @@ class Store:
     def database(self) -> str:
         """Where the rows are: a path, or a URL without a password."""
         return self._db.shown
+
+    @property
+    def shared(self) -> bool:
+        """Whether other folders may work on the same rows and files: both are on servers."""
+        return not isinstance(self.objects, ObjectStore) and not (self.root / REGISTRY).is_file()
 
     def keep_objects_at(self, url: str) -> None:
         """Keep objects in a bucket, `s3://bucket/prefix`, from the first one on.
@@ -180,19 +188,26 @@ class Store:
     def set_base(self, base: Base) -> Base:
         """Set the base model; the same weights again change nothing.
 
+        A further folder on the same rows notes where it has them.
         Raises:
             Conflict: other weights are set.
         """
         with self._db.write() as c:
-            return bases.add(c, base)
+            kept = bases.add(c, base)
+        if self.shared and kept.path != base.path:
+            bases.note(self.root, path=base.path, source=base.source)
+        return self.base()
 
     def base(self) -> Base:
-        """The base model."""
+        """The base model, where this folder has it."""
         with self._db.read() as c:
-            return bases.one(c)
+            return bases.here(self.root, bases.one(c))
 
     def move_base(self, *, path: str, source: str) -> Base:
-        """Note where the same weights were found."""
+        """Note where the same weights were found: for this folder, where others share the rows."""
+        if self.shared:
+            bases.note(self.root, path=path, source=source)
+            return self.base()
         with self._db.write() as c:
             return bases.move(c, path=path, source=source)
 
@@ -288,8 +303,9 @@ class Store:
 
     def open_run(self, plan: Mapping[str, Any]) -> Run:
         """The open run of an equal plan, to go on with, or a new one."""
+        folder = databases.served(self.root).folder if self.shared else ""
         with self._db.write() as c:
-            return runs.start(c, plan)
+            return runs.start(c, plan, folder)
 
     def finish_run(self, run_id: str) -> None:
         """Close the run; an equal plan then starts anew."""
