@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from lori_manager import models
 from lori_manager.architectures import (
@@ -21,7 +22,7 @@ from lori_manager.architectures import (
 from lori_manager.config import PRECISIONS, Config, Settings, load_settings
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, NotFound, WrongBase
 from lori_manager.kinds import KINDS
-from lori_manager.ranks import ranks
+from lori_manager.ranks import led_store, ranks
 from lori_manager.records import Adapter, Mask, Task
 from lori_manager.refs import AdapterRef, check_name, parse_adapter_ref
 from lori_manager.store.files import write_atomic
@@ -73,6 +74,32 @@ class Context:
         tuple[list[Row], list[LabelledText] | list[LabelledImage]],
     ] = field(default_factory=dict)
     _scorers: dict[str, Scorer] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path = ".") -> Self:
+        """The workspace that `path` lies in, looked for upwards.
+
+        Raises:
+            NotFound: none up to the root of the file system.
+            InvalidInput: it is above `path` and another user's, whose lori.toml may name code.
+        """
+        start = Path(path).absolute()
+        for folder in (start, *start.parents):
+            if (folder / FOLDER).is_dir():
+                if folder != start:
+                    _check_owner(folder)
+                return cls(folder, led_store(partial(Store.open, folder / FOLDER)))
+        raise NotFound(f"no workspace in {start} or above it: run `lori init --base MODEL` first")
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @cached_property
     def settings(self) -> Settings:
@@ -432,3 +459,13 @@ def library_versions(base_bits: int = 16) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             out[name] = "unknown"
     return out
+
+
+def _check_owner(root: Path) -> None:
+    """Refuse a workspace that was not named, and that somebody else put above this folder."""
+    owner = (root / FOLDER).stat().st_uid
+    if hasattr(os, "geteuid") and owner not in (os.geteuid(), 0):
+        raise InvalidInput(
+            f"the workspace {root} above this folder belongs to another user, and its lori.toml "
+            f"may name code to run: if you trust it, say so with `lori -C {root}`"
+        )

@@ -579,7 +579,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def load_base(
-    folder: Path,
+    folder: str | Path,
     precision: str = "auto",
     device: str | None = None,
     base_bits: int = 16,
@@ -605,7 +605,7 @@ def load_base(
 
     from lori_manager.engine import fp8
 
-    device = device or best_device()
+    folder, device = Path(folder), device or best_device()
     precision = resolve_precision(precision)
     bf16 = torch.bfloat16
     dtype = {"fp32": torch.float32, "bf16": bf16, "fp8": bf16}[precision]

@@ -8,11 +8,9 @@ of its own, which takes the open workspace and returns what it stored.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +32,7 @@ from lori_manager import (
 )
 from lori_manager.config import default_toml
 from lori_manager.context import FOLDER, SETTINGS, Context
-from lori_manager.errors import Conflict, InvalidInput, NotFound, WrongBase
-from lori_manager.ranks import led_store
+from lori_manager.errors import Conflict, NotFound, WrongBase
 from lori_manager.records import Adapter, Alias, Base
 from lori_manager.refs import AdapterRef, check_name
 from lori_manager.store import databases
@@ -111,32 +108,6 @@ class Workspace(Context):
             text = default_toml(pipelines.DEFAULTS if pipelines.is_pipeline(path) else None)
             (root / SETTINGS).write_text(text, encoding="utf-8")
         return cls(root, store)
-
-    @classmethod
-    def open(cls, path: str | Path = ".") -> Workspace:
-        """The workspace that `path` lies in, looked for upwards.
-
-        Raises:
-            NotFound: none up to the root of the file system.
-            InvalidInput: it is above `path` and another user's, whose lori.toml may name code.
-        """
-        start = Path(path).absolute()
-        for folder in (start, *start.parents):
-            if (folder / FOLDER).is_dir():
-                if folder != start:
-                    _check_owner(folder)
-                return cls(folder, led_store(partial(Store.open, folder / FOLDER)))
-        raise NotFound(f"no workspace in {start} or above it: run `lori init --base MODEL` first")
-
-    def close(self) -> None:
-        """Let go of the database."""
-        self.store.close()
-
-    def __enter__(self) -> Workspace:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def move_base(self, path: str) -> Base:
         """The same weights now lie elsewhere.
@@ -376,16 +347,6 @@ def _begun(folder: Path, server: Postgres | None) -> Store | None:
             f"{folder} was begun on {store.database}: name that, remove {folder}, or choose another"
         )
     return store
-
-
-def _check_owner(root: Path) -> None:
-    """Refuse a workspace that was not named, and that somebody else put above this folder."""
-    owner = (root / FOLDER).stat().st_uid
-    if hasattr(os, "geteuid") and owner not in (os.geteuid(), 0):
-        raise InvalidInput(
-            f"the workspace {root} above this folder belongs to another user, and its lori.toml "
-            f"may name code to run: if you trust it, say so with `lori -C {root}`"
-        )
 
 
 def _has_base(store: Store) -> bool:

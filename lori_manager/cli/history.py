@@ -11,20 +11,20 @@ from lori_manager.cli import complete, output
 from lori_manager.cli.describe import Shown, describe, parents, task_of
 from lori_manager.cli.output import Json
 from lori_manager.cli.scores import show_scores
-from lori_manager.cli.session import workspace
+from lori_manager.cli.session import records, workspace
 from lori_manager.errors import InvalidInput
 from lori_manager.records import Adapter, Base, Removal, Score, Task
 from lori_manager.refs import BASE, is_number, parse_mask_ref
 
 if TYPE_CHECKING:
-    from lori_manager.workspace import Workspace
+    from lori_manager.context import Context
 
 LAST = 100  # adapters that `lori log` lists
 
 
 def lines(ctx: typer.Context, json: Json = False) -> None:
     """List the lines, each with its latest adapter."""
-    with workspace(ctx) as ws:
+    with records(ctx) as ws:
         found = ws.store.lines()
     if json:
         output.print_json(found)
@@ -63,7 +63,7 @@ def log(
     json: Json = False,
 ) -> None:
     """List the adapters of one line or of all, in time."""
-    with workspace(ctx) as ws:
+    with records(ctx) as ws:
         name = ws.store.line(line).name if line is not None else None
         # one more tells whether there are older ones
         found = ws.store.adapters(name, removed=removed, last=last + 1 if last else None)
@@ -111,7 +111,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Show one adapter, mask, task or the base in full."""
-    with workspace(ctx) as ws:
+    with records(ctx) as ws:
         found = _find(ws, ref)
         scores = _scores(ws, found)
         removal = _removal(ws, found)
@@ -128,7 +128,7 @@ def show(
         show_scores(scores)
 
 
-def _find(ws: Workspace, ref: str) -> Shown:
+def _find(ws: Context, ref: str) -> Shown:
     """What a word stands for: `#` a task, `%` a mask, `@` an adapter, a bare one the task first."""
     if ref == BASE:
         return ws.store.base()
@@ -144,14 +144,14 @@ def _find(ws: Workspace, ref: str) -> Shown:
     return ws.adapter(ref, removed=True)
 
 
-def _removal(ws: Workspace, found: Shown) -> Removal | None:
+def _removal(ws: Context, found: Shown) -> Removal | None:
     """Who removed it, if anybody did."""
     if not isinstance(found, Adapter) or not found.hidden:
         return None
     return [r for r in ws.store.removals(found.line) if r.version == found.version][-1]
 
 
-def _scores(ws: Workspace, found: Shown) -> list[Score]:
+def _scores(ws: Context, found: Shown) -> list[Score]:
     if isinstance(found, Adapter):
         return [] if found.hidden else ws.store.scores(subject=found.ref)
     if isinstance(found, Base):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -23,8 +23,10 @@ from lori_manager.errors import InvalidInput, LoriError, NotFound, StorageFailed
 from lori_manager.ranks import joined, launched, ranks
 
 if TYPE_CHECKING:
+    from lori_manager.context import Context
     from lori_manager.workspace import Workspace
 
+C = TypeVar("C", bound="Context")
 # Rich's help would take a third of the time that `--help` may take.
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 INTERRUPTED = 130
@@ -86,16 +88,27 @@ def workspace(ctx: typer.Context, *, by_ranks: bool = False) -> Iterator[Workspa
             f"{launched()} processes were started for this command, and only `lori train` and "
             "`lori calibrate` can be done by several: start it without torchrun"
         )
-    with joined() as group, _opened(session, quiet=session.quiet or not group.first) as opened:
+    with uncollected():
+        from lori_manager.workspace import Workspace
+    with joined() as group:
+        quiet = session.quiet or not group.first
+        with _opened(Workspace, session, quiet=quiet) as opened:
+            yield opened
+
+
+@contextmanager
+def records(ctx: typer.Context) -> Iterator[Context]:
+    """The same for a command that looks records up: what makes new ones is not loaded."""
+    with uncollected():
+        from lori_manager.context import Context
+    with _opened(Context, ctx.obj, quiet=ctx.obj.quiet) as opened:
         yield opened
 
 
 @contextmanager
-def _opened(session: Session, *, quiet: bool) -> Iterator[Workspace]:
+def _opened(kind: type[C], session: Session, *, quiet: bool) -> Iterator[C]:
     with uncollected():
-        from lori_manager.workspace import Workspace
-
-        found = Workspace.open(session.folder)
+        found = kind.open(session.folder)
     gc.freeze()  # what is loaded stays: no later look for cycles has to go over it
     with Teller(quiet=quiet) as teller, found as opened:
         opened.on_message = teller.message

@@ -29,6 +29,7 @@ CALIBRATION = (
 )  # fmt: skip
 SCORING = ("precision", "base_bits", "score_batch", "packing", "kernels", "run_code")
 
+_DEFAULTS = Config()
 _SHORT = {"learning_rate": "--lr", "dense_learning_rate": "--dense-lr"}
 _CHOICES = {
     "kind": tuple(KINDS),
@@ -93,11 +94,11 @@ def configured(base: Config, changes: Changes) -> Config:
 def _flag(key: str) -> str:
     """`--run-code/--no-run-code` where the setting is true or false."""
     name = key.replace("_", "-")
-    return f"--{name}/--no-{name}" if isinstance(getattr(Config(), key), bool) else f"--{name}"
+    return f"--{name}/--no-{name}" if isinstance(getattr(_DEFAULTS, key), bool) else f"--{name}"
 
 
 def _option(key: str, names: list[str]) -> inspect.Parameter:
-    default = getattr(Config(), key)
+    default = getattr(_DEFAULTS, key)
     listed = isinstance(default, tuple)
     shown = ",".join(default) if listed else str(default).lower()
     choices = _CHOICES.get(key)

@@ -9,7 +9,7 @@ import typer
 
 from lori_manager.cli import complete, output
 from lori_manager.cli.output import Json
-from lori_manager.cli.session import workspace
+from lori_manager.cli.session import records, workspace
 from lori_manager.cli.training import show_trained
 from lori_manager.errors import InvalidInput
 from lori_manager.records import SPLITS
@@ -163,7 +163,7 @@ def add_task(
 
 def tasks(ctx: typer.Context, json: Json = False) -> None:
     """List the tasks, each at its latest revision."""
-    with workspace(ctx) as ws:
+    with records(ctx) as ws:
         found = ws.store.tasks()
     if json:
         output.print_json(found)

@@ -84,7 +84,7 @@ class Database:
     @contextlib.contextmanager
     def migrating(self) -> Iterator[Connection]:
         """Like `write`, at any revision, and free to rebuild tables that others point at."""
-        with self._translated(), self._engine.connect() as connection, connection.begin():
+        with self._translated(first=True), self._engine.connect() as connection, connection.begin():
             self.backend.check(connection)
             self.backend.begin_migrating(connection)
             yield connection
@@ -113,11 +113,16 @@ class Database:
             raise
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translated(self, *, first: bool = False) -> Iterator[None]:
+        """Tell the database's errors as lori's.
+
+        Args:
+            first: what went wrong at first, where more did in tidying up after it.
+        """
         try:
             yield
         except DBAPIError as e:
-            raise self.backend.translate(e) from e
+            raise self.backend.translate(_first(e) if first else e) from e
         except StatementError as e:  # a value that its column type refused
             if isinstance(e.orig, (TypeError, ValueError)):
                 raise e.orig from e
@@ -135,6 +140,15 @@ class Database:
     def revision(self, connection: Connection) -> str | None:
         """The schema revision that Alembic noted; None where it never worked."""
         return _noted(connection) if self.backend.has_schema(connection) else None
+
+
+def _first(error: DBAPIError) -> DBAPIError:
+    """The database's error that others followed from, which Alembic's batches let hide it."""
+    found, before = error, error.__context__
+    while before is not None:
+        found = before if isinstance(before, DBAPIError) else found
+        before = before.__context__
+    return found
 
 
 def _noted(connection: Connection) -> str | None:
@@ -224,10 +238,11 @@ def create_served(root: Path, backend: Postgres) -> None:
         with _exclusive(root):
             claimed = databases.claim(root, backend)
             with database.migrating() as connection:
-                if not backend.has_schema(connection):
+                new = not backend.has_schema(connection)
+                if new:
                     _run_alembic(connection)
                 check_revision(database.revision(connection), database.shown)
-                if places.one(connection) is None:  # else whoever has the rows has the files
+                if new or places.one(connection) is None:  # in a bucket all folders have the files
                     homes.take(connection, claimed.folder, databases.place(root))
             databases.settle(root)
     finally:

@@ -62,7 +62,6 @@ from lori_manager.store import (
 )
 from lori_manager.store.databases import REGISTRY
 from lori_manager.store.files import (
-    MissingObject,
     ObjectStore,
     lasting_folder,
     private_folder,
@@ -79,7 +78,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 _Record = TypeVar("_Record")
-_ATTEMPTS = 5  # gc frees a file in between hardly ever, and never twice
+_ATTEMPTS = 5  # gc frees a file in between hardly ever
 
 
 class Store:
@@ -360,7 +359,8 @@ class Store:
             with self._db.write() as c:
                 if self.objects.exists(digest):
                     return commit(c, digest)
-        raise MissingObject(f"object {digest} vanishes whenever it is stored: check the disk")
+        with self._db.write() as c:  # gc waits meanwhile, as all writers do
+            return commit(c, self.objects.put(blob))
 
     def mask(self, task_name: str, version: int) -> Mask:
         """The mask `task%version`."""

@@ -1,6 +1,7 @@
 """A text encoder on the command line: tasks of labels from `init` to `export`."""
 
 import pytest
+from calling import Lori
 from encoders import FILLERS, encoder, sentences, write_jsonl
 
 SETTINGS = ("--rank", "4", "--alpha", "8", "--steps", "6", "--calibration-steps", "2",
@@ -9,8 +10,6 @@ SETTINGS = ("--rank", "4", "--alpha", "8", "--steps", "6", "--calibration-steps"
 
 @pytest.fixture
 def road(tmp_path):
-    from conftest import Lori
-
     base = encoder(tmp_path / "base", "bert")
     lori = Lori(tmp_path / "w")
     lori.folder.mkdir()

@@ -106,6 +106,9 @@ def test_gc_frees_nothing_that_merges_and_trainings_need(
 ) -> None:
     rounds = many(10, 100)
     stop, said = tmp_path / "stop", tmp_path / "freed"
+    with Store.open(root) as store:
+        store.add_line("work")
+        store.add_line("merged")
     started = [
         start(target, root, stop, seed)
         for seed, target in enumerate(
@@ -113,8 +116,6 @@ def test_gc_frees_nothing_that_merges_and_trainings_need(
         )
     ]
     with Store.open(root) as store:
-        store.add_line("work")
-        store.add_line("merged")
         collecting = start(crowding.collect, root, rounds, said)
         collecting.join()
         stop.touch()

@@ -132,7 +132,7 @@ def test_a_failing_task_is_told_in_its_own_class(ws, one_thread, monkeypatch):
     rows.write_bytes(b"damaged")
 
     def crew(_, folder):
-        return SlurmWorkers(slurm_options("--time=5"), folder, cluster="debug")
+        return SlurmWorkers(slurm_options("--time=5"), folder, cluster="local")
 
     with pytest.raises(DamagedObject, match=r"^colour: .*; 1 trained, which the same"):
         train_jobs(ws, TASKS, None, None, 1, crew)

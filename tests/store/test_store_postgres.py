@@ -71,7 +71,8 @@ def stores_at(
             upgrade = alembic.command.upgrade
             patch.setattr(alembic.command, "upgrade", lambda config, _: upgrade(config, schema))
             patch.setattr(database, "HEAD", schema)
-            servers.make(tmp_path / schema).close()
+            (tmp_path / schema).mkdir()
+            database.create_served(tmp_path / schema, servers.backend())
         return tmp_path / schema
 
     yield make
