@@ -8,6 +8,19 @@ import pytest
 # matrices on busy cores, and no bars between what commands print.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TQDM_DISABLE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several at work: a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What takes long begins first, so that no worker is left alone with it at the end.
+LONG = ("test_real_model", "test_ranks", "test_on_", "test_kill", "test_crowds", "test_power")
+
+
+def pytest_collection_modifyitems(items):
+    def late(item):
+        return next((i for i, name in enumerate(LONG) if name in item.path.name), len(LONG))
+
+    items.sort(key=late)
+
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
