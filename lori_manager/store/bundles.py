@@ -1,6 +1,6 @@
 """Bundles: part of a store as one file, for places without a network.
 
-A plain tar that any tool lists: `lori-bundle.json` first, which holds the records and the digest
+A plain tar that any tool lists: `lori-bundle-DIGEST.json` first, which holds the records and the digest
 and size of every file, then the files by digest, nothing compressed, no times, no owners: the same
 content gives the same bytes. Reading relies on that. From the manifest follows what every other
 byte of the archive but the files' own must be, and what differs is refused: so there is no path,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT = "lori-bundle"
 VERSION = 1
-MANIFEST = "lori-bundle.json"
+MANIFEST = re.compile(r"lori-bundle-[0-9a-f]{64}\.json")
 LARGEST_MANIFEST = 256_000_000  # bytes
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
@@ -95,7 +95,7 @@ def write(
         raise InvalidInput("that is too much for one bundle: name fewer versions")
 
     def parts() -> Iterator[bytes]:
-        yield from _member(MANIFEST, text)
+        yield from _member(manifest_name(text), text)
         for number, digest in enumerate(digests, 1):
             one = content[digest] if digest in content else source.content(digest)
             if len(one) != sizes[digest]:
@@ -138,6 +138,11 @@ def _write_whole(path: Path, parts: Iterator[bytes]) -> int:
                 temporary.unlink(missing_ok=True)
         sync_folder(path.absolute().parent)
     return size
+
+
+def manifest_name(text: bytes) -> str:
+    """What the manifest is called: its digest is in its name, as those of the files are."""
+    return f"lori-bundle-{hashlib.sha256(text).hexdigest()}.json"
 
 
 def _member(name: str, content: bytes) -> Iterator[bytes]:
@@ -197,11 +202,14 @@ class Bundle:
         if len(head) < _BLOCK or not _SIZE.fullmatch(told):
             raise self._wrong("it does not begin as a bundle does")
         size = int(told[:-1], 8)
-        if size > LARGEST_MANIFEST or head != _header(MANIFEST, size):
+        named = head[:100].rstrip(b"\0").decode("latin-1")
+        if size > LARGEST_MANIFEST or not MANIFEST.fullmatch(named) or head != _header(named, size):
             raise self._wrong("it does not begin as a bundle does")
         text = self._bytes(_BLOCK, size)
         if len(text) < size:
             raise self._wrong("it is cut short")
+        if named != manifest_name(text):
+            raise self._wrong("its manifest was altered")
         try:
             self._parcel, self._outcomes, files = _manifest(text)
         except (ValueError, LoriError) as e:

@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from bundle_targets import bundle_targets
 from targets import Accepted, Bed, Target, targets
 
 SECONDS = 1.0  # of processor time
@@ -98,7 +99,7 @@ def run(
     torch.set_num_threads(1)
     found = Found()
     with tempfile.TemporaryDirectory() as folder:
-        known = targets(Bed(Path(folder)))
+        known = targets(Bed(Path(folder))) | bundle_targets(Path(folder) / "bundles")
         groups = Counter(target.group for target in known.values())
         for name, target in known.items():
             if only not in (None, name):
