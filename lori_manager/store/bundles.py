@@ -1,11 +1,11 @@
 """Bundles: part of a store as one file, for places without a network.
 
-A plain tar that any tool lists: `lori-bundle-DIGEST.json` first, which holds the records and the digest
-and size of every file, then the files by digest, nothing compressed, no times, no owners: the same
-content gives the same bytes. Reading relies on that. From the manifest follows what every other
-byte of the archive but the files' own must be, and what differs is refused: so there is no path,
-link, second name, sparse or extended header that anything could be done with, and nothing is ever
-extracted by a name of the archive.
+A plain tar that any tool lists: `lori-bundle-DIGEST.json` first, which holds the records and the
+digest and size of every file, then the files by digest, nothing compressed, no times, no owners:
+the same content gives the same bytes. Reading relies on that. From the manifest follows what
+every other byte of the archive but the files' own must be, and what differs is refused: so there
+is no path, link, second name, sparse or extended header that anything could be done with, and
+nothing is ever extracted by a name of the archive.
 """
 
 from __future__ import annotations
