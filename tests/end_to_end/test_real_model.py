@@ -35,7 +35,7 @@ def road(base_folder, tmp_path_factory):
             target.parent.mkdir(parents=True, exist_ok=True)
             with (EXAMPLES / "data" / task / f"{split}.jsonl").open(encoding="utf-8") as rows:
                 target.write_text("".join(islice(rows, count)), encoding="utf-8")
-        ws.add_task(task, probe_rows=16)
+        ws.add_task(task, probe_rows=6)
     ws.train(["clinc_domain", "snips"], sequence="support")
     ws.train(["sentiment_uci"])
     ws.merge(["support@2"], names=["sentiment_uci"])

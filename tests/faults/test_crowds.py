@@ -131,7 +131,8 @@ def test_gc_frees_nothing_that_merges_and_trainings_need(
             if not adapter.hidden:
                 assert {parent.ref for parent in adapter.parents} <= visible
     freed = int(said.read_text())
-    assert freed > rounds  # orphans, one a round, and files of removed versions beside
+    assert freed >= rounds  # orphans, one a round
+    assert rounds < 50 or freed > rounds  # and, by chance, files of removed versions beside
     hidden = len(every) - len(visible)
     done = f"{rounds} rounds of gc, {len(every)} versions, {hidden} removed, {freed} files freed"
     print(f"\n{_called(server)}: {done}, 0 needed ones")

@@ -15,7 +15,7 @@ from small_workspaces import copied
 pytest.importorskip("ray", reason='--jobs needs ray: pip install "lori-manager[ray]"')
 
 TASKS = ["size", "colour", "shape"]
-LONG = ["--steps", "150"]
+LONG = ["--steps", "400"]
 
 
 def begin(ws, *args, **more):

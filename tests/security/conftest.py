@@ -49,12 +49,13 @@ def unchanged(site, tmp_path):
     """The store holds what it held, whole, and no other file came to be."""
     ws, _ = site
     before = {adapter.ref: adapter.digest for adapter in ws.store.adapters()}
-    outside = state(tmp_path.parent)
+    around, outside = set(tmp_path.parent.iterdir()), state(tmp_path)
 
     def check():
         assert {a.ref: a.digest for a in ws.store.adapters()} == before
         assert list(ws.verify()) == []
-        kept = {p for p in state(tmp_path.parent) if (tmp_path / "ws") not in p.parents}
+        assert set(tmp_path.parent.iterdir()) == around
+        kept = {p for p in state(tmp_path) if (tmp_path / "ws") not in p.parents}
         assert kept <= outside.keys() | {p for p in kept if (tmp_path / "in") in p.parents}
 
     return check

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import platform
 import random
 import shutil
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,6 +69,18 @@ def _bounded() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What is refused is not told at length as well."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def one(name: str, target: Target, seed: int, case: int, folder: Path, found: Found) -> None:
     """Read one case and note what came of it."""
     rng = random.Random(f"{name}|{seed}|{case}")
@@ -98,7 +112,7 @@ def run(
     """`count` cases of each group, shared out evenly to its targets."""
     torch.set_num_threads(1)
     found = Found()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         known = targets(Bed(Path(folder))) | bundle_targets(Path(folder) / "bundles")
         groups = Counter(target.group for target in known.values())
         for name, target in known.items():

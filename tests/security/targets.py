@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import random
 import shutil
 import struct
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -545,8 +543,6 @@ def outcomes(bed: Bed) -> Target:
 
 def targets(bed: Bed) -> dict[str, Target]:
     """All of them by name."""
-    logging.disable(logging.ERROR)
-    warnings.simplefilter("ignore")
     found = {f"stored {name}": stored(bed, name) for name in bed.stored}
     found |= {f"resealed {name}": resealed(bed, name) for name in bed.stored}
     for name in bed.imports:
