@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lori_manager.by_base import check_fits
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import Diverged, InvalidInput
@@ -79,13 +80,16 @@ def compare_kinds(
             count, its kind's own options count for that kind.
         search: how rates are searched.
     Raises:
-        InvalidInput: unknown or repeated kinds, no seed, too few training rows.
+        InvalidInput: unknown or repeated kinds, one that does not train on such a base, no
+            seed, too few training rows.
         Conflict: another process is at the same comparison, or a line's name is a task's.
     """
     began = time.monotonic()
-    ws.check_language("`lori compare`")
+    ws.check_transformer("`lori compare`")
     config, search = config or ws.settings.config, search or RateSearch()
     check_entries(kinds)
+    for entry in kinds:
+        check_fits(ws, settings(config, entry))
     if seeds < 1:
         raise InvalidInput(f"`seeds` must be at least 1, got {seeds}")
     if budget is not None and not 0 < budget < math.inf:
@@ -93,7 +97,6 @@ def compare_kinds(
     (task,) = ready_to_score(ws, [ws.trainable(name)], config)
     for entry in kinds:
         ws.check_line(line_of(task.name, entry))
-        settings(config, entry)
     parts = halves(ws, task, config)
     comparison = ws.store.open_kind_comparison(task, plan_of(ws, task, config, search))
     locks = ws.store.root / "locks"
