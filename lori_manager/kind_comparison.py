@@ -23,6 +23,7 @@ from lori_manager.context import Context
 from lori_manager.errors import Diverged, InvalidInput
 from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, kind_of, resolved
+from lori_manager.placing import placed
 from lori_manager.probing import Halves, halves, probe, probing_mask, with_rate
 from lori_manager.rates import best_rate, next_rate
 from lori_manager.records import Adapter, KindComparison, KindStep, Task
@@ -209,20 +210,23 @@ class Work:
         plan = self._comparison.plan["search"]
         tried = self.tried(entry)
         mask: dict[str, Tensor] | None = None
+        config: Config | None = None
         spent = 0.0
         while len(tried) < plan["points"]:
             if not self._in_time():
                 return False
+            if config is None:
+                config = placed(self._ws, self._task, settings(self._config, entry)).config
             if entry == LORI and mask is None:
                 begin = time.perf_counter()
-                mask = probing_mask(self._ws, self._task, settings(self._config, entry),
-                                    self._parts, line_of(self._task.name, entry))  # fmt: skip
+                mask = probing_mask(self._ws, self._task, config, self._parts,
+                                    line_of(self._task.name, entry))  # fmt: skip
                 spent = time.perf_counter() - begin
             rate = next_rate(tried, usual_rate(self._config, entry), plan["factor"])
             found = probe(
                 self._ws,
                 self._task,
-                with_rate(settings(self._config, entry), rate, entry == DENSE),
+                with_rate(config, rate, entry == DENSE),
                 self._parts,
                 steps=plan["steps"],
                 dense=entry == DENSE,

@@ -23,6 +23,7 @@ from lori_manager.context import Context
 from lori_manager.errors import InvalidInput
 from lori_manager.kinds import LORI, kind_of, resolved
 from lori_manager.metrics.bounds import graded_bounds
+from lori_manager.placing import place, placed
 from lori_manager.plain import counted
 from lori_manager.probing import Halves, Probe, halves, probe, probing_mask, untaught_loss
 from lori_manager.rates import best_rate, next_rate
@@ -116,6 +117,7 @@ def suggest(
     config = resolved(config or ws.settings.config)
     check_fits(ws, config)
     task = ws.trainable(name)
+    config = placed(ws, task, config).config
     parts = halves(ws, task, config)
     full = steps_for(task.splits["train"].rows, config)
     work = _Prober(ws, task, parts, clock)
@@ -383,8 +385,6 @@ def _layers(
     work: _Prober, config: Config, full: int, base_loss: float, choices: list[Choice]
 ) -> Config:
     """The layers that PLoP chooses, where they are shown to keep what the configured ones gain."""
-    from lori_manager.placing import place
-
     if "targets" not in kind_of(config.kind).settings:
         return config
     try:
