@@ -39,8 +39,12 @@ def rows_of(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
     return list(ws.rows(task, split, config.max_length)[1])
 
 
-def steps_of(ws: Context, base: Any, config: Config, phase: str) -> StepsOf | None:
-    """How the base is trained on such rows; None is the usual way, by completions."""
+def steps_of(ws: Context, base: Any, config: Config, label: str) -> StepsOf | None:
+    """How the base is trained on such rows; None is the usual way, by completions.
+
+    Args:
+        label: of what is drawn at every step, the noise on pictures.
+    """
     if ws.architecture.encoder:
         from lori_manager.classification import label_steps
 
@@ -49,7 +53,7 @@ def steps_of(ws: Context, base: Any, config: Config, phase: str) -> StepsOf | No
         return None
     from lori_manager.diffusion.noise_loss import noise_steps
 
-    return noise_steps(base, config, phase)
+    return noise_steps(base, config, label)
 
 
 @contextmanager

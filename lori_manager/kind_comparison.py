@@ -86,7 +86,6 @@ def compare_kinds(
         Conflict: another process is at the same comparison, or a line's name is a task's.
     """
     began = time.monotonic()
-    ws.check_transformer("`lori compare`")
     config, search = config or ws.settings.config, search or RateSearch()
     check_entries(kinds)
     for entry in kinds:
@@ -268,7 +267,7 @@ class Work:
         from lori_manager.metering import Meter, device_name
 
         ws, told = self._ws, self._ws.on_progress
-        base = ws.base_model(config)
+        base = ws.model(config)
         meter = Meter(f"training {self._task.name}", base.device)
 
         def progress(state: Any) -> None:

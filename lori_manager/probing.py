@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lori_manager.adapters.kind import Training
-    from lori_manager.models import BaseModel
     from lori_manager.training import Progress
 
 HELD = 256  # rows that judge, at most
@@ -49,9 +48,10 @@ class Probe:
 
     Attributes:
         loss: mean cross-entropy of the held-out rows in nats per completion token, of an
-            encoder per row; infinite where the training diverged.
+            encoder per row; of a pipeline the mean squared error of its images; infinite where
+            the training diverged.
         by_row: (held,) that of each row; empty where it diverged.
-        tokens: (held,) completion tokens of each row, 1 of a row with a label.
+        tokens: (held,) completion tokens of each row, 1 of a label or an image.
         seconds: all that it took, the mask and the judging too.
         step_seconds: median of the training's steps, None of too few.
         parameters: that trained.
@@ -114,7 +114,7 @@ def probe(
     from lori_manager.metering import Meter
     from lori_manager.training import fit
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     meter = Meter(phase, base.device)
     told = ws.on_progress
     begin = time.perf_counter()
@@ -136,9 +136,10 @@ def probe(
             training = with_head(own, head, config.head_learning_rate)
             parameters = sum(p.numel() for p in training.parameters.values())
             peak = config.dense_learning_rate if dense else config.learning_rate
+            noise = f"probing {task.name}"  # the same for all that are compared
             fit(base, training.parameters, parts.rows, config, steps=steps, peak=peak, phase=phase,
                 on_progress=progress, training=training,
-                steps_of=steps_of(ws, base, config, phase))  # fmt: skip
+                steps_of=steps_of(ws, base, config, noise))  # fmt: skip
             packing = config.packing if training.packs else "off"
             by_row, tokens = losses(ws, task, base, parts.held, config, packing)
             loss = float(by_row @ tokens / tokens.sum())
@@ -151,12 +152,18 @@ def probe(
 
 
 def losses(
-    ws: Context, task: Task, base: BaseModel, rows: Sequence[Any], config: Config, packing: str
+    ws: Context, task: Task, base: Any, rows: Sequence[Any], config: Config, packing: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows,) each: mean cross-entropy, see `Probe`, and tokens, by the model as it now is."""
+    """(rows,) each: loss and tokens, see `Probe`, by the model as it now is."""
     from lori_manager.classification import label_losses
     from lori_manager.scoring import token_stats
 
+    if ws.makes_images:
+        from lori_manager.diffusion.noise_loss import held_out_losses
+        from lori_manager.tasks.scorers import NoiseLoss
+
+        errors = held_out_losses(base, rows, NoiseLoss.draws, config.score_batch)
+        return errors.astype(np.float64), np.ones(len(rows))
     if ws.architecture.encoder:
         found = label_losses(base, len(task.labels), rows, config.score_batch)
         return found, np.ones(len(rows))
@@ -167,10 +174,11 @@ def losses(
 
 
 def untaught_loss(ws: Context, task: Task, parts: Halves, config: Config) -> float:
-    """The held-out rows' mean cross-entropy before any training.
+    """The held-out rows' mean loss before any training.
 
-    A language model's own. An encoder says nothing without a head: there it is that of knowing
-    how common each label is among the rows that train (each counted once more than it is there).
+    A language model's or a pipeline's own. An encoder says nothing without a head: there it
+    is that of knowing how common each label is among the rows that train (each counted once
+    more than it is there).
     """
     if ws.architecture.encoder:
         counts = np.ones(len(task.labels))
@@ -178,7 +186,7 @@ def untaught_loss(ws: Context, task: Task, parts: Halves, config: Config) -> flo
             counts[row.label] += 1
         shares = counts / counts.sum()
         return float(-np.mean(np.log([shares[row.label] for row in parts.held])))
-    base = ws.base_model(config)
+    base = ws.model(config)
     by_row, tokens = losses(ws, task, base, parts.held, config, config.packing)
     return float(by_row @ tokens / tokens.sum())
 
@@ -193,7 +201,7 @@ def probing_mask(
     block = start_of(ws, task, config, line or task.name).block
     chosen = permutation(len(parts.rows), config.seed, "calibration")[: config.calibration_rows]
     rows = [parts.rows[i] for i in sorted(chosen)]
-    base, phase = ws.base_model(config), f"calibrating {task.name}"
+    base, phase = ws.model(config), f"calibrating {task.name}"
     with head_of(ws, task, base, config) as head:
         return grown_mask(
             base, block, rows, config, head=head, phase=phase, on_progress=ws.on_progress,
@@ -215,7 +223,7 @@ def _modules(
     from lori_manager.adapters.kind import Training, module_of
     from lori_manager.training import no_weights
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     if config.kind != LORI:
         with module_of(config.kind).training(base, config, steps=steps) as training:
             yield training

@@ -50,7 +50,7 @@ class Tried:
     what: str  # "time", "rate", "layers", "size" or "steps"
     settings: Mapping[str, Any]
     steps: int
-    loss: float  # held-out, nats per completion token or labelled row; infinite: it diverged
+    loss: float  # held-out, see `probing.Probe`; infinite where it diverged
     parameters: int
     seconds: float
 
@@ -107,12 +107,11 @@ def suggest(
         config: settings to start from, the kind among them; the workspace's own where None.
     Raises:
         InvalidInput: too little time for probes that tell anything, too few rows, a kind that
-            does not train on such a base, a diffusion pipeline.
+            does not train on such a base.
     """
     from lori_manager.metering import device_name
     from lori_manager.training import steps_for
 
-    ws.check_transformer("`lori suggest`")
     clock = _Clock(budget)
     config = resolved(config or ws.settings.config)
     check_fits(ws, config)
@@ -146,7 +145,7 @@ def suggest(
         clock.step,
         clock.spent(),
         budget,
-        device_name(ws.base_model(config).device),
+        device_name(ws.model(config).device),
     )
 
 
@@ -161,7 +160,7 @@ def smallest_that_keeps(
     Args:
         by_row: for each, the losses (rows,) it leaves, the simplest first; empty arrays for
             those that diverged.
-        weights: (rows,) completion tokens, 1 of rows with labels.
+        weights: (rows,) completion tokens, 1 of labels and images.
         base_loss: without any training, the weighted mean as well.
         tolerated: share of the best one's gain over that which may be missing.
     Returns:
@@ -416,7 +415,7 @@ def _size(
     if not _ranked(config):
         return config
     names = ["rank", *(["sparsity"] if config.kind == LORI else [])]
-    shapes = work.ws.base_model(config).linear_shapes
+    shapes = work.ws.model(config).linear_shapes
     narrowest = min(min(shapes[name]) for name in resolve_targets(shapes, config.targets))
     candidates = sizes(config, narrowest)
     count = len(candidates)
