@@ -50,10 +50,36 @@ def label_logits(
         batch: rows a forward.
         on_batch: called with (rows done, rows in all).
     """
-    out = np.zeros((len(rows), len(head.labels)), np.float32)
+    with head_attached(base, head):
+        return _logits(base, len(head.labels), rows, batch, on_batch)
+
+
+def label_losses(base: BaseModel, labels: int, rows: Sequence[Labelled], batch: int) -> np.ndarray:
+    """(rows,) float64: each row's cross-entropy in nats, by the head that is in the model.
+
+    Args:
+        base: the model as it now is, adapter layers and head included.
+        labels: how many the head knows; the rows are numbered by them.
+        batch: rows a forward.
+    """
+    logits = _logits(base, labels, rows, batch).astype(np.float64)
+    right = np.array([row.label for row in rows])
+    losses: np.ndarray = np.logaddexp.reduce(logits, 1) - logits[np.arange(len(rows)), right]
+    return losses
+
+
+def _logits(
+    base: BaseModel,
+    labels: int,
+    rows: Sequence[Labelled],
+    batch: int,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """(rows, labels) float32 by the head that is in the model."""
+    out = np.zeros((len(rows), labels), np.float32)
     done = 0
-    with head_attached(base, head), torch.inference_mode():
-        labelling = Labelling(base)
+    labelling = Labelling(base)
+    with torch.inference_mode():
         for numbers in length_batches([row.length for row in rows], batch):
             placed = labelling.place(labelling.batch([rows[i] for i in numbers]))
             out[numbers] = labelling.logits(placed).cpu().numpy()

@@ -182,6 +182,11 @@ class Context:
         if self.architecture not in (CAUSAL, TEXT_ENCODER):
             raise self._unfit(what, "a language model or a text encoder")
 
+    def check_transformer(self, what: str) -> None:
+        """Refuse what a diffusion pipeline cannot do, as `check_language` does."""
+        if self.makes_images:
+            raise self._unfit(what, "a language model or an encoder")
+
     def _unfit(self, what: str, wanted: str) -> InvalidInput:
         base = f"{self.architecture.article} {self.architecture.title}"
         return InvalidInput(f"{what} needs {wanted}; the base of this workspace is {base}")
@@ -200,8 +205,7 @@ class Context:
         """The loaded base; kept for later calls with the same precision and bits."""
         from lori_manager.acceleration import accelerate
 
-        if self.makes_images:
-            raise self._unfit("this", "a language model or an encoder")
+        self.check_transformer("this")
         wanted = models.resolve_precision(config.precision), config.base_bits
         if self._model is None or (self._model.precision, self._model.base_bits) != wanted:
             self._model = None  # before the next is loaded: memory may hold one alone

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from lori_manager.engine.layers import linear_shape, linear_weight
 from lori_manager.errors import InvalidInput
-from lori_manager.forward import Forward, place, real_tokens
+from lori_manager.forward import real_tokens
+from lori_manager.labelling import runner
 from lori_manager.models import BaseModel
 from lori_manager.tasks.batches import length_batches
-from lori_manager.tasks.encoding import Encoded
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 512  # unit vectors through a packed layer at once
@@ -27,20 +27,23 @@ _CHUNK = 512  # unit vectors through a packed layer at once
 
 def feature_norms(
     base: BaseModel,
-    rows: Sequence[Encoded],
+    rows: Sequence[Any],
     batch: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """The NFN of every linear layer but the head that the rows pass through.
 
     The bias is no part of W z, padding is no token, and every token counts once, whatever
-    batch it is in. A token whose input is all zeros has no direction and is left out. For
-    Gaussian z the mean is taken to be ||W||_F / sqrt(in_features), the root of the mean
-    square, which is within 2% of a sampled mean.
+    batch it is in. Of an encoder a token is every place of the sequence: those that its tokenizer
+    puts around a text, patches of an image and the class token; where an image model reads patches
+    in several sizes (Swin), each layer's own. A token whose input is all zeros has no direction
+    and is left out. For Gaussian z the mean is taken to be ||W||_F / sqrt(in_features), the
+    root of the mean square, which is within 2% of a sampled mean.
 
     Args:
         base: with no adapter in it; not changed.
-        rows: token ids of each count, all of them.
+        rows: as `labelling.runner` takes them. Token ids of each count, all of them; labels
+            do not.
         batch: rows a forward.
         on_progress: called with (rows done, rows in all).
     Returns:
@@ -49,21 +52,23 @@ def feature_norms(
         ValueError: no rows.
         InvalidInput: a layer of zeros or of what is not finite, one that is called on some
             of the tokens only, or nothing that was called at all.
-    Source: PLoP, arXiv:2506.20629. Differs: its code samples the denominator.
+    Source: PLoP, arXiv:2506.20629. Differs: its code samples the denominator. It scores causal
+        language models alone, on prompts without their answers: an encoder's input has no
+        answer in it and is read whole.
     """
     if not rows:
         raise ValueError("`rows` is empty: expected at least one")
-    forward, done = Forward(base), 0  # tries the model out: before anything is watched
-    seen = _Seen()
+    forward, done = runner(base), 0  # tries the model out: before anything is watched
+    seen = _Seen(every=base.architecture.encoder)
     modules = {name: base.model.get_submodule(name) for name in base.linear_shapes}
     hooks: list[Any] = [m.register_forward_hook(seen.hook(n, m)) for n, m in modules.items()]
     try:
         with torch.no_grad(), forward.ready():
-            for numbers in length_batches([len(r.ids) for r in rows], batch):
+            for numbers in length_batches([row.length for row in rows], batch):
                 chosen = [rows[i] for i in numbers]
                 given = forward.batch(chosen)
                 seen.begin(forward.real(given, chosen))
-                forward.run(place(given, base.device))
+                forward.run(forward.place(given))
                 done += len(chosen)
                 if on_progress:
                     on_progress(done, len(rows))
@@ -83,7 +88,7 @@ def feature_norms(
                 "finite; check the base model"
             )
     if not found:
-        raise InvalidInput(f"no linear layer of {type(base.model).__name__} is called on text")
+        raise InvalidInput(f"no linear layer of {type(base.model).__name__} is called on the rows")
     return found
 
 
@@ -132,7 +137,13 @@ def _without_bias(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 class _Seen:
     """Sums over tokens of ||W z||, by module, as the hooks see them."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: bool) -> None:
+        """
+        Args:
+            every: each layer must be called on every token, in batches without padding too:
+                what is called on something else (DeBERTa's relative positions) has no score.
+        """
+        self._every = every
         self.dtypes: dict[str, torch.dtype] = {}
         self._sums: dict[str, list[Tensor]] = {}  # left on the device until all is done
         self._counts: dict[str, list[Tensor]] = {}
@@ -141,8 +152,8 @@ class _Seen:
 
     def begin(self, real: Tensor | None) -> None:
         """A batch comes, with these real tokens; see `Forward.real`."""
-        padded = real is not None and not bool(real.all())
-        self._real, self._last = real if padded else None, None
+        needed = real is not None and (self._every or not bool(real.all()))
+        self._real, self._last = real if needed else None, None
 
     def hook(self, name: str, layer: nn.Module) -> Callable[..., None]:
         """To be called after the layer's forward."""

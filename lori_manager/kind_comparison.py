@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lori_manager.by_base import check_fits
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import Diverged, InvalidInput
 from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, kind_of, resolved
+from lori_manager.placing import placed
 from lori_manager.probing import Halves, halves, probe, probing_mask, with_rate
 from lori_manager.rates import best_rate, next_rate
 from lori_manager.records import Adapter, KindComparison, KindStep, Task
@@ -79,13 +81,15 @@ def compare_kinds(
             count, its kind's own options count for that kind.
         search: how rates are searched.
     Raises:
-        InvalidInput: unknown or repeated kinds, no seed, too few training rows.
+        InvalidInput: unknown or repeated kinds, one that does not train on such a base, no
+            seed, too few training rows.
         Conflict: another process is at the same comparison, or a line's name is a task's.
     """
     began = time.monotonic()
-    ws.check_language("`lori compare`")
     config, search = config or ws.settings.config, search or RateSearch()
     check_entries(kinds)
+    for entry in kinds:
+        check_fits(ws, settings(config, entry))
     if seeds < 1:
         raise InvalidInput(f"`seeds` must be at least 1, got {seeds}")
     if budget is not None and not 0 < budget < math.inf:
@@ -93,7 +97,6 @@ def compare_kinds(
     (task,) = ready_to_score(ws, [ws.trainable(name)], config)
     for entry in kinds:
         ws.check_line(line_of(task.name, entry))
-        settings(config, entry)
     parts = halves(ws, task, config)
     comparison = ws.store.open_kind_comparison(task, plan_of(ws, task, config, search))
     locks = ws.store.root / "locks"
@@ -206,20 +209,23 @@ class Work:
         plan = self._comparison.plan["search"]
         tried = self.tried(entry)
         mask: dict[str, Tensor] | None = None
+        config: Config | None = None
         spent = 0.0
         while len(tried) < plan["points"]:
             if not self._in_time():
                 return False
+            if config is None:
+                config = placed(self._ws, self._task, settings(self._config, entry)).config
             if entry == LORI and mask is None:
                 begin = time.perf_counter()
-                mask = probing_mask(self._ws, self._task, settings(self._config, entry),
-                                    self._parts, line_of(self._task.name, entry))  # fmt: skip
+                mask = probing_mask(self._ws, self._task, config, self._parts,
+                                    line_of(self._task.name, entry))  # fmt: skip
                 spent = time.perf_counter() - begin
             rate = next_rate(tried, usual_rate(self._config, entry), plan["factor"])
             found = probe(
                 self._ws,
                 self._task,
-                with_rate(settings(self._config, entry), rate, entry == DENSE),
+                with_rate(config, rate, entry == DENSE),
                 self._parts,
                 steps=plan["steps"],
                 dense=entry == DENSE,
@@ -261,7 +267,7 @@ class Work:
         from lori_manager.metering import Meter, device_name
 
         ws, told = self._ws, self._ws.on_progress
-        base = ws.base_model(config)
+        base = ws.model(config)
         meter = Meter(f"training {self._task.name}", base.device)
 
         def progress(state: Any) -> None:

@@ -53,8 +53,9 @@ class Placement:
     Attributes:
         scores: full module name -> normalised feature norm.
         shapes: full module name -> (out_features, in_features), of the same modules.
-        prompts, tokens: how many were read. seed: of their draw.
+        prompts, tokens: how many were read; images have no tokens. seed: of their draw.
         precision: of the base.
+        reads: "prompts", or of an encoder "texts" or "images".
     """
 
     task: str
@@ -65,6 +66,12 @@ class Placement:
     tokens: int
     seed: int
     precision: str
+    reads: str = "prompts"
+
+    @property
+    def read(self) -> str:
+        """`64 prompts, 1,203 tokens`."""
+        return f"{self.prompts} {self.reads}" + (f", {self.tokens:,} tokens" if self.tokens else "")
 
     @cached_property
     def types(self) -> tuple[TypeScore, ...]:
@@ -113,7 +120,7 @@ class Placement:
         names = _and([one.name for one in taken])
         verb = "answers" if len(taken) == 1 else "answer"
         told = (
-            f"{names} {verb} this task's prompts least, for weights of their size (score "
+            f"{names} {verb} this task's {self.reads} least, for weights of their size (score "
             f"{_range(taken)}"
         )
         rest = f"; the others {_range(left)}" if left else "; there are no others"

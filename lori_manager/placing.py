@@ -1,13 +1,14 @@
-"""Which layers a task's adapter goes to: scored on its prompts, remembered, used by training."""
+"""Which layers a task's adapter goes to: scored on its inputs, remembered, used by training."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lori_manager.config import Config, types_to_place
 from lori_manager.context import SETTINGS, Context
@@ -20,9 +21,6 @@ from lori_manager.ranks import ranks
 from lori_manager.records import Adapter, Task
 from lori_manager.settings_file import with_default
 from lori_manager.store.files import private_folder, storing, write_atomic
-
-if TYPE_CHECKING:
-    from lori_manager.tasks.encoding import Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +51,19 @@ def place(
     """Score the base's linear layers on prompts of a task, or tell what is known.
 
     The prompts are a seeded draw from the rows that the task trains on; a row without a
-    prompt gives its text. What was scored on the same rows, tokens, base and precision is
-    remembered beside the registry, so that every training finds the same.
+    prompt gives its text, and of an encoder's task it is the text or image itself. What
+    was scored on the same rows, tokens, base and precision is remembered beside the registry,
+    so that every training finds the same.
 
     Args:
         name: a task.
         config: seed, precision, bits of the base; the workspace's own where None.
         prompts: how many to draw; all where there are fewer.
     Raises:
-        InvalidInput: a task that is only scored, `prompts` below 1, or layers without score.
+        InvalidInput: a task that is only scored, `prompts` below 1, layers without score, or
+            a diffusion pipeline.
     """
-    ws.check_language("scoring layers on prompts")
+    ws.check_transformer("scoring layers on prompts")
     config = config or ws.settings.config
     if prompts < 1:
         raise InvalidInput(f"`prompts` must be at least 1, got {prompts}")
@@ -84,9 +84,10 @@ def place(
         scores=scores,
         shapes={module: base.linear_shapes[module] for module in scores},
         prompts=len(rows),
-        tokens=sum(len(row.ids) for row in rows),
+        tokens=0 if task.images is not None else sum(row.length for row in rows),
         seed=config.seed,
         precision=ws.score_precision(config),
+        reads=_reads(ws, task),
     )
     if ranks().first:
         with storing(path):
@@ -150,11 +151,20 @@ def _layers_of(ws: Context, parent: Adapter) -> tuple[str, ...]:
     return tuple(types if covered == modules else sorted(modules))
 
 
-def _draw(ws: Context, task: Task, seed: int, count: int) -> list[Encoded]:
-    """Prompts as training shows them, or texts where a row has no prompt."""
+def _reads(ws: Context, task: Task) -> str:
+    if not ws.architecture.encoder:
+        return "prompts"
+    return "texts" if task.images is None else "images"
+
+
+def _draw(ws: Context, task: Task, seed: int, count: int) -> Sequence[Any]:
+    """Prompts as training shows them, or texts where a row has no prompt; an encoder's rows."""
     from lori_manager.tasks.batches import permutation
     from lori_manager.tasks.encoding import Encoded
 
+    if ws.architecture.encoder:
+        _, labelled = ws.labelled(task, "train")
+        return [labelled[i] for i in permutation(len(labelled), seed, "placement")[:count]]
     rows, encoded = ws.rows(task, "train")
     out = []
     for number in permutation(len(rows), seed, "placement")[:count]:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lori_manager.by_base import head_of, rows_of, steps_of
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import Diverged, InvalidInput
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lori_manager.adapters.kind import Training
-    from lori_manager.tasks.encoding import Encoded
     from lori_manager.training import Progress
 
 HELD = 256  # rows that judge, at most
@@ -36,10 +36,10 @@ LEAST = 8  # training rows without which nothing can be told
 
 @dataclass(frozen=True)
 class Halves:
-    """A task's training rows in two: to train on, and to judge by."""
+    """A task's training rows in two: to train on, and to judge by; see `by_base.rows_of`."""
 
-    rows: Sequence[Encoded]
-    held: Sequence[Encoded]
+    rows: Sequence[Any]
+    held: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class Probe:
     """How a short training went.
 
     Attributes:
-        loss: mean cross-entropy of the held-out rows in nats per completion token; infinite
-            where the training diverged.
+        loss: mean cross-entropy of the held-out rows in nats per completion token, of an
+            encoder per row; of a pipeline the mean squared error of its images; infinite where
+            the training diverged.
         by_row: (held,) that of each row; empty where it diverged.
-        tokens: (held,) completion tokens of each row.
+        tokens: (held,) completion tokens of each row, 1 of a label or an image.
         seconds: all that it took, the mask and the judging too.
         step_seconds: median of the training's steps, None of too few.
         parameters: that trained.
@@ -74,7 +75,7 @@ def halves(ws: Context, task: Task, config: Config) -> Halves:
     """
     from lori_manager.tasks.batches import permutation
 
-    _, encoded = ws.rows(task, "train", config.max_length)
+    encoded = rows_of(ws, task, "train", config)
     if len(encoded) < LEAST:
         raise InvalidInput(
             f"task {task.name!r} has {len(encoded)} training rows, and short trainings need at "
@@ -99,6 +100,8 @@ def probe(
 ) -> Probe:
     """Train briefly as `train` would, judge on the held-out rows, keep nothing.
 
+    An encoder's head trains with it, from where `train` would begin.
+
     Args:
         config: resolved; its learning rate, of dense LoRI its dense one, is the one probed.
         steps: of the optimizer, the schedule being whole in them.
@@ -107,11 +110,11 @@ def probe(
         mask: of LoRI; made on the rows that train where None.
         phase: for progress.
     """
+    from lori_manager.adapters.heads import with_head
     from lori_manager.metering import Meter
-    from lori_manager.scoring import token_stats
     from lori_manager.training import fit
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     meter = Meter(phase, base.device)
     told = ws.on_progress
     begin = time.perf_counter()
@@ -124,15 +127,21 @@ def probe(
     by_row = tokens = np.zeros(0)
     loss = math.inf
     try:
-        with _modules(ws, task, config, parts, steps, dense, line, mask) as training:
+        if config.kind == LORI and not dense and mask is None:
+            mask = probing_mask(ws, task, config, parts, line)
+        with (
+            head_of(ws, task, base, config) as head,
+            _modules(ws, task, config, steps, line, None if dense else mask) as own,
+        ):
+            training = with_head(own, head, config.head_learning_rate)
             parameters = sum(p.numel() for p in training.parameters.values())
             peak = config.dense_learning_rate if dense else config.learning_rate
+            noise = f"probing {task.name}"  # the same for all that are compared
             fit(base, training.parameters, parts.rows, config, steps=steps, peak=peak, phase=phase,
-                on_progress=progress, training=training)  # fmt: skip
+                on_progress=progress, training=training,
+                steps_of=steps_of(ws, base, config, noise))  # fmt: skip
             packing = config.packing if training.packs else "off"
-            found = token_stats(base, parts.held, config.score_batch, packing=packing)
-            tokens = np.array([len(one.nll) for one in found], np.float64)
-            by_row = np.array([float(np.sum(one.nll, dtype=np.float64)) for one in found]) / tokens
+            by_row, tokens = losses(ws, task, base, parts.held, config, packing)
             loss = float(by_row @ tokens / tokens.sum())
     except Diverged:
         by_row = tokens = np.zeros(0)
@@ -140,6 +149,46 @@ def probe(
     if not math.isfinite(loss):
         loss = math.inf
     return Probe(loss, by_row, tokens, seconds, meter.step_seconds, parameters, meter.peak_bytes)
+
+
+def losses(
+    ws: Context, task: Task, base: Any, rows: Sequence[Any], config: Config, packing: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows,) each: loss and tokens, see `Probe`, by the model as it now is."""
+    from lori_manager.classification import label_losses
+    from lori_manager.scoring import token_stats
+
+    if ws.makes_images:
+        from lori_manager.diffusion.noise_loss import held_out_losses
+        from lori_manager.tasks.scorers import NoiseLoss
+
+        errors = held_out_losses(base, rows, NoiseLoss.draws, config.score_batch)
+        return errors.astype(np.float64), np.ones(len(rows))
+    if ws.architecture.encoder:
+        found = label_losses(base, len(task.labels), rows, config.score_batch)
+        return found, np.ones(len(rows))
+    stats = token_stats(base, rows, config.score_batch, packing=packing)
+    tokens = np.array([len(one.nll) for one in stats], np.float64)
+    sums = np.array([float(np.sum(one.nll, dtype=np.float64)) for one in stats])
+    return sums / tokens, tokens
+
+
+def untaught_loss(ws: Context, task: Task, parts: Halves, config: Config) -> float:
+    """The held-out rows' mean loss before any training.
+
+    A language model's or a pipeline's own. An encoder says nothing without a head: there it
+    is that of knowing how common each label is among the rows that train (each counted once
+    more than it is there).
+    """
+    if ws.architecture.encoder:
+        counts = np.ones(len(task.labels))
+        for row in parts.rows:
+            counts[row.label] += 1
+        shares = counts / counts.sum()
+        return float(-np.mean(np.log([shares[row.label] for row in parts.held])))
+    base = ws.model(config)
+    by_row, tokens = losses(ws, task, base, parts.held, config, config.packing)
+    return float(by_row @ tokens / tokens.sum())
 
 
 def probing_mask(
@@ -152,10 +201,12 @@ def probing_mask(
     block = start_of(ws, task, config, line or task.name).block
     chosen = permutation(len(parts.rows), config.seed, "calibration")[: config.calibration_rows]
     rows = [parts.rows[i] for i in sorted(chosen)]
-    phase = f"calibrating {task.name}"
-    return grown_mask(
-        ws.base_model(config), block, rows, config, phase=phase, on_progress=ws.on_progress
-    )[0]
+    base, phase = ws.model(config), f"calibrating {task.name}"
+    with head_of(ws, task, base, config) as head:
+        return grown_mask(
+            base, block, rows, config, head=head, phase=phase, on_progress=ws.on_progress,
+            steps_of=steps_of(ws, base, config, phase),
+        )[0]  # fmt: skip
 
 
 @contextmanager
@@ -163,26 +214,22 @@ def _modules(
     ws: Context,
     task: Task,
     config: Config,
-    parts: Halves,
     steps: int,
-    dense: bool,
     line: str | None,
     mask: Mapping[str, Tensor] | None,
 ) -> Iterator[Training]:
-    """What trains, in the model."""
+    """What trains, in the model; LoRI without a mask trains all of B."""
     from lori_manager.adapters import lori
     from lori_manager.adapters.kind import Training, module_of
     from lori_manager.training import no_weights
 
-    base = ws.base_model(config)
+    base = ws.model(config)
     if config.kind != LORI:
         with module_of(config.kind).training(base, config, steps=steps) as training:
             yield training
         return
-    if not dense and mask is None:
-        mask = probing_mask(ws, task, config, parts, line)
     block = start_of(ws, task, config, line or task.name).block
-    layers = lori.trainable_layers(base.model, block, None if dense else mask)
+    layers = lori.trainable_layers(base.model, block, mask)
     with lori.in_training(base, layers) as parameters:
         yield Training(parameters, no_weights)
 

@@ -4,9 +4,9 @@
 
 Every probe trains on a part of the task's training rows and is judged by the loss on
 another part; eval rows are never looked at. Of sizes and of lengths the smallest is taken
-that is shown to keep all but `TOLERATED` of what the best gains over the base: the paired
-upper bound of the difference over the held-out rows. How long probes can be hangs on the
-machine, and so does what comes out.
+that is shown to keep all but `TOLERATED` of what the best gains over no training
+(`probing.untaught_loss`): the paired upper bound of the difference over the held-out rows.
+How long probes can be hangs on the machine, and so does what comes out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lori_manager.by_base import check_fits
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import InvalidInput
 from lori_manager.kinds import LORI, kind_of, resolved
 from lori_manager.metrics.bounds import graded_bounds
+from lori_manager.placing import place, placed
 from lori_manager.plain import counted
-from lori_manager.probing import Halves, Probe, halves, probe, probing_mask
+from lori_manager.probing import Halves, Probe, halves, probe, probing_mask, untaught_loss
 from lori_manager.rates import best_rate, next_rate
 from lori_manager.records import Task
 from lori_manager.trials import CONFIDENCE, TOLERATED
@@ -48,7 +50,7 @@ class Tried:
     what: str  # "time", "rate", "layers", "size" or "steps"
     settings: Mapping[str, Any]
     steps: int
-    loss: float  # held-out, nats per completion token; infinite where it diverged
+    loss: float  # held-out, see `probing.Probe`; infinite where it diverged
     parameters: int
     seconds: float
 
@@ -68,7 +70,8 @@ class Suggestion:
 
     Attributes:
         changes: what `lori train` is to be given.
-        base_loss: the base's on the held-out rows.
+        base_loss: without training, see `probing.untaught_loss`.
+        untaught: what that is the loss of, in words.
         held: rows that judged.
         step_seconds: of a step on this machine.
     """
@@ -79,6 +82,7 @@ class Suggestion:
     choices: tuple[Choice, ...]
     probes: tuple[Tried, ...]
     base_loss: float
+    untaught: str
     held: int
     step_seconds: float
     seconds: float
@@ -102,15 +106,17 @@ def suggest(
         budget: seconds for all of it; no probe is begun that would end later.
         config: settings to start from, the kind among them; the workspace's own where None.
     Raises:
-        InvalidInput: too little time for probes that tell anything, too few rows.
+        InvalidInput: too little time for probes that tell anything, too few rows, a kind that
+            does not train on such a base.
     """
     from lori_manager.metering import device_name
     from lori_manager.training import steps_for
 
-    ws.check_language("`lori suggest`")
     clock = _Clock(budget)
     config = resolved(config or ws.settings.config)
+    check_fits(ws, config)
     task = ws.trainable(name)
+    config = placed(ws, task, config).config
     parts = halves(ws, task, config)
     full = steps_for(task.splits["train"].rows, config)
     work = _Prober(ws, task, parts, clock)
@@ -134,11 +140,12 @@ def suggest(
         tuple(choices),
         tuple(work.done),
         base_loss,
+        work.untaught,
         len(parts.held),
         clock.step,
         clock.spent(),
         budget,
-        device_name(ws.base_model(config).device),
+        device_name(ws.model(config).device),
     )
 
 
@@ -153,9 +160,9 @@ def smallest_that_keeps(
     Args:
         by_row: for each, the losses (rows,) it leaves, the simplest first; empty arrays for
             those that diverged.
-        weights: (rows,) completion tokens.
+        weights: (rows,) completion tokens, 1 of labels and images.
         base_loss: without any training, the weighted mean as well.
-        tolerated: share of the best one's gain over the base that may be missing.
+        tolerated: share of the best one's gain over that which may be missing.
     Returns:
         Its number: the mean loss above the best one's is, at the one-sided upper bound of
         the paired difference, at most `tolerated` of that gain; else the best's number.
@@ -250,12 +257,13 @@ class _Prober:
         self._masks: dict[object, dict[str, Tensor]] = {}
 
     def base_loss(self, config: Config) -> float:
-        """Of the base alone on the held-out rows."""
-        from lori_manager.scoring import token_stats
+        """Without any training."""
+        return untaught_loss(self.ws, self.task, self.parts, config)
 
-        base = self.ws.base_model(config)
-        found = token_stats(base, self.parts.held, config.score_batch, packing=config.packing)
-        return sum(float(one.nll.sum()) for one in found) / sum(len(one.nll) for one in found)
+    @property
+    def untaught(self) -> str:
+        """What `base_loss` is the loss of."""
+        return "the labels' shares alone" if self.ws.architecture.encoder else "the base"
 
     def probe(self, what: str, config: Config, steps: int) -> Probe:
         """One probe, whatever time there is."""
@@ -307,6 +315,27 @@ class _Prober:
         time_there = share * clock.left() / SPARE - masks * self.mask_seconds
         return min(full, steps_within(time_there, probes, units, clock.fixed, clock.step))
 
+    def kept(
+        self, found: Sequence[Probe], base_loss: float, steps: int | None, what: str
+    ) -> tuple[int, str]:
+        """Which of the probes to take, the simplest first, and why."""
+        tokens = next(p.tokens for p in found if len(p.tokens))
+        chosen = smallest_that_keeps([p.by_row for p in found], tokens, base_loss)
+        best = min(range(len(found)), key=lambda i: (found[i].loss, i))
+        after = "" if steps is None else f" after {counted(steps, 'step')}"
+        losses = f"held-out loss {found[chosen].loss:.4f}"
+        if chosen == best == 0:
+            return chosen, f"the best of {len(found)}{after}, and the fewest {what} ({losses})"
+        if chosen == best:
+            return chosen, (
+                f"the best of {len(found)}{after} ({losses}); none with fewer {what} is shown to "
+                f"keep {1 - TOLERATED:.0%} of its gain"
+            )
+        return chosen, (
+            f"the fewest {what} of {len(found)} shown to keep {1 - TOLERATED:.0%} of what the best "
+            f"gains over {self.untaught}{after} ({losses}, best {found[best].loss:.4f})"
+        )
+
 
 def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Config:
     """The learning rate: a few, the best two of them again twice as long."""
@@ -355,11 +384,14 @@ def _layers(
     work: _Prober, config: Config, full: int, base_loss: float, choices: list[Choice]
 ) -> Config:
     """The layers that PLoP chooses, where they are shown to keep what the configured ones gain."""
-    from lori_manager.placing import place
-
     if "targets" not in kind_of(config.kind).settings:
         return config
-    chosen = place(work.ws, work.task.name, config).targets(TOP)
+    try:
+        chosen = place(work.ws, work.task.name, config).targets(TOP)
+    except InvalidInput as e:
+        why = f"as configured: PLoP has no choice here ({e})"
+        choices.append(Choice("targets", list(config.targets), why))
+        return config
     candidates = [config.replace(targets=chosen), config]
     steps = work.steps(LAYER_SHARE, 2, 2, _short(full), masks=1)
     found = work.within("layers", candidates, steps) if steps >= min(LEAST, full) else []
@@ -367,7 +399,7 @@ def _layers(
         why = "as configured: no time was left to probe others"
         choices.append(Choice("targets", list(config.targets), why))
         return config
-    number, why = _kept(found, base_loss, steps, "values trained")
+    number, why = work.kept(found, base_loss, steps, "values trained")
     best = candidates[number]
     against = f"PLoP's {', '.join(chosen)} against {', '.join(config.targets)}: {why}"
     choices.append(Choice("targets", list(best.targets), against))
@@ -383,7 +415,7 @@ def _size(
     if not _ranked(config):
         return config
     names = ["rank", *(["sparsity"] if config.kind == LORI else [])]
-    shapes = work.ws.base_model(config).linear_shapes
+    shapes = work.ws.model(config).linear_shapes
     narrowest = min(min(shapes[name]) for name in resolve_targets(shapes, config.targets))
     candidates = sizes(config, narrowest)
     count = len(candidates)
@@ -393,7 +425,7 @@ def _size(
         why = "as configured: no time was left to probe others"
         choices.extend(Choice(name, getattr(config, name), why) for name in names)
         return config
-    chosen, why = _kept(found, base_loss, steps, "values trained")
+    chosen, why = work.kept(found, base_loss, steps, "values trained")
     best = candidates[chosen]
     choices.extend(Choice(name, getattr(best, name), why) for name in names)
     return best
@@ -419,7 +451,7 @@ def _length(
         why = "as configured: too little time was left to compare lengths"
         choices.append(Choice("steps", full, why))
         return config.replace(steps=full)
-    chosen, why = _kept([found[length] for length in ready], base_loss, None, "steps")
+    chosen, why = work.kept([found[length] for length in ready], base_loss, None, "steps")
     steps = ready[chosen]
     if steps == ready[-1] < full:
         why = (f"the held-out loss still falls at {counted(steps, 'step')}, the most that there "
@@ -427,28 +459,6 @@ def _length(
         steps = full
     choices.append(Choice("steps", steps, why))
     return config.replace(steps=steps)
-
-
-def _kept(
-    found: Sequence[Probe], base_loss: float, steps: int | None, what: str
-) -> tuple[int, str]:
-    """Which of the probes to take, the simplest first, and why."""
-    tokens = next(p.tokens for p in found if len(p.tokens))
-    chosen = smallest_that_keeps([p.by_row for p in found], tokens, base_loss)
-    best = min(range(len(found)), key=lambda i: (found[i].loss, i))
-    after = "" if steps is None else f" after {counted(steps, 'step')}"
-    losses = f"held-out loss {found[chosen].loss:.4f}"
-    if chosen == best == 0:
-        return chosen, f"the best of {len(found)}{after}, and the fewest {what} ({losses})"
-    if chosen == best:
-        return chosen, (
-            f"the best of {len(found)}{after} ({losses}); none with fewer {what} is shown to keep "
-            f"{1 - TOLERATED:.0%} of its gain"
-        )
-    return chosen, (
-        f"the fewest {what} of {len(found)} shown to keep {1 - TOLERATED:.0%} of what the best "
-        f"gains over the base{after} ({losses}, best {found[best].loss:.4f})"
-    )
 
 
 def _told(value: Any) -> str:

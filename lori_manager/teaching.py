@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lori_manager import models
+from lori_manager.by_base import all_heads, check_fits, head_of, rows_of, steps_of
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError
 from lori_manager.evaluation import ready_to_score, score_missing
-from lori_manager.kinds import KINDS, LORI, kind_of, resolved
+from lori_manager.kinds import KINDS, LORI, resolved
 from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.ranks import ranks
@@ -26,10 +27,9 @@ if TYPE_CHECKING:
     from filelock import FileLock
     from torch import Tensor
 
-    from lori_manager.adapters.heads import HeadTraining
     from lori_manager.engine.head import SoftTargets
-    from lori_manager.engine.weights import AdapterWeights, Block, Head, Stored
-    from lori_manager.training import StepsOf, TrainResult
+    from lori_manager.engine.weights import AdapterWeights, Block, Stored
+    from lori_manager.training import TrainResult
 
 
 NOT_DECIDING = frozenset({"checkpoint_seconds", "score_batch", "run_code"})
@@ -105,15 +105,15 @@ def _calibrated_mask(
 
     split = "calibration" if "calibration" in task.splits else "train"
     phase = f"calibrating {task.name}"
-    base, encoded = ws.model(config), _rows_of(ws, task, split, config)
+    base, encoded = ws.model(config), rows_of(ws, task, split, config)
     if split == "train":
         chosen = permutation(len(encoded), config.seed, "calibration")
         encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
-    with _head_of(ws, task, base, config, None) as head:
+    with head_of(ws, task, base, config) as head:
         mask, result = grown_mask(
             base, block, encoded, config, exclude=exclude, beside=beside, head=head, phase=phase,
             checkpoint=checkpoint, on_progress=ws.on_progress,
-            steps_of=_steps_of(ws, base, config, phase),
+            steps_of=steps_of(ws, base, config, phase),
         )  # fmt: skip
     kept, total = masks.count(mask), masks.size(mask)
     if kept == 0:
@@ -145,60 +145,6 @@ def _calibrated_mask(
         f"dense steps in {result.seconds:.1f} s"
     )
     return stored
-
-
-def _rows_of(ws: Context, task: Task, split: str, config: Config) -> list[Any]:
-    """A split's rows as training takes them: encoded text, with labels or without, or pictures."""
-    if ws.architecture.encoder:
-        return list(ws.labelled(task, split, config.max_length)[1])
-    if task.images is not None:
-        return ws.pictures(task, split)
-    return list(ws.rows(task, split, config.max_length)[1])
-
-
-def _steps_of(ws: Context, base: Any, config: Config, phase: str) -> StepsOf | None:
-    """How the base is trained on such rows; None is the usual way, by completions."""
-    if ws.architecture.encoder:
-        from lori_manager.classification import label_steps
-
-        return label_steps(base, config)
-    if not ws.makes_images:
-        return None
-    from lori_manager.diffusion.noise_loss import noise_steps
-
-    return noise_steps(base, config, phase)
-
-
-@contextmanager
-def _head_of(
-    ws: Context, task: Task, base: Any, config: Config, start: Stored | None
-) -> Iterator[HeadTraining | None]:
-    """The task's head in the model, to be trained; None where the base is no encoder.
-
-    It goes on from the head that `start` has for the task, where that one knows the same labels.
-    """
-    from lori_manager.adapters.heads import fresh_head, head_attached
-
-    if not ws.architecture.encoder:
-        yield None
-        return
-    head = None if start is None else start.heads.get(task.name)
-    if head is None or head.labels != task.labels:
-        head = fresh_head(base, task.labels, config.seed)
-    with head_attached(base, head) as training:
-        yield training
-
-
-def _heads(
-    task: Task, head: HeadTraining | None, start: Stored | None, config: Config
-) -> dict[str, Head]:
-    """All heads of the adapter to be stored: its parent's, and the task's as it was trained."""
-    from lori_manager.adapters.lori import DTYPES
-
-    if head is None:
-        return {}
-    held = {} if start is None else dict(start.heads)
-    return held | {task.name: head.head(DTYPES[config.store_dtype])}
 
 
 def _mask_for(
@@ -291,9 +237,7 @@ def prepared(
     config = resolved(config or ws.settings.config)
     options = options or TrainOptions()
     _check_kind(config, options, sequence)
-    kind = kind_of(config.kind)
-    if not (kind.encoders if ws.architecture.encoder else kind.low_rank or not ws.makes_images):
-        ws.check_language(f"kind `{config.kind}`")
+    check_fits(ws, config)
     if not names:
         raise InvalidInput("name at least one task to train")
     if len(set(names)) != len(names):
@@ -437,7 +381,7 @@ def _train_stage(
     config = placement.config
     line = sequence or options.line or task.name
     checkpoint = folder / f"{stage}-training"
-    encoded = _rows_of(ws, task, "train", config)
+    encoded = rows_of(ws, task, "train", config)
     soft = None
     if options.replay:
         text = None if options.general_text is None else Path(options.general_text)
@@ -536,7 +480,7 @@ def _learn_lori(
     phase = f"training {task.name}"
     held = None if parent is None else ws.stored(parent)
     with (
-        _head_of(ws, task, base, config, held) as head,
+        head_of(ws, task, base, config, held) as head,
         lori.in_training(base, layers, beside) as parameters,
     ):
         training = with_head(Training(parameters, no_weights), head, config.head_learning_rate)
@@ -552,13 +496,13 @@ def _learn_lori(
             on_progress=ws.on_progress,
             soft=soft,
             training=training,
-            steps_of=_steps_of(ws, base, config, phase),
+            steps_of=steps_of(ws, base, config, phase),
         )
     trained = lori.trained_block(block, lori.trained_B(layers), tensors, config.store_dtype)
     return _Learned(
         AdapterWeights(
             (*(beside.blocks if beside else ()), trained),
-            heads=_heads(task, head, held, config),
+            heads=all_heads(task, head, held, config),
         ),
         "lori-d" if mask is None else "lori-s",
         result,
@@ -592,7 +536,7 @@ def _learn_kind(
     start = None if parent is None else ws.stored(parent)
     phase = f"training {task.name}"
     with (
-        _head_of(ws, task, base, config, start) as head,
+        head_of(ws, task, base, config, start) as head,
         module_of(config.kind).training(base, config, steps=steps, start=start) as own,
     ):
         training = with_head(own, head, config.head_learning_rate)
@@ -610,9 +554,9 @@ def _learn_kind(
             on_progress=ws.on_progress,
             soft=soft,
             training=training,
-            steps_of=_steps_of(ws, base, config, phase),
+            steps_of=steps_of(ws, base, config, phase),
         )
-        heads = _heads(task, head, start, config)
+        heads = all_heads(task, head, start, config)
         weights = replace(training.weights(DTYPES[config.store_dtype]), heads=heads)
     return _Learned(weights, config.kind, result, facts=dict(training.facts))
 

@@ -33,7 +33,7 @@ ROWS = (
     ("merge_inputs",),
     ("answering",),
     ("evaluation", "projecting", "placing", "replaying"),
-    ("avoiding", "changes"),
+    ("avoiding", "changes", "by_base"),
     ("context",),
     ("reporting",),
     ("auditing",),
@@ -78,7 +78,7 @@ LIGHT_PARTS = {
     "replaying", "merge_inputs", "context", "kinds", "auditing", "blaming", "differing",
     "remerging", "answering", "changes", "comparing", "plain", "reporting", "models", "store",
     "config", "architectures", "records", "refs", "registry", "sandbox", "ranks", "extras",
-    "errors", "image_intake", "sampling", "pipelines", "base_files", "foreign", "moving",
+    "by_base", "errors", "image_intake", "sampling", "pipelines", "base_files", "foreign", "moving",
 }  # fmt: skip
 
 

@@ -152,7 +152,7 @@ def test_packed_rows_give_the_same(tmp_path, monkeypatch):
 
     base = made(architectures.llama, tmp_path)
     padded = feature_norms(base, ROWS, 5)
-    monkeypatch.setattr(module, "Forward", lambda base: Forward(base, packing="on"))
+    monkeypatch.setattr(module, "runner", lambda base: Forward(base, packing="on"))
     assert feature_norms(base, ROWS, 5) == pytest.approx(padded, rel=1e-5)
 
 

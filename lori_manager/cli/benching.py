@@ -24,8 +24,11 @@ def bench(
         list[str],
         typer.Argument(metavar="REF", autocompletion=complete.refs, show_default=False),
     ],
-    rows: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
-    tokens: Annotated[int, typer.Option(help="New tokens of each.")] = 64,
+    rows: Annotated[int, typer.Option(help="Prompts, or rows with labels, together.")] = 16,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="New tokens of each prompt; not of an encoder.", show_default="64"),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Of every measurement; medians are told.")] = 5,
     json: Json = False,
     *,
@@ -34,8 +37,8 @@ def bench(
     """Measure what adapters cost at use, on this machine.
 
     Latency and memory of greedy decoding with the base alone, with each adapter kept apart
-    from it and merged into it, and the time to change from one adapter to another. Stores
-    nothing.
+    from it and merged into it, and the time to change from one adapter to another. With an
+    encoder it is a batch of labelled rows through model and head. Stores nothing.
     """
     with workspace(ctx) as ws:
         found = ws.bench(
@@ -50,21 +53,24 @@ def bench(
 
 def show(found: Bench) -> None:
     """Both tables, and what they are of."""
+    labels = found.tokens is None
+    read = "" if found.prompt_tokens is None else f", {found.prompt_tokens:,} tokens in all"
+    new = "" if labels else f", {found.tokens} new ones each"
     typer.echo(
-        f"{found.device}, {found.precision}: {found.rows} prompts together, "
-        f"{found.prompt_tokens:,} tokens in all, {found.tokens} new ones each; medians of "
-        f"{found.repeats}"
+        f"{found.device}, {found.precision}: {found.rows} {'rows' if labels else 'prompts'} "
+        f"together{read}{new}; medians of {found.repeats}"
     )
-    alone = found.uses[0].token_seconds
+    alone = found.uses[0].repeated_seconds
+    times = [">the batch"] if labels else [">first token", ">each further"]
     output.table(
-        ["adapter", "way", ">first token", ">each further", ">of the base's", ">memory"],
+        ["adapter", "way", *times, ">of the base's", ">memory"],
         [
             [
                 use.ref,
                 use.way,
-                _time(use.prefill_seconds),
-                _time(use.token_seconds),
-                f"{use.token_seconds / alone:.2f}" if alone > 0 else None,
+                *([] if labels else [_time(use.prefill_seconds)]),
+                _time(use.repeated_seconds),
+                f"{use.repeated_seconds / alone:.2f}" if alone > 0 else None,
                 output.size(use.peak_bytes),
             ]
             for use in found.uses

@@ -29,7 +29,10 @@ def place(
         str, typer.Argument(metavar="TASK", autocompletion=complete.tasks, show_default=False)
     ],
     top: Annotated[int, typer.Option(help="How many types of layers to choose.")] = PLOP_TYPES,
-    prompts: Annotated[int, typer.Option(help="How many prompts of the task to read.")] = 64,
+    prompts: Annotated[
+        int,
+        typer.Option(help="How many of the task's prompts to read; of an encoder, of its rows."),
+    ] = 64,
     layers: Annotated[bool, typer.Option("--layers", help="The score of every layer too.")] = False,
     apply: Annotated[
         bool, typer.Option("--apply", help="Make the choice the `targets` of lori.toml.")
@@ -41,9 +44,9 @@ def place(
 ) -> None:
     """Choose the types of layers that a task's adapter should go to.
 
-    By PLoP (arXiv:2506.20629): the base reads prompts of the task, and the types of layers that
-    answer them least for weights of their size are chosen. `lori train --targets plop` does the
-    same before it trains.
+    By PLoP (arXiv:2506.20629): the base reads prompts of the task (an encoder its texts or
+    images), and the types of layers that answer them least for weights of their size are chosen.
+    `lori train --targets plop` does the same before it trains.
     """
     from lori_manager.reporting.placement_plot import check_plot, placement_svg
     from lori_manager.store.files import write_atomic
@@ -118,6 +121,7 @@ def _document(
     chosen = found.chosen(top)
     return {
         "task": f"{found.task}#{found.task_revision}",
+        "reads": found.reads,
         "prompts": found.prompts,
         "tokens": found.tokens,
         "seed": found.seed,

@@ -71,9 +71,9 @@ def show(found: Suggestion) -> None:
     )
     typer.echo(
         f"\n{output.duration(found.seconds)} of {output.duration(found.budget)} on {found.device}, "
-        f"{found.step_seconds * 1e3:.3g} ms a step; one seed, {found.held} held-out rows, the base "
-        f"{found.base_loss:.4f}. Another machine gets to other probes in that time.\n\n"
-        f"{found.command}"
+        f"{found.step_seconds * 1e3:.3g} ms a step; one seed, {found.held} held-out rows, "
+        f"{found.untaught} {found.base_loss:.4f}. Another machine gets to other probes in that "
+        f"time.\n\n{found.command}"
     )
 
 

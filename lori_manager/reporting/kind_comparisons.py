@@ -61,7 +61,7 @@ class KindResult:
 
     Attributes:
         entry: the kind, or `lori-d` for LoRI without a mask.
-        tried: (rate, held-out loss in nats per token), infinite where training diverged.
+        tried: (rate, held-out loss, see `probing.Probe`), infinite where training diverged.
         rate: the best of them, once all are tried.
         edge: it is the largest or smallest tried.
         search_seconds: what the search took.

@@ -41,7 +41,7 @@ def placement_svg(found: Placement, top: int) -> str:
     map_top = bars_top + ROW * len(found.types) + 86
     height = map_top + ROW * len(found.types) + 84
     title = f"Layers for {found.task}#{found.task_revision}"
-    read = f"{found.prompts} prompts, {found.tokens:,} tokens, seed {found.seed}, {found.precision}"
+    read = f"{found.read}, seed {found.seed}, {found.precision}"
     names = ", ".join(one.name for one in taken)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '

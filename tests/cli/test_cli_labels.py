@@ -52,3 +52,38 @@ def test_what_needs_words_is_one_sentence_and_no_traceback(road):
     assert expected in told
     told = road.refuses("merge", "--tasks", "colour,size", "--method", "routed", code=2)
     assert "`--method routed` reads probe prompts and needs a causal language model" in told
+
+
+def test_kinds_are_compared_layers_placed_settings_suggested_and_costs_measured(road, tmp_path):
+    few = ("--seeds", 1, "--rates", 1, "--kinds", "lori,lora", *SETTINGS)
+    told = road("compare", "colour", *few, "--plot", tmp_path / "kinds.svg").stdout.splitlines()
+    assert told[0].startswith("colour#1: label_accuracy, 20 rows; 6 steps each, on cpu")
+    assert [line.split()[0] for line in told[2:4]] == ["lori", "lora"]
+    assert "label_accuracy on colour#1" in (tmp_path / "kinds.svg").read_text()
+    message = road.refuses("compare", "colour", "--kinds", "lora,full", code=2)
+    assert "kind `full` needs a causal language model" in message
+
+    told = road("place", "colour", "--top", 2, "--plot", tmp_path / "placed.svg").stdout
+    assert {line.split()[0] for line in told.splitlines()[1:7]} == {
+        "query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense",
+    }  # fmt: skip
+    assert "answer this task's texts least" in told
+    found = road.json("place", "colour")
+    read = f"{found['prompts']} texts, {found['tokens']} tokens, seed 0"
+    assert read in (tmp_path / "placed.svg").read_text()
+
+    told = road("suggest", "colour", "--budget-minutes", 1, *SETTINGS).stdout
+    assert "held-out rows, the labels' shares alone 0." in told
+    assert told.splitlines()[-1].startswith("lori train colour --kind lori --rank ")
+
+    told = road("bench", "colour.lori@1", "--rows", 2, "--repeats", 1).stdout.splitlines()
+    assert told[0].endswith("tokens in all; medians of 1")
+    assert ": 2 rows together, " in told[0]
+    assert told[1].split("  ")[0] == "adapter"
+    assert "the batch" in told[1]
+    assert "token" not in told[1]
+    assert [line.split()[:2] for line in told[2:5]] == [
+        ["base", "alone"], ["colour.lori@1", "apart"], ["colour.lori@1", "merged"],
+    ]  # fmt: skip
+    message = road.refuses("bench", "colour.lori@1", "--tokens", 3, code=2)
+    assert "`--tokens` needs a causal language model" in message

@@ -17,6 +17,8 @@ from lori_manager.diffusion.noise_loss import held_out_losses
 from lori_manager.diffusion.pipeline import load_pipeline
 from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.errors import BadData, InvalidInput, NotFound
+from lori_manager.kind_comparison import RateSearch
+from lori_manager.probing import halves
 from lori_manager.workspace import Workspace
 
 
@@ -196,6 +198,27 @@ def test_other_low_rank_kinds_train_and_are_exported(styles, tmp_path, kind):
     assert (tmp_path / "out" / WEIGHTS_FILE).is_file()
 
 
+def test_kinds_are_compared_and_settings_suggested_by_held_out_images(styles, tmp_path):
+    styles.add_image_task("ink", write_images(tmp_path / "ink", "ink", 16), eval_share=0.25)
+    config = styles.settings.config.replace(steps=8, learning_rate=0.02)
+    found = styles.compare_kinds("ink", ["lori", "lora"], seeds=1, config=config,
+                                 search=RateSearch(points=2, share=1.0))  # fmt: skip
+    assert (found.scorer, found.rows, found.higher_is_better) == ("noise_loss", 4, False)
+    task = styles.store.task("ink")
+    parts = halves(styles, task, config)
+    assert (len(parts.rows), len(parts.held)) == (9, 3)
+    untaught = held_out_losses(styles.pipeline(config), parts.held, 8, 16).mean()
+    for kind in found.kinds:
+        assert min(loss for _, loss in kind.tried) < untaught
+        assert kind.adapters == (f"ink.{kind.entry}@1",)
+    suggested = styles.suggest("ink", budget=60, config=config.replace(kind="lora", steps=4))
+    assert suggested.base_loss == pytest.approx(untaught, rel=1e-6)
+    assert min(p.loss for p in suggested.probes) < untaught
+    (targets,) = [c for c in suggested.choices if c.setting == "targets"]
+    assert targets.value == list(config.targets)
+    assert "a diffusion pipeline" in targets.why
+
+
 def test_a_may_begin_with_the_singular_vectors(styles):
     (trained,) = styles.train(["water"], styles.settings.config.replace(init="svd", steps=1))
     assert trained.adapter.method == "lori-s"
@@ -239,9 +262,8 @@ REFUSED = {
     ),
     "place": lambda ws: ws.place("oil"),
     "plop": lambda ws: ws.train(["oil"], ws.settings.config.replace(targets=("plop",))),
-    "suggest": lambda ws: ws.suggest("oil"),
     "bench": lambda ws: ws.bench(["oil@1"]),
-    "compare": lambda ws: ws.compare_kinds("oil", ["lori", "lora"]),
+    "compare": lambda ws: ws.compare_kinds("oil", ["lori", "dora"]),
     "kind": lambda ws: ws.train(["oil"], ws.settings.config.replace(kind="prefix")),
     "qlora": lambda ws: ws.train(["oil"], ws.settings.config.replace(kind="qlora")),
     "replay": lambda ws: ws.train(["oil"], options=_replay(), sequence=None),
