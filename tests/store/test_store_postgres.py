@@ -499,6 +499,26 @@ def test_a_database_of_every_schema_since_the_first_on_a_server_becomes_one_of_t
             assert compare_metadata(context, metadata) == []
 
 
+def test_an_upgrade_waits_for_whoever_migrates_the_same_schema(
+    stores_at: Callable[[str], Path],
+) -> None:
+    """By the advisory lock alone: no table is locked here."""
+    import psycopg
+
+    root = stores_at(FIRST)
+    url = database.databases.backend(root).shown
+    lock = "SELECT {}(hashtextextended('lori migrates ' || current_schema(), 0))"
+    done = threading.Event()
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute(lock.format("pg_advisory_lock"))
+        waiting = threading.Thread(target=lambda: (database.upgrade(root), done.set()))
+        waiting.start()
+        assert not done.wait(1)
+        other.execute(lock.format("pg_advisory_unlock"))
+        assert done.wait(60)
+    waiting.join()
+
+
 def test_an_upgrade_killed_at_any_time_is_whole_or_was_not(
     served_store: Store, next_schema: Path, tmp_path: Path, start: Callable[..., Any]
 ) -> None:
