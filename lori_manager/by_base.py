@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lori_manager.config import Config
 from lori_manager.context import Context
+from lori_manager.errors import InvalidInput
 from lori_manager.kinds import LORI, kind_of
 from lori_manager.records import Task
 
@@ -26,6 +27,10 @@ def check_fits(ws: Context, config: Config) -> None:
     kind = kind_of(config.kind)
     if not (kind.encoders if ws.architecture.encoder else kind.low_rank or not ws.makes_images):
         ws.check_language(f"kind `{config.kind}`")
+    if reason := kind.not_on.get(found := ws.store.base().model_type):
+        raise InvalidInput(
+            f"kind `{config.kind}` does not train on {found}, since {reason}: choose another kind"
+        )
     if config.kind == LORI and config.projection == "nullspace":
         ws.check_language("`projection` nullspace")
 

@@ -43,6 +43,7 @@ class Kind:
         continues: whether a training may begin at an adapter.
         packed: whether the base's weights may be packed; no where they are read or trained.
         encoders: whether it trains on encoders too.
+        not_on: model type of an encoder that it does not train on all the same -> why.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Kind:
     continues: bool = True
     packed: bool = True
     encoders: bool = True
+    not_on: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def own_form(self) -> bool:
@@ -98,13 +100,14 @@ KINDS = {
             "full", "full fine-tuning", "arXiv:1801.06146", 5e-5, frozenset(),
             {"modules": "all"},
             low_rank=False, export=f"{OWN_FORM}, whole model", served="vLLM (whole), lori",
-            packed=False, encoders=False,
+            packed=False,
         ),
         Kind(
             "bottleneck", "bottleneck adapters", "arXiv:1902.00751", 1e-3, frozenset(),
             {"placement": "houlsby", "reduction": 16, "activation": "relu"},
             low_rank=False, export=OWN_FORM, served="lori",
-            encoders=False,
+            not_on={"albert": "its layers are one and the same",
+                    "swin": "its layers differ in width"},
         ),
         Kind(
             "prefix", "prefix tuning", "arXiv:2101.00190", 1e-2, frozenset(),

@@ -323,17 +323,19 @@ class BaseModel:
         """The model without its vocabulary head, or the model itself where it has no such part."""
         return getattr(self.model, "base_model", self.model)
 
-    def probe(self) -> None:
-        """Run the model once on two tokens, or on one image, for hooks to see it at work."""
+    def probe(self) -> Tensor:
+        """The logits of the model as it is now, hooks included, on two tokens or on one image."""
         import torch
 
         if self.architecture == IMAGE_ENCODER:
             size = image_format(self.folder).size
             pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=self.model.dtype)
-            self.model(pixel_values=pixels)
-            return
+            seen: Tensor = self.model(pixel_values=pixels).logits
+            return seen
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        self.model(input_ids=ids, **({} if self.architecture.encoder else {"use_cache": False}))
+        cache = {} if self.architecture.encoder else {"use_cache": False}
+        logits: Tensor = self.model(input_ids=ids, **cache).logits
+        return logits
 
     def head(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight (vocabulary, d), bias) of the vocabulary head behind the decoder.

@@ -2,8 +2,9 @@
 
 Houlsby et al. (arXiv:1902.00751) put one behind the attention and one behind the feed-forward
 of every layer, Pfeiffer et al. (arXiv:2005.00247) the latter alone. Both before the sublayer's
-output joins the residual stream. Layer norms stay frozen, and none is added; `up` begins at zero
-and not near it, so that training begins at the base to the bit.
+output joins the residual stream, and before anything scales it (BEiT, DINOv2). Layer norms stay
+frozen, and none is added; `up` begins at zero and not near it, so that training begins at the
+base to the bit.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 ATTENTION = (
     "self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.c_proj", "attn.out_proj",
     "attention.dense", "attention.wo", "self_attention.dense",
+    # of encoders
+    "attention.output.dense", "attention.o_proj", "attention.out_lin", "attention.attn.o",
+    "attn.Wo",
 )  # fmt: skip
-FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
+FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "output.dense", "ffn.lin2")
 
 
 class Bottleneck(nn.Module):

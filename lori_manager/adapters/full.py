@@ -1,5 +1,7 @@
 """Full fine-tuning: every weight of the base trains, and the difference to it is stored.
 
+An encoder's head is none of them: it trains and is stored beside, see `heads`.
+
 What trains are float32 copies, of a bf16 base too: a step of 1e-5 would be lost in bf16. Tied
 weights are one. On a device training takes, for each weight of a base in float32 (bf16), 24 (24)
 bytes: 4 (2) the base's own, 4 (4 and a cast of 2) the copy, 8 its gradient and 8 AdamW's moments;
@@ -23,7 +25,7 @@ from lori_manager.adapters.own_form import write_own
 from lori_manager.config import Config
 from lori_manager.engine.weights import KindWeights, Stored
 from lori_manager.errors import InvalidInput, WrongBase
-from lori_manager.models import BaseModel
+from lori_manager.models import BaseModel, head_names
 
 KIND = "full"
 ALL = "all"
@@ -50,6 +52,7 @@ def training(
     wanted = config.kind_options["modules"]
     places = find_places(base.model, wanted)
     _check_plain(base.model, places)
+    places = _used(base, places)
     own = {name: base.model.get_parameter(name) for name in places}
     masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items()}
     begun = own_start(KIND, start)
@@ -128,7 +131,7 @@ def check(model: nn.Module, weights: KindWeights) -> None:
     Raises:
         WrongBase: it was made for another.
     """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in find_places(model, ALL)}
     for name, t in weights.tensors.items():
         if shapes.get(name) != tuple(t.shape):
             raise WrongBase(
@@ -139,18 +142,21 @@ def check(model: nn.Module, weights: KindWeights) -> None:
 
 
 def find_places(model: nn.Module, modules: str) -> dict[str, list[Place]]:
-    """Parameter -> where it stands, of those that `modules` means.
+    """Parameter -> where it stands, of those that `modules` means; an encoder's head is left out.
 
     Raises:
         InvalidInput: a name that no module with parameters has.
     """
     standing: dict[int, list[Place]] = {}
+    behind = tuple(f"{name}." for name in head_names(model))
     for module_name, module in model.named_modules(remove_duplicate=False):
+        if f"{module_name}.".startswith(behind):
+            continue
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 place = Place(module, module_name, attribute)
                 standing.setdefault(id(parameter), []).append(place)
-    places = {name: standing[id(p)] for name, p in model.named_parameters()}
+    places = {name: standing[id(p)] for name, p in model.named_parameters() if id(p) in standing}
     wanted = [name.strip() for name in modules.split(",")]
     if wanted == [ALL]:
         return places
@@ -168,6 +174,35 @@ def find_places(model: nn.Module, modules: str) -> dict[str, list[Place]]:
             )
         chosen |= found
     return chosen
+
+
+def _used(base: BaseModel, places: dict[str, list[Place]]) -> dict[str, list[Place]]:
+    """Those that the logits of an encoder hang on.
+
+    A mask token, say, is of no use here, and weight decay alone would move it.
+    Raises:
+        InvalidInput: none of them.
+    """
+    if not base.architecture.encoder:
+        return places
+    own = [base.model.get_parameter(name) for name in places]
+    try:
+        for p in own:
+            p.requires_grad_(True)
+        found = torch.autograd.grad(base.probe().sum(), own, allow_unused=True)
+    finally:
+        for p in own:
+            p.requires_grad_(False)
+    used = {
+        name: places[name]
+        for name, gradient in zip(places, found, strict=True)
+        if gradient is not None
+    }
+    if not used:
+        raise InvalidInput(
+            f"no label depends on {next(iter(places))!r}: name other `modules`, or leave them out"
+        )
+    return used
 
 
 def _check_plain(model: nn.Module, places: Mapping[str, object]) -> None:

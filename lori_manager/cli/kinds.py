@@ -38,4 +38,5 @@ def kinds(json: Json = False) -> None:
 
 def _plain(kind: object) -> dict[str, object]:
     fields = dict(vars(kind))
-    return {**fields, "settings": sorted(fields["settings"]), "options": dict(fields["options"])}
+    plain = {key: dict(fields[key]) for key in ("options", "not_on")}
+    return {**fields, "settings": sorted(fields["settings"]), **plain}
