@@ -1,5 +1,6 @@
 """What tests of several parts share."""
 
+import logging
 import os
 
 import pytest
@@ -39,6 +40,15 @@ def own_cache(cache_for_tests):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORI_CACHE", str(cache_for_tests))
         yield
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """A command sets lori's log level, and writes to a stream that ends with its test."""
+    yield
+    logger = logging.getLogger("lori_manager")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -228,6 +228,7 @@ class _File:
 
     def drop(self) -> None:
         """Stop, and remove what is not finished."""
+        self._failed = True  # the end must not come behind blocks that are cancelled here
         self._thread.shutdown(cancel_futures=True)
         self._file.close()
         self._path.unlink(missing_ok=True)

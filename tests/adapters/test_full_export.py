@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -580,6 +581,32 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_finished(
     whole = stamps(target)
     assert {name: whole[name] for name in finished} == finished
     assert_same(loaded(target), summed(sharded, updates))
+
+
+def test_a_file_that_is_dropped_is_never_taken_for_finished(tmp_path, monkeypatch):
+    """Its blocks are cancelled one by one, while the thread that writes goes on with the next."""
+    going = threading.Event()
+
+    class Waiting(full_export.FileIO):
+        def write(self, block):
+            going.wait()
+            return super().write(block)
+
+    def shutdown(thread, cancel_futures, whole=full_export.ThreadPoolExecutor.shutdown):
+        file._waiting[1].cancel()
+        going.set()
+        whole(thread)  # the end is not cancelled in time
+
+    monkeypatch.setattr(full_export, "FileIO", Waiting)
+    monkeypatch.setattr(full_export.ThreadPoolExecutor, "shutdown", shutdown)
+    kept = resuming.Kept(tmp_path, "plan")
+    file = full_export._File(kept, "shard")
+    file.put(b"one")
+    file.put(b"two")
+    file.end()
+    file.drop()
+    assert not kept.finished("shard")
+    assert list(kept.folder.iterdir()) == []
 
 
 def test_a_disk_that_is_full_at_once_leaves_nothing(llama, sharded, target, monkeypatch):

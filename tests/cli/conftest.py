@@ -1,7 +1,6 @@
 """Small workspaces to call commands in."""
 
 import json
-import logging
 import shutil
 
 import pytest
@@ -19,13 +18,6 @@ def write_rows(path, task, count, offset=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_handler_is_left():
-    """A command's log handler writes to a stream that ends with its test."""
-    yield
-    logging.getLogger("lori_manager").handlers.clear()
 
 
 @pytest.fixture(scope="session")

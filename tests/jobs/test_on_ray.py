@@ -23,6 +23,7 @@ def begin(ws, *args, **more):
         [sys.executable, "-m", "lori_manager", "-C", str(ws.root), "train", *TASKS, *args],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | more,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # some parents ignore it
     )  # fmt: skip
 
 
