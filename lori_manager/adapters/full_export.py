@@ -206,7 +206,7 @@ class _File:
         self._thread = ThreadPoolExecutor(1, "lori-write")
         self._waiting: deque[Future[None]] = deque()
         self._unflushed = 0
-        self._failed = False
+        self._failed = self._dropped = False
 
     def put(self, block: bytes | memoryview) -> None:
         """Have it written after all before it; waits while too many are not."""
@@ -228,7 +228,7 @@ class _File:
 
     def drop(self) -> None:
         """Stop, and remove what is not finished."""
-        self._failed = True  # the end must not come behind blocks that are cancelled here
+        self._dropped = True  # the end must not come behind blocks that are cancelled here
         self._thread.shutdown(cancel_futures=True)
         self._file.close()
         self._path.unlink(missing_ok=True)
@@ -249,7 +249,7 @@ class _File:
             self._unflushed = 0
 
     def _finish(self) -> None:
-        if self._failed:
+        if self._failed or self._dropped:
             return
         os.fsync(self._file.fileno())
         self._file.close()
