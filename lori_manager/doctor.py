@@ -237,9 +237,16 @@ def _base(store: Store) -> Iterator[Check]:
 def _runs(store: Store) -> Iterator[Check]:
     found = store.open_runs()
     if found:
-        told = ", ".join(" ".join(run.plan.get("tasks", [])) or run.id[:8] for run in found[:5])
+        told = ", ".join(
+            f"{' '.join(run.plan.get('tasks', []))} ({run.id[:8]})" for run in found[:5]
+        )
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        yield Check("trainings", NOTE, f"unfinished: {told}{more}; the same command goes on")
+        yield Check(
+            "trainings",
+            NOTE,
+            f"unfinished: {told}{more}; the same command "
+            "goes on, in the folder where it began; `lori db abandon` gives one up",
+        )
     else:
         yield Check("trainings", OK, "none is unfinished")
 

@@ -185,7 +185,9 @@ def _outcomes(
 
     def outcomes(own: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
         mine, tokens = [rows[i] for i in own], [encoded[i] for i in own]
-        return score_rows(base, mine, tokens, scorer, config.score_batch, progress, config.packing)
+        return score_rows(
+            base, mine, tokens, scorer, config.score_batch, progress, config.packing, among=encoded
+        )
 
     return ranks().by_row(len(rows), outcomes)
 

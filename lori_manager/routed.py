@@ -135,6 +135,7 @@ class RoutedModel:
                     batch,
                     told,
                     packing,
+                    among=encoded,
                 )
             outcomes[mine] = found
             if weighed is not None:

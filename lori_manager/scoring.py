@@ -95,6 +95,8 @@ def score_rows(
     batch: int,
     on_batch: Callable[[int, int], None] | None = None,
     packing: str = "auto",
+    *,
+    among: Sequence[Encoded] | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Outcomes in the rows' order, and weights where they are not all one.
 
@@ -105,6 +107,8 @@ def score_rows(
         batch: sequences a forward, or rows that generate together.
         on_batch: called with (sequences or rows done, those in all).
         packing: see `Forward`; generated text is always padded.
+        among: all of the task's rows, where these are some of them: how long a generated text
+            may be hangs on all, so that a share of them is scored as the whole is.
     Returns:
         float32 (rows,) outcomes; float32 (rows,) weights or None.
     Raises:
@@ -113,7 +117,8 @@ def score_rows(
     if scorer.reads == "noise":
         raise ValueError("images are scored by `held_out_losses`")
     if scorer.reads == "text":
-        said = completions(base, encoded, scorer.new_tokens(encoded), batch, on_batch)
+        room = scorer.new_tokens(encoded if among is None else among)
+        said = completions(base, encoded, room, batch, on_batch)
         found = _judged(scorer, said, rows)
     elif scorer.reads == "labels":
         raise ValueError("labels are told by an encoder and its head: see `classification`")

@@ -13,13 +13,13 @@ from lori_manager import models
 from lori_manager.by_base import all_heads, check_fits, head_of, rows_of, steps_of
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
-from lori_manager.errors import Conflict, InvalidInput, LoriError
+from lori_manager.errors import Conflict, InvalidInput, LoriError, NotFound
 from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, resolved
 from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.ranks import ranks
-from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Score, Task
+from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Run, Score, Task
 from lori_manager.refs import BASE, check_name, parse_mask_ref
 from lori_manager.replaying import check_replay, with_replay
 
@@ -620,6 +620,30 @@ def running(ws: Context, plan: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
         lock.release()
         if line is not None:
             line.release()
+
+
+def abandon(ws: Context, run: str) -> Run:
+    """Give up an unfinished training: what is stored stays, its checkpoints in this folder go.
+
+    Args:
+        run: its id, or how that begins.
+    Raises:
+        NotFound: none or several begin so. Conflict: it is at work.
+    """
+    begin = [r for r in ws.store.open_runs() if run and r.id.startswith(run)]
+    if len(begin) != 1:
+        known = ", ".join(f"{r.id[:8]} ({' '.join(r.plan.get('tasks', []))})"
+                          for r in ws.store.open_runs()) or "none"  # fmt: skip
+        raise NotFound(f"no unfinished training is called {run!r}; there are: {known}")
+    folder = ws.store.runs / begin[0].id
+    lock = held_lock(folder / "lock", "this training") if folder.is_dir() else None
+    try:
+        ws.store.finish_run(begin[0].id)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if lock is not None:
+            lock.release()
+    return begin[0]
 
 
 def held_lock(path: Path, what: str, patience: float = 0) -> FileLock:

@@ -131,6 +131,7 @@ class Workspace(Context):
     place = placing.place
     apply_placement = placing.apply_placement
     calibrate = teaching.calibrate
+    abandon = teaching.abandon
     train = teaching.train
     score = evaluation.score
     add_outcomes = evaluation.add_outcomes
@@ -355,4 +356,4 @@ def _has_base(store: Store) -> bool:
         store.base()
     except NotFound:
         return False
-    return True
+    return store.settled

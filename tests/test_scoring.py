@@ -115,3 +115,27 @@ def test_rows_with_unlike_numbers_of_sequences_keep_their_own(base):
 def test_rows_and_their_tokens_must_be_as_many(base):
     with pytest.raises(ValueError, match="zip"):
         score_rows(base, [Row("p", "c")], ROWS, scorers.get("exact_match"), 4)
+
+
+def test_a_share_of_the_rows_may_be_as_long_as_all_of_them(monkeypatch):
+    """Several processes score a part each, and must write what one would."""
+    from lori_manager import scoring
+    from lori_manager.tasks.choosing import find_scorer
+
+    class Tokens:
+        def __init__(self, count):
+            self.completion_ids = list(range(count))
+
+    seen = []
+    monkeypatch.setattr(
+        scoring, "completions", lambda base, rows, room, *_: seen.append(room) or []
+    )
+    monkeypatch.setattr(scoring, "_judged", lambda *_: [])
+    scorer = find_scorer("token_f1", {}, None)
+    monkeypatch.setattr(
+        type(scorer), "new_tokens", lambda self, rows: max(len(r.completion_ids) for r in rows)
+    )
+    rows = [Tokens(3), Tokens(100)]
+    scoring.score_rows(None, [], rows[:1], scorer, 1)
+    scoring.score_rows(None, [], rows[:1], scorer, 1, among=rows)
+    assert seen == [3, 100]

@@ -1,4 +1,4 @@
-"""`lori verify`, `lori db upgrade` and `lori db journal`."""
+"""`lori verify`, and `lori db upgrade`, `journal` and `abandon`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,31 @@ def journal(
         typer.echo(f"the journal is {told}")
 
 
+def abandon(
+    ctx: typer.Context,
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="How `lori doctor` calls it.",
+            show_default=False,
+        ),
+    ],
+    json: Json = False,
+) -> None:
+    """Give up an unfinished training.
+
+    What it has stored stays, its checkpoints go, and the same command begins anew.
+    """
+    with workspace(ctx) as ws:
+        given_up = ws.abandon(run)
+    if json:
+        output.print_json(given_up)
+    else:
+        tasks = " ".join(given_up.plan.get("tasks", []))
+        typer.echo(output.one_line(f"given up: the training {given_up.id[:8]} of {tasks}"))
+
+
 group = typer.Typer(
     help="Look after the database.",
     no_args_is_help=True,
@@ -102,3 +127,4 @@ group = typer.Typer(
 )
 group.command("upgrade")(upgrade)
 group.command("journal")(journal)
+group.command("abandon")(abandon)

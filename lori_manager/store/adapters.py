@@ -17,7 +17,7 @@ from sqlalchemy import (
     tuple_,
 )
 
-from lori_manager.errors import NotFound, WrongBase
+from lori_manager.errors import Conflict, NotFound, WrongBase
 from lori_manager.records import Adapter, NewAdapter, Parent
 from lori_manager.refs import LATEST, AdapterRef, check_name, parse_mask_ref
 from lori_manager.store import bases, masks, names, removals, runs, tasks
@@ -44,6 +44,11 @@ def add(connection: Connection, new: NewAdapter, *, digest: str, size: int) -> A
     if names.find(connection, new.line, lock=True) is None:
         names.add(connection, check_name(new.line, "line"))
     version = _last(connection, new.line) + 1
+    if new.run is not None and new.sequence and version != (new.stage or 0) + 1:
+        raise Conflict(
+            f"line {new.line!r} has {version - 1} stage(s) and this is stage {new.stage}: another "
+            "training adds to the same sequence; choose another --sequence name"
+        )
     mask_task, mask_version = parse_mask_ref(new.mask) if new.mask else (None, None)
     key = connection.execute(
         insert(t.adapters).values(

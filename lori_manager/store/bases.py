@@ -81,6 +81,11 @@ def here(root: Path, base: Base) -> Base:
     return replace(base, path=where, source=source)
 
 
+def noted(root: Path) -> bool:
+    """Whether this folder has noted where it has the base."""
+    return (root / NOTE).is_file()
+
+
 def note(root: Path, *, path: str, source: str) -> None:
     """Note where this folder has the base's weights."""
     write_atomic(root / NOTE, json.dumps({"path": path, "source": source}, indent=1).encode())

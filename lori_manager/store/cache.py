@@ -14,6 +14,7 @@ from lori_manager.store.files import TEMPORARY, private_folder
 
 LIMIT = 20_000_000_000  # bytes
 LIMIT_VARIABLE = "LORI_CACHE_BYTES"
+_SLACK = 20  # a twentieth of the limit may be put before the folder is looked through again
 _ABANDONED = 3600.0  # seconds after which a temporary file has no writer any more
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Cache:
         self.folder = folder
         told = os.environ.get(LIMIT_VARIABLE, "")
         self.limit = limit if limit is not None else int(told) if told.isdecimal() else LIMIT
+        self._put = self.limit  # bytes since the folder was looked through; at once, at first
 
     def get(self, digest: str) -> bytes | None:
         """The content, checked against the digest; None where it is not there or altered."""
@@ -59,7 +61,10 @@ class Cache:
             private_folder(self.folder)
             temporary.write_bytes(content)
             temporary.replace(self.folder / digest)
-            self._prune()
+            self._put += len(content)
+            if self._put * _SLACK >= self.limit:
+                self._prune()
+                self._put = 0
         except OSError as e:
             logger.info("%s cannot be kept in the cache: %s", digest, e)
             with contextlib.suppress(OSError):

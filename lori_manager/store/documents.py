@@ -100,7 +100,10 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if hint is float and value is None:
         return math.nan
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as e:
+            raise ValueError(f"{where} is too large") from e
     if hint is datetime and isinstance(value, str):
         return _time(value, where)
     if hint in (str, int, bool) and type(value) is hint:
@@ -123,4 +126,7 @@ def _time(text: str, where: str) -> datetime:
         raise ValueError(f"{where} is no time") from e
     if found.tzinfo is None:
         raise ValueError(f"{where} is a time without a zone")
-    return found
+    try:
+        return found.astimezone(UTC)
+    except OverflowError as e:
+        raise ValueError(f"{where} is no time that there is") from e

@@ -179,12 +179,13 @@ def renamed(parcel: Parcel, names: Mapping[str, str]) -> Parcel:
     if not names:
         return parcel
     has = {a.line for a in parcel.adapters}
+    comes = has | {line.name for line in parcel.lines} | {task.name for task in parcel.tasks}
     for old, new in names.items():
         check_name(new, "line")
         if old not in has:
             there = ", ".join(sorted(has)) or "none"
             raise InvalidInput(f"`--as {old}={new}`: no line {old!r} comes; there are: {there}")
-        if new in has and new not in names:
+        if new in comes and new not in names:
             raise InvalidInput(f"`--as {old}={new}`: a line {new!r} comes, too; take another name")
     if len(set(names.values())) < len(names):
         raise InvalidInput("`--as` gives two lines one name: take two")
@@ -261,11 +262,14 @@ def check(parcel: Parcel, shown: str) -> None:
         known[a.ref] = a
     digests = {a.ref: a.digest for a in parcel.adapters if not a.hidden}
     digests[BASE] = parcel.base.fingerprint
+    eval_rows = {(task.name, task.revision): task.splits["eval"].rows for task in parcel.tasks}
     for score in parcel.scores:
         fits = digests.get(score.subject) == score.digest
         insist(fits, f"a score is of {score.subject!r}, which is missing or of other weights")
         insist((score.task, score.task_revision) in own_tasks,
                f"a score is on {score.task}#{score.task_revision}, which is missing")  # fmt: skip
+        most = eval_rows[score.task, score.task_revision]
+        insist(0 <= score.rows <= most, f"a score is of {score.rows} rows, where there are {most}")
     for alias in parcel.aliases:
         insist(f"{alias.line}@{alias.version}" in digests, f"{alias.ref} points nowhere")
     insist(parcel.asked <= digests.keys(), "what is asked for is missing")

@@ -129,7 +129,7 @@ def _needs(
     run = connection.execute(own).scalar_one_or_none()
     for row in connection.execute(open_runs):
         if row.id == run or ref in _texts(row.plan):
-            needs.append(f"the unfinished training {row.id[:8]}")
+            needs.append(f"the unfinished training {row.id[:8]} (`lori db abandon` gives it up)")
     return needs
 
 

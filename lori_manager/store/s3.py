@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, StorageFailed
 from lori_manager.extras import check_extra, load_extra
@@ -35,6 +35,7 @@ RENEWED = timedelta(hours=12)  # half of gc's grace: what is older is written ag
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PREFIX = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/|$))*")
 _CODE = re.compile(r"<Code>\s*([A-Za-z0-9.]{1,60})\s*</Code>")
+_PRINTABLE = re.compile(r"[!-~]+")
 _CHUNK = 4 << 20
 _TIMES = {"connect_timeout": "10s", "timeout": "30m"}
 _RETRIES = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
@@ -336,15 +337,34 @@ def _is_name(parts: list[str], digest: str) -> bool:
         return False
 
 
+def _endpoint(given: str) -> SplitResult:
+    """The parts of a server's URL, which is checked: the library ends the process on others.
+
+    Raises:
+        InvalidInput: says what it must be, and nothing of what it is.
+    """
+    try:
+        split = urlsplit(given)
+        whole = split.scheme in ("http", "https") and bool(split.hostname) and split.port != 0
+    except ValueError:
+        whole = False
+    if not whole or not _PRINTABLE.fullmatch(given):
+        raise InvalidInput(
+            "AWS_ENDPOINT_URL must be a server's URL, such as https://s3.example.org or "
+            "http://localhost:9000: correct or unset it"
+        )
+    if split.username or split.password or split.query:
+        raise InvalidInput("AWS_ENDPOINT_URL must hold no user, password or query: remove them")
+    return split
+
+
 def _connect(bucket: str, prefix: str, url: str) -> Any:
     """A client with the provider's credentials, region and endpoint."""
     library: Any = load_extra("obstore.store", EXTRA, "keeping objects in S3")
     options: dict[str, Any] = dict(_TIMES)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     if endpoint is not None:
-        split = urlsplit(endpoint)
-        if split.username or split.password or split.query:
-            raise InvalidInput("AWS_ENDPOINT_URL must hold no user, password or query: remove them")
+        split = _endpoint(endpoint)
         # plain HTTP shows everything to whoever listens: on this machine, or where it is asked for
         asked = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
         options["allow_http"] = split.hostname in _LOOPBACK or asked

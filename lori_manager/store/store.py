@@ -193,9 +193,15 @@ class Store:
         """
         with self._db.write() as c:
             kept = bases.add(c, base)
-        if self.shared and kept.path != base.path:
+        if self.shared:
             bases.note(self.root, path=base.path, source=base.source)
-        return self.base()
+            return self.base()
+        return kept
+
+    @property
+    def settled(self) -> bool:
+        """Whether the base was set in this folder; elsewhere alone, it has only begun to join."""
+        return not self.shared or bases.noted(self.root)
 
     def base(self) -> Base:
         """The base model, where this folder has it."""

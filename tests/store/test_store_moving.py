@@ -200,6 +200,14 @@ def test_the_same_version_of_other_weights_is_refused_before_anything_comes(
     assert len(target.adapters()) == 1
 
 
+def test_a_line_is_not_called_as_another_that_comes_without_versions(
+    full: Store, target: Store
+) -> None:
+    for taken in ("stages", "wiki"):
+        with pytest.raises(InvalidInput, match=f"a line '{taken}' comes, too"):
+            bring(full, target, names={"main": taken})
+
+
 def test_or_it_comes_under_another_name(full: Store, target: Store) -> None:
     build.add_task(target, "safety", rows=30)
     mine = target.add_adapter(build.new_adapter("safety"), b"mine")

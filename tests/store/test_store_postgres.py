@@ -499,6 +499,24 @@ def test_a_database_of_every_schema_since_the_first_on_a_server_becomes_one_of_t
             assert compare_metadata(context, metadata) == []
 
 
+def test_gc_removes_nothing_once_the_server_has_ended_its_transaction(
+    served_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the transaction goes the lock: somebody may need the file by now."""
+    orphan = served_store.objects.put(b"an orphan")
+    size = served_store.objects.size
+
+    def ended(digest: str) -> int:
+        build.sql(served_store, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                  "WHERE datname = current_database() AND pid <> pg_backend_pid()")  # fmt: skip
+        return size(digest)
+
+    monkeypatch.setattr(served_store.objects, "size", ended)
+    with pytest.raises(StorageFailed, match="ended the connection"):
+        list(served_store.collect(grace=timedelta(0)))
+    assert served_store.objects.exists(orphan)
+
+
 def test_an_upgrade_waits_for_whoever_migrates_the_same_schema(
     stores_at: Callable[[str], Path],
 ) -> None:

@@ -356,7 +356,7 @@ def test_an_adapter_comes_back_with_all_it_was_given(store: Store) -> None:
     )  # fmt: skip
     run = store.open_run({})
     new = build.new_adapter(
-        task="safety", task_revision=1, mask=mask.ref, sequence=True, run=run.id, stage=3
+        task="safety", task_revision=1, mask=mask.ref, sequence=True, run=run.id, stage=0
     )
     adapter = store.add_adapter(new, b"weights")
     given = {f.name: getattr(new, f.name) for f in dataclasses.fields(new)}

@@ -301,6 +301,18 @@ def test_plain_http_to_another_machine_is_refused(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1:9000")
     assert "plain http" in refused(lambda: objects.put(b"x"))
+    for none in (
+        "localhost:9000",
+        "http://[::1",
+        "http://a:x",
+        "https://",
+        "ftp://a",
+        "http://a\n",
+    ):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", none)
+        objects._client = None
+        with pytest.raises(InvalidInput, match="must be a server's URL, such as"):
+            objects.put(b"x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:verySecretWords@127.0.0.1:9000")
     objects._client = None
     with pytest.raises(InvalidInput) as caught:

@@ -82,3 +82,27 @@ def test_without_a_bucket_the_files_are_in_one_folder_and_no_other_joins(
     Store.create(tmp_path / "one" / ".lori", server).close()
     with pytest.raises(Conflict, match="the database is that of the workspace in"):
         Store.create(tmp_path / "two" / ".lori", server)
+
+
+def test_a_join_that_failed_is_gone_on_with(
+    pair: tuple[Store, Store], server: Postgres, tmp_path: Path
+) -> None:
+    root = tmp_path / "three" / ".lori"
+    with Store.create(root, server) as third, pytest.raises(Conflict):
+        third.set_base(replace(BASE, fingerprint="e" * 64))
+    with Store.open(root) as third:
+        assert not third.settled
+        third.set_base(replace(BASE, path="/third/tiny"))
+        assert third.settled
+        assert third.base().path == "/third/tiny"
+
+
+def test_two_trainings_do_not_mix_in_one_sequence(pair: tuple[Store, Store]) -> None:
+    plan = {"tasks": ["safety#1"], "sequence": "both"}
+    runs = [store.open_run(plan).id for store in pair]
+    stage = replace(ADAPTER, line="both", sequence=True, stage=0)
+    pair[0].add_adapter(replace(stage, run=runs[0]), b"one")
+    with pytest.raises(Conflict, match=r"has 1 stage\(s\) and this is stage 0"):
+        pair[1].add_adapter(replace(stage, run=runs[1]), b"two")
+    pair[0].add_adapter(replace(stage, run=runs[0], stage=1), b"three")
+    assert [a.version for a in pair[1].adapters("both")] == [1, 2]
