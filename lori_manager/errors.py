@@ -12,7 +12,11 @@ _LINE = 400  # characters of another library's message
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, shortened; its type where it says nothing."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return shortened(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+def shortened(line: str) -> str:
+    """The line, cut where it is too long for a message."""
     return line if len(line) <= _LINE else line[: _LINE - 3] + "..."
 
 

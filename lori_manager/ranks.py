@@ -199,10 +199,11 @@ def joined() -> Iterator[Ranks]:
 
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
-    if gpus and local >= gpus:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+    if gpus and here > gpus:  # every one of them ends, so that none waits for another
         raise InvalidInput(
-            f"there are {gpus} GPUs here and process {local} has none of its own: start at most "
-            f"{gpus} (torchrun --nproc-per-node {gpus})"
+            f"there are {gpus} GPUs for {here} processes here: start at most {gpus} "
+            f"(torchrun --nproc-per-node {gpus})"
         )
     if gpus:
         torch.cuda.set_device(local)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lori_manager import errors
 from lori_manager.config import Config
 from lori_manager.context import Context
 from lori_manager.errors import LoriError, first_line
@@ -17,7 +20,9 @@ from lori_manager.jobs.news import Writer
 from lori_manager.store.store import Store
 from lori_manager.teaching import Course, Trained, TrainOptions, held_lock, train_stage
 
-PATIENCE = 60.0  # seconds for what is left of a lost worker to let go of its task
+# Seconds for what is left of a lost worker to let go of its task: on a network's disk the lock
+# of a machine that died is held until its lease ends, which takes minutes.
+PATIENCE = 300.0
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,25 @@ class Failed:
 def work(job: Job) -> Trained | Failed:
     """Train, store and score the job's task, or what is left of that to do."""
     os.environ["OMP_NUM_THREADS"] = str(job.threads)  # for libraries still to be loaded
-    import torch
-
-    torch.set_num_threads(job.threads)
+    if "SLURM_JOB_ID" in os.environ and threading.current_thread() is threading.main_thread():
+        # At the end of its time, submitit would make the job fail; so it is lost, and goes on.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     try:
+        import torch
+
+        torch.set_num_threads(job.threads)
         with Store.open(Path(job.store)) as store:
             return _trained(job, store)
     except LoriError as e:
-        return Failed(type(e).__name__, str(e))
+        return Failed(_class_of(e), str(e))
     except Exception as e:  # noqa: BLE001 - whoever waits for this job tells it
-        return Failed(type(e).__name__, first_line(e))
+        disk = isinstance(e, OSError) and e.errno is not None
+        return Failed("StorageFailed" if disk else type(e).__name__, first_line(e))
+
+
+def _class_of(error: LoriError) -> str:
+    """The name of the nearest class that whoever waits finds in `errors`."""
+    return next(c.__name__ for c in type(error).__mro__ if hasattr(errors, c.__name__))
 
 
 def _trained(job: Job, store: Store) -> Trained:

@@ -71,16 +71,22 @@ class Reader:
         from lori_manager.training import Progress
 
         for line in self._lines():
-            on_message(json.loads(line))
+            try:
+                text = json.loads(line)
+            except ValueError:  # cut short by a full disk or a kill
+                continue
+            on_message(str(text))
         try:
             text = self._progress.read_text("utf-8")
-        except OSError:  # not there yet, or just being replaced on a network's disk
-            return
-        if text != self._known:
-            self._known = text
+            if text == self._known:
+                return
             state = json.loads(text)
             del state["process"]
-            on_progress(Progress(**state))
+            progress = Progress(**state)
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # not there yet, cut short, or just being replaced on a network's disk
+        self._known = text
+        on_progress(progress)
 
     def _lines(self) -> list[bytes]:
         """Whole lines, once each."""

@@ -1,11 +1,12 @@
 """Jobs as jobs of a Slurm cluster, handed in through submitit.
 
-submitit writes what is to be done, and what came of it, as pickles into the run's folder,
-which only its owner may enter; they go with the run.
+submitit writes what is to be done, and what came of it, as pickles into the run's folder, which
+lies where only its owner may enter; they go with the run.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -15,16 +16,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lori_manager.errors import InvalidInput, first_line
+from lori_manager.errors import InvalidInput, first_line, shortened
 from lori_manager.extras import load_extra
 from lori_manager.jobs.driving import Lost
 from lori_manager.jobs.job import Failed, Job, work
 from lori_manager.teaching import Trained
 
+logger = logging.getLogger(__name__)
+
 CHECK = 30.0  # seconds between two questions to Slurm about a job without a result
+UNKNOWN = 20  # questions in a row about a job that Slurm does not know
+TOOLS = ("sbatch", "srun", "sacct", "scancel")
+# Without `clusters`: submitit asks `sacct` and `scancel` about this one alone.
 OPTIONS = frozenset({
-    "account", "clusters", "constraint", "cpus-per-gpu", "cpus-per-task", "exclude", "exclusive",
-    "gpus", "gpus-per-node", "gpus-per-task", "gres", "licenses", "mail-type", "mail-user", "mem",
+    "account", "constraint", "cpus-per-gpu", "cpus-per-task", "exclude", "exclusive", "gpus",
+    "gpus-per-node", "gpus-per-task", "gres", "licenses", "mail-type", "mail-user", "mem",
     "mem-per-cpu", "mem-per-gpu", "nice", "nodelist", "partition", "qos", "reservation", "time",
     "tmp",
 })  # fmt: skip
@@ -56,6 +62,8 @@ def slurm_options(given: str) -> dict[str, str | bool]:
             raise InvalidInput(f"--slurm has --{name} twice")
         if value is None and name != "exclusive":
             raise InvalidInput(f"--slurm needs a value for --{name}, such as --{name}=VALUE")
+        if name == "cpus-per-task" and not re.fullmatch("[1-9][0-9]*", value or ""):
+            raise InvalidInput(f"--slurm needs at least one of --cpus-per-task, got {value!r}")
         found[name] = True if value is None else value
     if "time" not in found:
         raise InvalidInput("--slurm needs the time that one task may take, such as --time=4:00:00")
@@ -77,20 +85,23 @@ class SlurmWorkers:
         self, options: dict[str, str | bool], folder: Path, cluster: str = "slurm"
     ) -> None:
         self._submitit = load_extra("submitit", "slurm", "--slurm")
-        lacking = [tool for tool in ("sbatch", "srun") if shutil.which(tool) is None]
+        lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
         if cluster == "slurm" and lacking:
             raise InvalidInput(
                 f"--slurm needs a Slurm cluster, and there is no `{lacking[0]}` here: run it on a "
                 "login node, or use --jobs"
             )
         told = options.get("cpus-per-task") or os.environ.get("OMP_NUM_THREADS") or "1"
-        self.threads = int(told) if str(told).isdecimal() else 1
+        self.threads = max(int(told), 1) if str(told).isdecimal() else 1
         self._executor = self._submitit.AutoExecutor(folder / "slurm", cluster=cluster)
+        # A lost job is handed in again from here, so not by Slurm as well.
+        more = {**options, "no-requeue": True}
         self._executor.update_parameters(
-            name="lori", slurm_additional_parameters=dict(options), slurm_stderr_to_stdout=True
+            name="lori", slurm_additional_parameters=more, slurm_stderr_to_stdout=True
         )
         self._started: list[Any] = []
         self._checked: dict[str, float] = {}
+        self._unknown: dict[str, int] = {}
 
     def start(self, job: Job) -> Any:
         """Hand in the job.
@@ -103,7 +114,7 @@ class SlurmWorkers:
         except (self._submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as e:
             raise InvalidInput(f"sbatch refuses the job: {first_line(e)}") from e
         self._started.append(started)
-        self._checked[started.job_id] = time.monotonic()
+        self._checked[started.job_id], self._unknown[started.job_id] = time.monotonic(), 0
         return started
 
     def answer(self, started: Any) -> Trained | Failed | Lost | None:
@@ -112,19 +123,53 @@ class SlurmWorkers:
         ask = now - self._checked[started.job_id] >= CHECK
         if ask:
             self._checked[started.job_id] = now
-        if not started.done(force_check=ask):
-            return None
+        done = started.done(force_check=ask)
         if not started.paths.result_pickle.exists():
-            return Lost(f"Slurm's state of job {started.job_id} is {started.state}")
+            if done or started.state == "PREEMPTED":  # which to submitit is not the end
+                return Lost(_why(started))
+            return self._unheard_of(started) if ask else None
         try:
             answer: Trained | Failed = started.result()
         except self._submitit.core.utils.FailedJobError as e:
-            said = str(e).strip().splitlines() or ["it says nothing"]
-            return Failed("RuntimeError", said[-1])
+            return Failed("LoriError", _reason(str(e)))
         return answer
+
+    def _unheard_of(self, started: Any) -> Failed | None:
+        """That Slurm, asked often enough, does not know the job: it might never be heard of."""
+        known = started.state != "UNKNOWN"
+        self._unknown[started.job_id] = 0 if known else self._unknown[started.job_id] + 1
+        if self._unknown[started.job_id] < UNKNOWN:
+            return None
+        return Failed(
+            "InvalidInput",
+            f"`sacct` does not know job {started.job_id}, asked {UNKNOWN} times: --slurm needs "
+            "Slurm's accounting to see what becomes of a job",
+        )
 
     def stop(self) -> None:
         """Cancel what is not done."""
         for started in self._started:
-            if not started.done():
-                started.cancel()
+            try:
+                if not started.done():
+                    started.cancel(check=False)  # where it fails, scancel says so itself
+            except OSError as e:
+                logger.warning("job %s was not cancelled: %s", started.job_id, first_line(e))
+
+
+def _why(started: Any) -> str:
+    """Slurm's state of a job without a result, and the last line that it wrote."""
+    state = f"Slurm's state of job {started.job_id} is {started.state}"
+    try:
+        lines = (started.stdout() or "").split("\n")
+    except (OSError, UnicodeDecodeError):
+        return state
+    last = next((line.strip() for line in reversed(lines) if line.strip()), None)
+    return state if last is None else f"{state}; its last line is: {shortened(last)}"
+
+
+def _reason(told: str) -> str:
+    """The exception's line out of submitit's words: its trace stands between lines of dashes."""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    dashes = [n for n, line in enumerate(lines) if not line.strip("-")]
+    said = lines[: dashes[-1]] if dashes else lines
+    return shortened(said[-1]) if said else "it says nothing"

@@ -1,14 +1,19 @@
 """Tasks handed out to workers, which here do them in threads of this process."""
 
+import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lori_manager.errors import BadData, InvalidInput, LoriError
+from lori_manager.errors import BadData, DamagedObject, InvalidInput, LoriError, StorageFailed
 from lori_manager.jobs import driving
 from lori_manager.jobs.driving import Lost, train_jobs
-from lori_manager.jobs.job import Failed, work
+from lori_manager.jobs.job import Failed, Job, work
+from lori_manager.jobs.news import Reader, Writer
+from lori_manager.store.files import MissingObject
 from lori_manager.teaching import TrainOptions
+from lori_manager.training import Progress
 
 TASKS = ["size", "colour", "shape"]
 
@@ -181,6 +186,54 @@ def test_a_job_that_meets_a_bug_names_it(ws, monkeypatch):
     monkeypatch.setattr(job, "train_stage", broken)
     with pytest.raises(LoriError, match=r"size: division by zero \(Zero.*\); 2 more"):
         train_jobs(ws, TASKS, None, None, 2, Crew())
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [(MissingObject("its rows are gone"), DamagedObject), (OSError(28, "no space"), StorageFailed)],
+)
+def test_what_a_job_meets_is_told_in_the_nearest_class_of_errors(ws, monkeypatch, raised, kind):
+    from lori_manager.jobs import job
+
+    def broken(*_):
+        raise raised
+
+    monkeypatch.setattr(job, "train_stage", broken)
+    with pytest.raises(kind, match=f"^size: {re.escape(str(raised))}$") as told:
+        train_jobs(ws, ["size"], None, None, 1, Crew())
+    assert told.type is kind
+
+
+def test_slurm_s_warning_does_not_make_a_job_fail(ws, monkeypatch):
+    from lori_manager.jobs import job
+
+    def warned(*_):
+        signal.raise_signal(signal.SIGUSR2)
+        raise BadData("it went on")
+
+    def as_submitit_does(*_):
+        raise RuntimeError("Job not requeued because: timed-out and not checkpointable.")
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(job.Store, "open", warned)
+    before = signal.signal(signal.SIGUSR2, as_submitit_does)
+    try:
+        answer = work(Job(str(ws.root), str(ws.store.root), "run", (), 0, {}, {}, 1))
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert answer == Failed("BadData", "it went on")
+
+
+def test_what_was_cut_short_is_passed_over(tmp_path):
+    reader, messages, states = Reader(tmp_path, 0), [], []
+    (tmp_path / "job-0.log").write_bytes(b'"first"\n"sec"third"\n"\xff\n"fourth"\n"fif')
+    for text in ("", '{"phase": ', "[]", "{}", '{"process": 1}'):
+        (tmp_path / "job-0.json").write_text(text)
+        reader.tell(states.append, messages.append)
+    assert (messages, states) == (["first", "fourth"], [])
+    Writer(tmp_path, 0).progress(Progress("training", 1, 2, 0.5, 9.0, 1.0))
+    reader.tell(states.append, messages.append)
+    assert [state.phase for state in states] == ["training"]
 
 
 def test_a_task_that_another_worker_still_holds_is_waited_for_and_not_trained_twice(

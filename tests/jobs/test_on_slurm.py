@@ -5,13 +5,15 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import pytest
 
 from lori_manager.cli.app import app
 from lori_manager.errors import DamagedObject, InvalidInput
 from lori_manager.jobs import on_slurm
-from lori_manager.jobs.driving import train_jobs
+from lori_manager.jobs.driving import Lost, train_jobs
+from lori_manager.jobs.job import Failed
 from lori_manager.jobs.on_slurm import SlurmWorkers, slurm_options
 
 LACKING = 'tests of --slurm need submitit: pip install "lori-manager[slurm]"'
@@ -38,6 +40,9 @@ SRUN = """#!{python}
 import os, sys
 words = sys.argv[1:]
 while words[0].startswith("--"):
+    if words[0] == "--output":
+        log = words[1].replace("%j", os.environ["SLURM_JOB_ID"]).replace("%t", "0")
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     words = words[1:] if words[0] == "--unbuffered" else words[2:]
 os.execvp(words[0], words)
 """
@@ -45,15 +50,23 @@ SACCT = """#!{python}
 import os, pathlib, sys
 print("JobID|State|NodeList")
 for job in [b for a, b in zip(sys.argv, sys.argv[1:]) if a == "-j"]:
+    if (pathlib.Path(r"{state}") / "forgotten").exists():
+        break
+    ended = pathlib.Path(r"{state}") / "ended"
+    end = ended.read_text() if ended.exists() else "FAILED"
     try:
         stat = pathlib.Path("/proc", job, "stat").read_text()
-        print(f"{{job}}|{{'FAILED' if stat.split()[2] == 'Z' else 'RUNNING'}}|here")
+        print(f"{{job}}|{{end if stat.split()[2] == 'Z' else 'RUNNING'}}|here")
     except FileNotFoundError:
-        print(f"{{job}}|NODE_FAIL|here")
+        print(f"{{job}}|{{end}}|here")
 """
 SCANCEL = """#!{python}
 import os, pathlib, sys
-(pathlib.Path(r"{state}") / "cancelled").open("a").write(sys.argv[-1] + "\\n")
+cancelled = pathlib.Path(r"{state}") / "cancelled"
+first = not cancelled.exists()
+cancelled.open("a").write(sys.argv[-1] + "\\n")
+if first and (pathlib.Path(r"{state}") / "unreachable").exists():
+    sys.exit("scancel: error: Unable to contact slurm controller")
 os.killpg(int(sys.argv[-1]), 9)
 """
 
@@ -95,7 +108,7 @@ def test_each_task_is_a_job_and_a_killed_one_is_handed_in_again(ws, other, slurm
     assert sum("its worker was lost (Slurm's state of job" in line for line in told) == 1
     script = (slurm / "handed_in").read_text()
     assert script.count("#!/bin/bash") == 3
-    for option in ARGS.split():
+    for option in [*ARGS.split(), "--no-requeue"]:
         assert script.count(f"#SBATCH {option}\n") == 3
     assert not list(ws.store.runs.iterdir())
 
@@ -108,6 +121,90 @@ def test_an_interruption_cancels_every_job(ws, slurm):
     with pytest.raises(KeyboardInterrupt):
         ws.train_jobs(TASKS, ws.settings.config.replace(steps=2000), slurm=ARGS)
     assert len((slurm / "cancelled").read_text().split()) == 2
+
+
+def test_one_job_that_cannot_be_cancelled_leaves_no_other_running(ws, slurm):
+    def interrupt(state):
+        raise KeyboardInterrupt
+
+    (slurm / "unreachable").touch()
+    ws.on_progress = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        ws.train_jobs(TASKS, ws.settings.config.replace(steps=2000), slurm=ARGS)
+    first, *others = (slurm / "cancelled").read_text().split()
+    os.killpg(int(first), signal.SIGKILL)
+    assert len(others) == 1
+
+
+def test_without_scancel_the_jobs_that_it_cannot_reach_are_told(tmp_path, slurm, caplog):
+    crew = SlurmWorkers(slurm_options(ARGS), tmp_path / "run")
+    jobs = [crew._executor.submit(time.sleep, 60) for _ in TASKS]
+    crew._started += jobs
+    (tmp_path / "tools" / "scancel").unlink()
+    crew.stop()
+    assert caplog.text.count("was not cancelled") == len(jobs)
+    for job in jobs:
+        os.killpg(int(job.job_id), signal.SIGKILL)
+
+
+def crew_of(slurm, tmp_path, does):
+    """A crew, and what it handed in to do `does`."""
+    crew = SlurmWorkers(slurm_options(ARGS), tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(on_slurm, "work", lambda _: does())
+        return crew, crew.start(None)
+
+
+def answer_of(crew, started):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        answer = crew.answer(started)
+        if answer is not None:
+            return answer
+        time.sleep(0.1)
+    raise AssertionError("no answer in a minute")
+
+
+def test_a_preempted_job_is_lost_and_tells_the_last_line_of_it(slurm, tmp_path):
+    (slurm / "ended").write_text("PREEMPTED")
+
+    def killed():
+        print("slurmstepd: error: CANCELLED DUE TO PREEMPTION\n", flush=True)
+        os.killpg(0, signal.SIGKILL)
+
+    crew, started = crew_of(slurm, tmp_path, killed)
+    answer = answer_of(crew, started)
+    assert isinstance(answer, Lost)
+    assert answer.why == (
+        f"Slurm's state of job {started.job_id} is PREEMPTED; its last line is: "
+        "slurmstepd: error: CANCELLED DUE TO PREEMPTION"
+    )
+
+
+def test_a_job_that_sacct_does_not_know_is_given_up(slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_slurm, "CHECK", 0.1)
+    (slurm / "forgotten").touch()
+    crew, started = crew_of(slurm, tmp_path, lambda: time.sleep(60))
+    answer = answer_of(crew, started)
+    crew.stop()
+    assert isinstance(answer, Failed)
+    assert answer.message.startswith(f"`sacct` does not know job {started.job_id}, asked 20 times")
+
+
+def test_what_submitit_s_process_raises_is_told(slurm, tmp_path):
+    def broken():
+        raise ZeroDivisionError("this cannot be done")
+
+    crew, started = crew_of(slurm, tmp_path, broken)
+    answer = answer_of(crew, started)
+    assert answer == Failed("LoriError", "ZeroDivisionError: this cannot be done")
+
+
+@pytest.mark.parametrize("lacking", ["sacct", "scancel"])
+def test_a_cluster_that_cannot_be_asked_is_refused(slurm, tmp_path, lacking):
+    (tmp_path / "tools" / lacking).unlink()
+    with pytest.raises(InvalidInput, match=f"there is no `{lacking}` here"):
+        SlurmWorkers(slurm_options(ARGS), tmp_path / "run")
 
 
 def test_what_sbatch_refuses_is_told_in_its_words(ws, slurm):
@@ -149,6 +246,9 @@ def test_a_failing_task_is_told_in_its_own_class(ws, one_thread, monkeypatch):
         ("--time=5 --wrap=x", "does not take --wrap; there are: account"),
         ("--time=5 --output=x", "does not take --output"),
         ("--time=5 --array=1-9", "does not take --array"),
+        ("--time=5 --clusters=far", "does not take --clusters"),
+        ("--time=5 --cpus-per-task=0", "at least one of --cpus-per-task, got '0'"),
+        ("--time=5 --cpus-per-task=many", "at least one of --cpus-per-task, got 'many'"),
         ("--time=5 --time=6", "has --time twice"),
         ("--time=5 --partition", "needs a value for --partition"),
         ("--partition=gpu", "needs the time that one task may take"),

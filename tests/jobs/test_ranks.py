@@ -191,6 +191,16 @@ def test_other_commands_refuse_to_be_started_many_times(ws, as_launched):
     assert "only `lori train` and `lori calibrate` can be done by several" in run.stderr
 
 
+@pytest.mark.parametrize("local", ["0", "1"])
+def test_every_process_ends_where_there_are_fewer_gpus(monkeypatch, local):
+    told = {"RANK": local, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+    for name, value in (told | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InvalidInput, match="1 GPUs for 2 processes here: start at most 1"):
+        next(module.joined.__wrapped__())
+
+
 def test_jobs_refuse_to_be_started_by_several(ws, monkeypatch):
     monkeypatch.setattr(module, "_now", Ranks(0, 2))
     with pytest.raises(InvalidInput, match="not to torchrun"):
