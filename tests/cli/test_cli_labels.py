@@ -60,8 +60,8 @@ def test_kinds_are_compared_layers_placed_settings_suggested_and_costs_measured(
     assert told[0].startswith("colour#1: label_accuracy, 20 rows; 6 steps each, on cpu")
     assert [line.split()[0] for line in told[2:4]] == ["lori", "lora"]
     assert "label_accuracy on colour#1" in (tmp_path / "kinds.svg").read_text()
-    message = road.refuses("compare", "colour", "--kinds", "lora,full", code=2)
-    assert "kind `full` needs a causal language model" in message
+    message = road.refuses("compare", "colour", "--kinds", "lora,prefix", code=2)
+    assert "kind `prefix` needs a causal language model" in message
 
     told = road("place", "colour", "--top", 2, "--plot", tmp_path / "placed.svg").stdout
     assert {line.split()[0] for line in told.splitlines()[1:7]} == {
