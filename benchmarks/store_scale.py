@@ -87,7 +87,7 @@ def fill(store: Store, versions: int, lines: int, tasks: int, rows: int, seed: i
     for start in range(0, versions, 10_000):
         batch = []
         with store._db.write() as connection:
-            writer = adding._Writer(connection)
+            writer = adding._Writer(connection, keep=False)
             numbers = range(start, min(start + 10_000, versions))
             subjects = [{"id": 128 + i, "digest": digests[i]} for i in numbers]
             connection.execute(insert(t.subjects), subjects)
