@@ -22,11 +22,13 @@ from pathlib import Path
 import numpy as np
 from heading import heading
 
+from lori_manager.metrics.bounds import score_bounds
+from lori_manager.metrics.multiple import holm
 from lori_manager.metrics.paired import paired_difference
 from lori_manager.metrics.summary import summarize
 from lori_manager.reporting import contents
 from lori_manager.reporting.headline import headline
-from lori_manager.reporting.intervals import change_interval, holm, score_interval
+from lori_manager.reporting.intervals import score_interval
 from lori_manager.reporting.page import write_page
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
@@ -99,10 +101,10 @@ def synthetic(tasks: int, versions: int, rows: int, shown: int, seed: int) -> co
 def change(against: str, before: np.ndarray, after: np.ndarray) -> contents.Change:
     """One paired comparison; its direction stands as its verdict for now."""
     d = paired_difference(before, after)
-    low, high = change_interval(d.difference, d.error, d.rows, d.only_a_right, d.only_b_right)
+    both = score_bounds(d.only_a_right, d.only_b_right, d.rows, 0.975)
     return contents.Change(
-        against, d.difference, low, high, d.p, d.rows, 0, 0, d.only_b_right, d.only_a_right,
-        "worse" if d.difference < 0 else "better", "",
+        against, d.difference, both.lower, both.upper, d.p, d.rows, 0, 0, d.only_b_right,
+        d.only_a_right, "worse" if d.difference < 0 else "better", "",
     )  # fmt: skip
 
 
