@@ -99,9 +99,11 @@ def _runs(database: Database, folder: Path, grace: timedelta, dry_run: bool) -> 
     with database.read() as connection:
         going = {run.id for run in runs.unfinished(connection)}
     for path in found:
+        if path.name in going:
+            continue
         with storing(path):
             inside = [path, *path.rglob("*")]
-            if path.name in going or not _older(_age(inside), grace):
+            if not _older(_age(inside), grace):
                 continue
             size = sum(file.stat().st_size for file in inside if file.is_file())
         if not dry_run:
@@ -115,9 +117,12 @@ def _temporaries(root: Path, grace: timedelta, dry_run: bool) -> Iterator[Freed]
     for pattern in patterns:
         for path in sorted(root.glob(pattern)):
             with storing(path):
-                if not path.is_file() or not _older(_age([path]), grace):
+                try:
+                    if not path.is_file() or not _older(_age([path]), grace):
+                        continue
+                    size = path.stat().st_size
+                except FileNotFoundError:  # its writer has given it its name meanwhile
                     continue
-                size = path.stat().st_size
                 if not dry_run:
                     path.unlink(missing_ok=True)
             yield Freed("temporary", path.name, size, str(path))

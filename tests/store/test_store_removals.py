@@ -16,7 +16,8 @@ import store_builders as build
 from lori_manager.errors import Conflict, InvalidInput, NotFound
 from lori_manager.records import Split
 from lori_manager.refs import AdapterRef
-from lori_manager.store.files import MissingObject
+from lori_manager.store import collecting
+from lori_manager.store.files import TEMPORARY, MissingObject
 from lori_manager.store.store import Store
 
 NO_GRACE = timedelta(0)
@@ -159,6 +160,23 @@ def test_gc_frees_the_file_and_then_there_is_no_way_back(three: Store) -> None:
     again = three.add_adapter(build.new_adapter("main"), b"weights 2")
     assert (again.ref, three.adapter_bytes(again)) == ("main@4", b"weights 2")
     three.restore(refs("main@3"))  # the same weights are there again
+
+
+def test_gc_passes_over_a_temporary_file_that_gets_its_name_meanwhile(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = store.root / f"{TEMPORARY}x"
+    written.write_bytes(b"x")
+    os.utime(written, (0, 0))
+    age = collecting._age
+
+    def named(paths: list[Path]) -> timedelta:
+        written.rename(store.root / "whole")
+        return age(paths)
+
+    monkeypatch.setattr(collecting, "_age", named)
+    assert freed(store) == []
+    assert (store.root / "whole").exists()
 
 
 def test_gc_keeps_what_any_row_needs(store: Store) -> None:
