@@ -41,7 +41,7 @@ from lori_manager.metrics.quantiles import student_quantile
 TASKS = ("clinc150", "wikisql", "sentiment_uci")
 PLACEMENTS = ("plop", "attention", "mlp", "opposite", "all")
 KINDS = ("lori",)
-RATES = {"lori": (5e-3, 1e-2, 2e-2), "lora": (5e-4, 1e-3, 2e-3)}
+RATES = {"lori": (5e-3, 1e-2, 2e-2, 4e-2), "lora": (5e-4, 1e-3, 2e-3, 4e-3)}
 SPARSITY = 0.9  # of LoRI over all layers; 0 is the dense one
 SEARCH_SEED = 1000
 TOP = 3
