@@ -90,8 +90,10 @@ def side_by_side(work: Callable[[T], R], items: Iterable[T], device: torch.devic
         break
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # a thread an item is enough
+    # LAPACK keeps to it in a thread of ours only where that thread was told so too.
+    own = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with own as pool:
             yield from pool.map(work, remaining)
     finally:
         torch.set_num_threads(before)

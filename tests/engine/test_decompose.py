@@ -1,11 +1,22 @@
 """Decompositions of small and tall matrices: against torch's own, and where they give up."""
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from lori_manager.engine.decompose import cholesky_qr, qr, side_by_side, singular_values, svd
+from lori_manager.engine.decompose import (
+    MOST_THREADS,
+    cholesky_qr,
+    qr,
+    side_by_side,
+    singular_values,
+    svd,
+)
 
 
 def draw(rows, columns, seed=0, dtype=torch.float64):
@@ -67,6 +78,30 @@ def test_work_side_by_side_comes_in_order_on_threads_of_a_gpu_alone():
     assert list(side_by_side(work, range(20), torch.device("cuda"))) == [n * n for n in range(20)]
     assert len(seen) > 1  # the first alone, the others on threads
     assert torch.get_num_threads() == before
+
+
+COUNTED = """
+import torch
+from lori_manager.engine.decompose import side_by_side
+
+matrix = torch.eye(200)
+
+def work(number):
+    torch.linalg.svd(matrix)
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("Threads"))
+
+alone, *rest = side_by_side(work, range(40), torch.device("cuda"))
+print(max(rest) - alone)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_several_items_at_a_time_do_not_start_threads_of_their_own():
+    env = os.environ | {"OMP_NUM_THREADS": "8"}
+    told = subprocess.run([sys.executable, "-c", COUNTED], env=env, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout) <= min(os.cpu_count() or 1, MOST_THREADS)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
