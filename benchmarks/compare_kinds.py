@@ -44,10 +44,18 @@ from lori_manager.metrics.multiple import holm
 from lori_manager.metrics.quantiles import student_two_sided, student_two_sided_quantile
 from lori_manager.rates import at_edge, best_rate
 from lori_manager.reporting.intervals import score_interval
-from lori_manager.reporting.kind_comparisons import BEATS, LOSES, TIES, change_between
+from lori_manager.reporting.kind_comparisons import (
+    BEATS,
+    LOSES,
+    SEARCH,
+    SETTLE,
+    TIES,
+    TRAIN,
+    change_between,
+)
 
 SETTINGS = ("rows", "eval_rows", "batch", "epochs", "steps", "rank", "rates", "factor", "share",
-            "max_length")  # fmt: skip
+            "full", "max_length")  # fmt: skip
 
 
 # ---- what a process does
@@ -73,7 +81,7 @@ class Worker:
 
         if task not in self.works:
             ws, config = self.ws, self.ws.settings.config
-            search = RateSearch(self.args.rates, self.args.factor, self.args.share)
+            search = RateSearch(self.args.rates, self.args.factor, self.args.share, self.args.full)
             found = ws.store.task(task)
             comparison = ws.store.open_kind_comparison(found, plan_of(ws, found, config, search))
             parts = halves(ws, found, config)
@@ -94,17 +102,21 @@ class Worker:
         work, digest = self.work(spec["task"])
         work.search(spec["kind"])
         steps = [s for s in self.ws.store.kind_steps(digest)
-                 if (s.entry, s.step) == (spec["kind"], "search")]  # fmt: skip
-        return {"tried": [[s.point, dict(s.facts)] for s in steps]}
+                 if s.entry == spec["kind"] and s.step != TRAIN]  # fmt: skip
+        return {
+            "tried": [[s.point, dict(s.facts)] for s in steps if s.step == SEARCH],
+            "settled": [[s.point, dict(s.facts)] for s in steps if s.step == SETTLE],
+        }
 
     def run_train(self, spec: dict) -> dict:
         """One full training at the rate that the search, perhaps of another process, found."""
         from lori_manager.records import KindStep
 
         work, digest = self.work(spec["task"])
-        for point, facts in spec["tried"]:
-            step = KindStep(spec["kind"], "search", point, None, facts)
-            self.ws.store.add_kind_step(digest, step)
+        for sort, key in ((SEARCH, "tried"), (SETTLE, "settled")):
+            for point, facts in spec[key]:
+                step = KindStep(spec["kind"], sort, point, None, facts)
+                self.ws.store.add_kind_step(digest, step)
         work.train(spec["kind"], spec["seed"])
         wanted = spec["kind"], "train", str(spec["seed"])
         steps = self.ws.store.kind_steps(digest)
@@ -249,7 +261,7 @@ class Plan:
     def _trainings(self, found: dict, done: set) -> None:
         for seed in range(self.args.seeds):
             spec = {"what": "train", "task": found["task"], "kind": found["kind"], "seed": seed,
-                    "tried": found["tried"]}  # fmt: skip
+                    "tried": found["tried"], "settled": found["settled"]}  # fmt: skip
             self._add_unless(done, 1 + seed, spec)
 
     def specs(self) -> Iterator[dict]:
@@ -309,7 +321,8 @@ def run_all(args: argparse.Namespace) -> None:
             process.stdin.write(json.dumps(spec) + "\n")
             process.stdin.flush()
             found = answer(process) or spec | {"failed": "its process ended"}
-            found.pop("tried") if found["what"] == "train" else None
+            if found["what"] == "train":
+                del found["tried"], found["settled"]
             with lock, args.log.open("a") as f:
                 f.write(json.dumps(found | {"settings": settings}) + "\n")
             print(brief(found), flush=True)
@@ -379,12 +392,17 @@ def table(results: Sequence[dict], kinds: Sequence[str]) -> None:
                 print(f"| {kind} | 0 | | | | | | |")
                 continue
             search = next((r for r in results if (r["what"], r["task"], r["kind"]) ==
-                           ("search", task, kind)), {"tried": []})  # fmt: skip
-            tried = {float(p): math.inf if f["loss"] is None else f["loss"]
-                     for p, f in search["tried"]}  # fmt: skip
-            edge = " (edge)" if at_edge(tried) else ""
-            rate = f"{best_rate(tried):g}{edge}" if tried else ""
-            grid = " ".join(f"{r:g}" for r in sorted(tried))
+                           ("search", task, kind)), {})  # fmt: skip
+            tried, full = (
+                {
+                    float(p): math.inf if f["loss"] is None else f["loss"]
+                    for p, f in search.get(key, [])
+                }
+                for key in ("tried", "settled")
+            )
+            edge = " (edge)" if at_edge(tried, full) else ""
+            rate = f"{best_rate(full or tried):g}{edge}"
+            grid = "; ".join(" ".join(f"{r:g}" for r in sorted(x)) for x in (tried, full))
             mean = _mean(np.stack([own[s] for s in sorted(own)]), weights[task])
             print(f"| {kind} | {len(own)} | {mean} | {' | '.join(line[1:])} | {rate} | {grid} |")
     _over_tasks(outcomes, weights, tasks, kinds)
@@ -474,7 +492,7 @@ def _costs(results: Sequence[dict], trained: Sequence[dict], tasks, kinds) -> No
         of = [alone[kind]] if kind in alone else own
         steps = [r["step_seconds"] for r in of if r["step_seconds"] is not None]
         peaks = [r["peak_bytes"] for r in of if r["peak_bytes"] is not None]
-        searches = [sum(f["seconds"] for _, f in r["tried"]) for r in results
+        searches = [sum(f["seconds"] for _, f in r["tried"] + r.get("settled", [])) for r in results
                     if r["what"] == "search" and r["kind"] == kind]  # fmt: skip
         step = f"{statistics.median(steps) * 1e3:.1f}" if steps else ""
         peak = f"{max(peaks) / 1e9:.2f}" if peaks else ""
@@ -511,6 +529,7 @@ def main() -> None:
     add("--rates", type=int, default=4)
     add("--factor", type=float, default=3.0)
     add("--share", type=float, default=0.25)
+    add("--full", type=int, default=3)
     add("--time-steps", type=int, default=40)
     add("--processes", type=int, default=1)
     add("--gpus", type=int, default=0, help="0: all there are")

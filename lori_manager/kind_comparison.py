@@ -2,11 +2,11 @@
 
     search a rate for every kind -> train every kind with the first seed, the second, ...
 
-A rate is searched by short trainings on a part of the task's training rows and judged by the
-loss on another part; eval rows are scored once, at the end. Every step is noted when it is
-done, so that the same call goes on; kinds and seeds may be added later. Adapters are
-ordinary versions on lines of their own, `TASK.KIND`, so that the task's own line and what
-its name means stay as they are.
+A rate is searched by short trainings on a part of the task's training rows, then settled by a
+few of full length, and judged by the loss on another part; eval rows are scored once, at the
+end. Every step is noted when it is done, so that the same call goes on; kinds and seeds may
+be added later. Adapters are ordinary versions on lines of their own, `TASK.KIND`, so that the
+task's own line and what its name means stay as they are.
 """
 
 from __future__ import annotations
@@ -25,9 +25,15 @@ from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, kind_of, resolved
 from lori_manager.placing import placed
 from lori_manager.probing import Halves, halves, probe, probing_mask, with_rate
-from lori_manager.rates import best_rate, next_rate
+from lori_manager.rates import best_rate, next_full_rate, next_rate
 from lori_manager.records import Adapter, KindComparison, KindStep, Task
-from lori_manager.reporting.kind_comparisons import SEARCH, TRAIN, KindsCompared, kinds_compared
+from lori_manager.reporting.kind_comparisons import (
+    SEARCH,
+    SETTLE,
+    TRAIN,
+    KindsCompared,
+    kinds_compared,
+)
 from lori_manager.teaching import NOT_DECIDING, TrainOptions, held_lock, train
 
 if TYPE_CHECKING:
@@ -45,11 +51,14 @@ class RateSearch:
         points: rates to try.
         factor: between the first three, see `rates.next_rate`.
         share: of the steps of a full training.
+        full: trainings of full length at most, which begin at the best of those rates and go
+            down by `factor` while that helps, see `rates.next_full_rate`; 0 for none.
     """
 
     points: int = 5
     factor: float = 3.0
     share: float = 0.25
+    full: int = 3
 
     def __post_init__(self) -> None:
         if self.points < 1:
@@ -58,6 +67,8 @@ class RateSearch:
             raise InvalidInput(f"`factor` must be above 1, got {self.factor}")
         if not 0 < self.share <= 1:
             raise InvalidInput(f"`share` must be in (0, 1], got {self.share}")
+        if self.full < 0 or self.full == 1:
+            raise InvalidInput(f"`full` must be 0 or at least 2, got {self.full}")
 
 
 def compare_kinds(
@@ -161,14 +172,24 @@ def plan_of(ws: Context, task: Task, config: Config, search: RateSearch) -> dict
         del told["kind"]
     steps = steps_for(task.splits["train"].rows, config)
     short = max(1, round(search.share * steps))
+    full = search.full if short < steps else 0
     return {
         "task": task.ref,
         "config": told,
         "steps": steps,
-        "search": asdict(search) | {"steps": short},
+        "search": asdict(search) | {"full": full, "steps": short},
         "base": ws.store.base().fingerprint,
         "precision": ws.score_precision(config),
     }
+
+
+@dataclass
+class _Start:
+    """What the trainings of one kind's search begin with; the mask's time is told once."""
+
+    config: Config
+    mask: dict[str, Tensor] | None = None
+    seconds: float = 0.0
 
 
 class Work:
@@ -197,62 +218,73 @@ class Work:
         steps = self._ws.store.kind_steps(self._comparison.digest)
         return {s.point: s for s in steps if (s.entry, s.step) == (entry, step)}
 
-    def tried(self, entry: str) -> dict[float, float]:
-        """Rate -> held-out loss."""
+    def tried(self, entry: str, step: str = SEARCH) -> dict[float, float]:
+        """Rate -> held-out loss, of the short trainings or of those of full length."""
         return {
             float(point): math.inf if s.facts["loss"] is None else s.facts["loss"]
-            for point, s in self._done(entry, SEARCH).items()
+            for point, s in self._done(entry, step).items()
         }
 
     def search(self, entry: str) -> bool:
-        """Try rates until there are enough; False where the time is over before."""
-        plan = self._comparison.plan["search"]
-        tried = self.tried(entry)
-        mask: dict[str, Tensor] | None = None
-        config: Config | None = None
-        spent = 0.0
-        while len(tried) < plan["points"]:
+        """Try rates until one is found; False where the time is over before."""
+        start: _Start | None = None
+        while (todo := self._untried(entry)) is not None:
             if not self._in_time():
                 return False
-            if config is None:
-                config = placed(self._ws, self._task, settings(self._config, entry)).config
-            if entry == LORI and mask is None:
-                begin = time.perf_counter()
-                mask = probing_mask(self._ws, self._task, config, self._parts,
-                                    line_of(self._task.name, entry))  # fmt: skip
-                spent = time.perf_counter() - begin
-            rate = next_rate(tried, usual_rate(self._config, entry), plan["factor"])
-            found = probe(
-                self._ws,
-                self._task,
-                with_rate(config, rate, entry == DENSE),
-                self._parts,
-                steps=plan["steps"],
-                dense=entry == DENSE,
-                line=line_of(self._task.name, entry),
-                mask=mask,
-                phase=f"{entry} at rate {rate:g}",
-            )
-            tried[rate] = found.loss
-            finite = math.isfinite(found.loss)
-            self._note(entry, SEARCH, repr(rate), None, {
-                "loss": found.loss if finite else None,
-                "seconds": round(found.seconds + spent, 3),
-                "steps": plan["steps"],
-                "rows": len(self._parts.rows),
-                "held": len(self._parts.held),
-            })  # fmt: skip
-            spent = 0.0
-            told = f"held-out loss {found.loss:.4f}" if finite else "diverged"
-            self._ws.on_message(f"{entry} at rate {rate:g}: {told} after {plan['steps']} steps")
+            start = start or self._start(entry)
+            self._try(entry, start, *todo)
         return True
+
+    def _untried(self, entry: str) -> tuple[str, float, int] | None:
+        """What kind of step, the rate and the optimizer steps to try next; None: it is over."""
+        plan = self._comparison.plan
+        search, tried = plan["search"], self.tried(entry)
+        if len(tried) < search["points"]:
+            rate = next_rate(tried, usual_rate(self._config, entry), search["factor"])
+            return SEARCH, rate, search["steps"]
+        full = self.tried(entry, SETTLE)
+        lower = next_full_rate(full, best_rate(tried), search.get("full", 0), search["factor"])
+        return None if lower is None else (SETTLE, lower, plan["steps"])
+
+    def _start(self, entry: str) -> _Start:
+        config = placed(self._ws, self._task, settings(self._config, entry)).config
+        if entry != LORI:
+            return _Start(config)
+        begin = time.perf_counter()
+        mask = probing_mask(self._ws, self._task, config, self._parts,
+                            line_of(self._task.name, entry))  # fmt: skip
+        return _Start(config, mask, time.perf_counter() - begin)
+
+    def _try(self, entry: str, start: _Start, step: str, rate: float, steps: int) -> None:
+        found = probe(
+            self._ws,
+            self._task,
+            with_rate(start.config, rate, entry == DENSE),
+            self._parts,
+            steps=steps,
+            dense=entry == DENSE,
+            line=line_of(self._task.name, entry),
+            mask=start.mask,
+            phase=f"{entry} at rate {rate:g}" + ", all steps" * (step == SETTLE),
+        )
+        finite = math.isfinite(found.loss)
+        self._note(entry, step, repr(rate), None, {
+            "loss": found.loss if finite else None,
+            "seconds": round(found.seconds + start.seconds, 3),
+            "steps": steps,
+            "rows": len(self._parts.rows),
+            "held": len(self._parts.held),
+        })  # fmt: skip
+        start.seconds = 0.0
+        told = f"held-out loss {found.loss:.4f}" if finite else "diverged"
+        self._ws.on_message(f"{entry} at rate {rate:g}: {told} after {steps} steps")
 
     def train(self, entry: str, seed: int) -> None:
         """One full training at the best rate, stored and scored."""
         ws, task = self._ws, self._task
         if str(seed) in self._done(entry, TRAIN):
             return
-        rate = best_rate(self.tried(entry))
+        rate = best_rate(self.tried(entry, SETTLE) or self.tried(entry))
         config = with_rate(settings(self._config, entry), rate, entry == DENSE).replace(seed=seed)
         measured: dict[str, Any] = {}
         adapter = self._stored(entry, seed)

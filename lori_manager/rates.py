@@ -1,4 +1,8 @@
-"""Which learning rate to try next: a small search on a geometric grid."""
+"""Which learning rate to try next: a small search on a geometric grid.
+
+Short trainings find where to look, and favour rates that are too high for a long one: what
+learns fastest is ahead when they end. So the last word is that of trainings of full length.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,32 @@ def next_rate(tried: Mapping[float, float], usual: float, factor: float = FACTOR
     return _told(math.sqrt(best * neighbour))
 
 
+def next_full_rate(
+    tried: Mapping[float, float], start: float, most: int, factor: float = FACTOR
+) -> float | None:
+    """The rate to measure next at full length: from `start` down for as long as that helps.
+
+    Args:
+        tried: rate -> loss at full length.
+        start: the best of short trainings.
+        most: measurements.
+        factor: between neighbours, above 1.
+    Returns:
+        None once a lower rate was worse, or `most` are measured.
+
+    >>> next_full_rate({3.0: 0.5}, 3.0, 3)
+    1.0
+    >>> next_full_rate({3.0: 0.5, 1.0: 0.6}, 3.0, 3) is None
+    True
+    """
+    if len(tried) >= most:
+        return None
+    if not tried:
+        return start
+    lowest = min(tried)
+    return _told(lowest / factor) if best_rate(tried) == lowest else None
+
+
 def best_rate(tried: Mapping[float, float]) -> float:
     """The rate of the lowest loss; the lowest rate of equal ones, or where all diverged.
 
@@ -50,8 +80,15 @@ def best_rate(tried: Mapping[float, float]) -> float:
     return min(tried, key=lambda rate: (_finite(tried[rate]), rate))
 
 
-def at_edge(tried: Mapping[float, float]) -> bool:
-    """Whether the best is the largest or smallest tried, so that a better one may lie beyond."""
+def at_edge(tried: Mapping[float, float], full: Mapping[float, float] | None = None) -> bool:
+    """Whether the best is the largest or smallest tried, so that a better one may lie beyond.
+
+    Args:
+        tried: rate -> loss of short trainings.
+        full: the same at full length, where there are any: the best is theirs.
+    """
+    if full:
+        return best_rate(full) in (min(full), max(tried))
     return len(tried) > 0 and best_rate(tried) in (min(tried), max(tried))
 
 

@@ -319,7 +319,7 @@ class KindStep:
     """One finished step of a comparison of kinds."""
 
     entry: str  # which of the kinds
-    step: str  # "search" or "train"
+    step: str  # "search" (of a rate, briefly), "settle" (at full length) or "train"
     point: str  # the rate that was tried, or the seed that was trained
     adapter: str | None  # its ref, where one was stored
     facts: JSON  # what was measured

@@ -27,7 +27,7 @@ SETTINGS = {
 }  # fmt: skip
 LABELS = ("big", "old", "tiny")
 KINDS = ["lori", "lora", "svfit"]
-SEARCH = RateSearch(points=2)
+SEARCH = RateSearch(points=2, full=0)
 
 
 def with_settings(ws):
@@ -292,7 +292,7 @@ def test_training_goes_to_the_layers_that_are_chosen(ws):
     modules = {m for taken in found.chosen(2) for m in taken.modules}
     assert set(ws.weights(one.adapter).updates()) == modules
     compared = ws.compare_kinds("size", ["lora"], seeds=1, config=config,
-                                search=RateSearch(points=1))  # fmt: skip
+                                search=RateSearch(points=1, full=0))  # fmt: skip
     assert set(ws.weights(ws.adapter(compared.kinds[0].adapters[0])).updates()) == modules
 
 

@@ -18,7 +18,7 @@ from lori_manager.reporting.kind_comparisons import change_between, kinds_compar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ["lori", "lora", "rslora"]
-SEARCH = RateSearch(points=3, share=0.5)
+SEARCH = RateSearch(points=3, share=0.5, full=2)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,10 @@ def test_every_kind_is_searched_trained_and_scored_alike(done):
     assert [k.entry for k in found.kinds] == KINDS
     for kind in found.kinds:
         assert len(kind.tried) == 3
-        assert kind.rate == min(dict(kind.tried), key=lambda r: (dict(kind.tried)[r], r))
+        short, full = dict(kind.tried), dict(kind.full)
+        start = min(short, key=lambda r: (short[r], r))
+        assert list(full) == [pytest.approx(start / 3, rel=0.01), start]
+        assert kind.rate == min(full, key=lambda r: (full[r], r))
         assert kind.seeds == (0, 1)
         assert kind.adapters == (f"colour.{kind.entry}@1", f"colour.{kind.entry}@2")
         for ref, seed, score in zip(kind.adapters, kind.seeds, kind.scores, strict=True):
@@ -77,7 +80,8 @@ def test_every_kind_is_searched_trained_and_scored_alike(done):
 def test_eval_rows_are_not_touched_before_the_training(ws):
     _, seen = phases(ws, lambda: ws.compare_kinds("colour", ["lora"], seeds=1, search=SEARCH))
     assert seen == [
-        "lora at rate 0.0005", "lora at rate 0.0015", "lora at rate 0.000167", "training colour",
+        "lora at rate 0.0005", "lora at rate 0.0015", "lora at rate 0.000167",
+        "lora at rate 0.0015, all steps", "lora at rate 0.0005, all steps", "training colour",
         "scoring colour.lora@1 on colour",
     ]  # fmt: skip
 
@@ -135,7 +139,10 @@ class Stopped(Exception):
     """The interruption."""
 
 
-@pytest.mark.parametrize("where", ["lora at rate 0.0015", "training colour", "scoring colour.lora"])
+@pytest.mark.parametrize(
+    "where",
+    ["lora at rate 0.0015", "lora at rate 0.0005, all", "training colour", "scoring colour.lora"],
+)
 def test_interrupted_it_goes_on_to_the_same_adapters(done, ws, where):
     def tell(told):
         if told.phase.startswith(where):
@@ -145,14 +152,16 @@ def test_interrupted_it_goes_on_to_the_same_adapters(done, ws, where):
     ws.on_progress = tell
     with pytest.raises(Stopped):
         ws.compare_kinds("colour", KINDS, **call)
-    before = {(s.entry, s.point) for c in ws.store.kind_comparisons()
+    before = {(s.entry, s.step, s.point) for c in ws.store.kind_comparisons()
               for s in ws.store.kind_steps(c.digest)}  # fmt: skip
     assert before
+    tried = {f"{entry} at rate {float(point):g}{', all steps' * (step == 'settle')}"
+             for entry, step, point in before if step != "train"}  # fmt: skip
     found, seen = phases(ws, lambda: ws.compare_kinds("colour", KINDS, **call))
-    assert not {f"{entry} at rate {float(point):g}" for entry, point in before} & set(seen)
+    assert not tried & set(seen)
     whole, expected = done
     for kind, other in zip(found.kinds, expected.kinds, strict=True):
-        assert dict(kind.tried) == dict(other.tried)
+        assert (kind.tried, kind.full) == (other.tried, other.full)
         assert kind.adapters == other.adapters  # none twice
         for ref in kind.adapters:
             assert ws.adapter(ref).digest == whole.adapter(ref).digest
@@ -174,17 +183,28 @@ def test_a_training_that_was_stored_and_not_noted_is_found_again(ws, monkeypatch
     assert len(ws.store.adapters("colour.lora")) == 1
 
 
-def test_a_spent_budget_begins_nothing_and_says_what_is_missing(ws, monkeypatch):
+@pytest.mark.parametrize(
+    ("hours_given", "settled", "told"),
+    [
+        (4.5, 1, "its rate not yet tried with all steps, nothing trained"),
+        (5.5, 2, "seed 0 not trained"),
+    ],
+)
+def test_a_spent_budget_begins_nothing_and_says_what_is_missing(
+    ws, monkeypatch, hours_given, settled, told
+):
     from lori_manager import kind_comparison
 
     hours = iter(range(1000))
     clock = SimpleNamespace(monotonic=lambda: next(hours) * 3600.0, perf_counter=time.perf_counter)
     monkeypatch.setattr(kind_comparison, "time", clock)
-    found = ws.compare_kinds("colour", KINDS, seeds=1, budget=3.5 * 3600, search=SEARCH)
+    found = ws.compare_kinds("colour", KINDS, seeds=1, budget=hours_given * 3600, search=SEARCH)
     monkeypatch.undo()
     assert [len(k.tried) for k in found.kinds] == [3, 0, 0]
+    assert [len(k.full) for k in found.kinds] == [settled, 0, 0]
+    assert found.kinds[0].rate is None or settled == 2
     assert found.missing == (
-        "lori: seed 0 not trained",
+        f"lori: {told}",
         "lora: 0 of 3 rates tried, nothing trained",
         "rslora: 0 of 3 rates tried, nothing trained",
     )
@@ -247,7 +267,34 @@ def test_what_cannot_be_compared_is_refused(ws, kinds, told, changes):
     assert ws.store.kind_comparisons() == []
 
 
-@pytest.mark.parametrize("changes", [{"points": 0}, {"factor": 1.0}, {"share": 0.0}])
+def test_the_rate_is_what_is_best_after_all_steps(ws, monkeypatch):
+    """Losses as on real tasks: a short training does best at a rate too high for a long one."""
+    from lori_manager import kind_comparison
+
+    def told(ws, task, config, parts, *, steps, **rest):
+        best = 1.5e-3 if steps == 2 else 2e-4
+        return dataclasses.replace(real, loss=abs(math.log(config.learning_rate / best)))
+
+    parts = halves(ws, ws.store.task("colour"), ws.settings.config)
+    config = ws.settings.config.replace(kind="lora")
+    real = probe(ws, ws.store.task("colour"), config, parts, steps=1)
+    monkeypatch.setattr(kind_comparison, "probe", told)
+    search = RateSearch(points=3, share=0.5, full=4)
+    (found,) = ws.compare_kinds("colour", ["lora"], seeds=1, search=search).kinds
+    assert min(found.tried, key=lambda one: one[1])[0] == 1.5e-3
+    assert [rate for rate, _ in found.full] == [5.57e-05, 1.67e-4, 5e-4, 1.5e-3]
+    assert (found.rate, found.edge) == (1.67e-4, False)
+    assert ws.adapter("colour.lora@1").config["learning_rate"] == 1.67e-4
+
+
+def test_short_trainings_that_are_whole_ones_need_no_others(ws):
+    search = RateSearch(points=2, share=1.0)
+    found = ws.compare_kinds("colour", ["lora"], seeds=1, search=search)
+    assert (found.full, found.kinds[0].full, found.missing) == (0, (), ())
+    assert found.kinds[0].rate == min(found.kinds[0].tried, key=lambda one: one[1])[0]
+
+
+@pytest.mark.parametrize("changes", [{"points": 0}, {"factor": 1.0}, {"share": 0.0}, {"full": 1}])
 def test_a_search_that_cannot_be_is_refused(changes):
     with pytest.raises(InvalidInput, match=next(iter(changes))):
         RateSearch(**changes)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lori_manager.rates import at_edge, best_rate, next_rate
+from lori_manager.rates import at_edge, best_rate, next_full_rate, next_rate
 
 
 def searched(loss, usual, points, factor=3.0):
@@ -47,6 +47,35 @@ def test_a_rate_that_diverged_is_never_the_best_and_bounds_the_search():
     assert max(tried) == 3e-3
     assert min(tried) == 3.33e-4
     assert best_rate({1e-3: math.nan, 1e-2: math.inf}) == 1e-3
+
+
+def settled(loss, start, most):
+    tried = {}
+    while (rate := next_full_rate(tried, start, most)) is not None:
+        assert rate not in tried
+        tried[rate] = loss(rate)
+    return tried
+
+
+def test_at_full_length_it_goes_down_until_that_is_worse():
+    assert list(settled(bowl(1.0), 1.0, 5)) == [1.0, 0.333]
+    found = settled(bowl(0.1), 1.0, 5)
+    assert list(found) == [1.0, 0.333, 0.111, 0.037]
+    assert best_rate(found) == 0.111
+    assert list(settled(bowl(1e-9), 1.0, 3)) == [1.0, 0.333, 0.111]
+    assert settled(bowl(1.0), 1.0, 0) == {}
+
+
+def test_at_full_length_what_diverges_is_left_for_a_lower_rate():
+    found = settled(lambda rate: math.inf if rate > 0.2 else -rate, 1.0, 9)
+    assert best_rate(found) == 0.111
+
+
+def test_an_edge_at_full_length_is_told():
+    short = {1.0: 0.3, 3.0: 0.2, 9.0: 0.4}
+    assert not at_edge(short, {3.0: 0.1, 1.0: 0.2})
+    assert at_edge(short, {3.0: 0.2, 1.0: 0.1})  # lower ones were not tried
+    assert at_edge({1.0: 0.3, 3.0: 0.2}, {3.0: 0.1, 1.0: 0.2})  # nor higher ones
 
 
 def test_an_edge_is_told():

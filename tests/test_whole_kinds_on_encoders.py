@@ -256,7 +256,9 @@ def test_encoders_without_such_places_are_refused_before_anything_is_trained(
 def test_they_are_compared_with_low_rank_kinds_at_rates_of_their_own(ws):
     kinds = ["lora", *WHOLE]
     config = ws.settings.config.replace(steps=8)
-    found = ws.compare_kinds("size", kinds, seeds=1, search=RateSearch(points=1), config=config)
+    found = ws.compare_kinds(
+        "size", kinds, seeds=1, search=RateSearch(points=1, full=2), config=config
+    )
     assert [k.entry for k in found.kinds] == kinds
     assert found.missing == ()
     for kind in found.kinds:

@@ -46,6 +46,13 @@ def compare(
     search_share: Annotated[
         float, typer.Option(help="Of a full training's steps, for each rate tried.")
     ] = 0.25,
+    full_rates: Annotated[
+        int,
+        typer.Option(
+            help="Trainings of full length at most that settle a kind's rate: at the best one, "
+            "then lower for as long as that helps; 0 for none.",
+        ),
+    ] = 3,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw the scores there, too.")
     ] = None,
@@ -58,10 +65,10 @@ def compare(
 ) -> None:
     """Train a task with several kinds of adapters, on equal data and steps, and compare them.
 
-    Each kind's learning rate is searched by short trainings on a part of the training rows,
-    judged on another part; then every kind is trained with every seed, stored on a line of
-    its own, TASK.KIND, and scored. The same command goes on where it was interrupted, and
-    takes further kinds and seeds.
+    Each kind's learning rate is searched by short trainings on a part of the training rows and
+    settled by a few of full length, judged on another part; then every kind is trained with
+    every seed, stored on a line of its own, TASK.KIND, and scored. The same command goes on
+    where it was interrupted, and takes further kinds and seeds.
     """
     with workspace(ctx) as ws:
         if listed:
@@ -81,7 +88,7 @@ def compare(
                     seeds=seeds,
                     budget=None if budget_minutes is None else budget_minutes * 60,
                     config=configured(ws.settings.config, changes),
-                    search=RateSearch(rates, rate_factor, search_share),
+                    search=RateSearch(rates, rate_factor, search_share, full_rates),
                 )
             ]
     if plot is not None:
@@ -127,7 +134,7 @@ def show(found: KindsCompared) -> None:
     several = max((len(kind.seeds) for kind in found.kinds), default=0) > 1
     typer.echo(
         f"\nrate: the best of {found.points} by the loss on held-out training rows after "
-        f"{found.search_steps} steps; p: paired over rows"
+        f"{found.search_steps} steps{_settled(found)}; p: paired over rows"
         f"{' and seeds, both taken as random' if several else ', of one seed'}; Holm over the kinds"
     )
     for kind in found.kinds:
@@ -135,6 +142,10 @@ def show(found: KindsCompared) -> None:
             typer.echo(f"{kind.entry}: seed {', '.join(map(str, kind.diverged))} diverged")
     for line in found.missing:
         typer.echo(f"not done: {line}; the same command goes on")
+
+
+def _settled(found: KindsCompared) -> str:
+    return f", settled by at most {found.full} of all {found.steps}" if found.full else ""
 
 
 def _interval(value: float, low: float, high: float, sign: str) -> str | None:

@@ -23,13 +23,13 @@ from lori_manager.metrics.crossed import crossed_mean
 from lori_manager.metrics.multiple import holm
 from lori_manager.metrics.paired import sign_flip
 from lori_manager.metrics.summary import is_binary, summarize
-from lori_manager.rates import at_edge, best_rate
-from lori_manager.records import Adapter, KindComparison, KindStep, Score
+from lori_manager.rates import at_edge, best_rate, next_full_rate
+from lori_manager.records import JSON, Adapter, KindComparison, KindStep, Score
 from lori_manager.refs import parse_adapter_ref
 from lori_manager.reporting.intervals import score_interval
 from lori_manager.store.store import Store
 
-SEARCH, TRAIN = "search", "train"
+SEARCH, SETTLE, TRAIN = "search", "settle", "train"
 SIGNIFICANCE = 0.05
 BEATS, TIES, LOSES = "beats", "ties", "loses to"
 
@@ -61,9 +61,12 @@ class KindResult:
 
     Attributes:
         entry: the kind, or `lori-d` for LoRI without a mask.
-        tried: (rate, held-out loss, see `probing.Probe`), infinite where training diverged.
-        rate: the best of them, once all are tried.
-        edge: it is the largest or smallest tried.
+        tried: (rate, held-out loss, see `probing.Probe`) of short trainings; infinite where
+            one diverged.
+        full: the same of trainings of full length.
+        rate: the best of those of full length, or of the short ones where the plan has no
+            others; once all are done.
+        edge: a better one may lie beyond those tried, see `rates.at_edge`.
         search_seconds: what the search took.
         seeds, adapters, scores: of every training, in the order of the seeds.
         value, low, high: mean score and its 95% interval.
@@ -75,6 +78,7 @@ class KindResult:
 
     entry: str
     tried: tuple[tuple[float, float], ...]
+    full: tuple[tuple[float, float], ...]
     rate: float | None
     edge: bool
     search_seconds: float
@@ -105,6 +109,7 @@ class KindsCompared:
     steps: int  # of the optimizer, of every full training
     search_steps: int
     points: int  # rates tried, of every kind
+    full: int  # at most tried again, or below, with all of the steps
     kinds: tuple[KindResult, ...]
     devices: tuple[str, ...]
     missing: tuple[str, ...]  # what is asked for and not done, a line each
@@ -145,7 +150,7 @@ def kinds_compared(
             facts = next(iter(scores.values())).facts
             higher = bool(facts.get("higher_is_better", True))
         outcomes[entry] = _outcomes(store, scores)
-        found.append(_result(store, entry, own, scores, outcomes[entry], search["points"]))
+        found.append(_result(store, entry, own, scores, outcomes[entry], search))
         missing += _missing(found[-1], wanted, search["points"])
     if entries:
         found = _with_verdicts(found, outcomes, higher)
@@ -158,6 +163,7 @@ def kinds_compared(
         plan["steps"],
         search["steps"],
         search["points"],
+        search.get("full", 0),
         tuple(found),
         tuple(dict.fromkeys(str(s.facts["device"]) for s in done if "device" in s.facts)),
         tuple(missing),
@@ -211,14 +217,12 @@ def _result(
     steps: Sequence[KindStep],
     scores: Mapping[int, Score],
     outcomes: _Outcomes,
-    points: int,
+    search: JSON,
 ) -> KindResult:
-    tried = {
-        float(s.point): math.inf if s.facts["loss"] is None else float(s.facts["loss"])
-        for s in steps
-        if s.step == SEARCH
-    }
-    ready = len(tried) >= points
+    tried, full = _losses(steps, SEARCH), _losses(steps, SETTLE)
+    ready = len(tried) >= search["points"] and (
+        next_full_rate(full, best_rate(tried), search.get("full", 0), search["factor"]) is None
+    )
     trained = {int(s.point): s for s in steps if s.step == TRAIN}
     kept = [trained[seed] for seed in scores]
     adapters = [_adapter(store, step) for step in kept]
@@ -226,9 +230,10 @@ def _result(
     return KindResult(
         entry,
         tuple(sorted(tried.items())),
-        best_rate(tried) if ready else None,
-        ready and at_edge(tried),
-        sum(float(s.facts["seconds"]) for s in steps if s.step == SEARCH),
+        tuple(sorted(full.items())),
+        best_rate(full or tried) if ready else None,
+        ready and at_edge(tried, full),
+        sum(float(s.facts["seconds"]) for s in steps if s.step in (SEARCH, SETTLE)),
         tuple(scores),
         tuple(a.ref for a in adapters),
         tuple(s.value for s in scores.values()),
@@ -243,6 +248,15 @@ def _result(
         _median(a.facts.get("seconds") for a in adapters),
         tuple(sorted(seed for seed, step in trained.items() if step.adapter is None)),
     )
+
+
+def _losses(steps: Sequence[KindStep], step: str) -> dict[float, float]:
+    """Rate -> held-out loss of one sort of step."""
+    return {
+        float(s.point): math.inf if s.facts["loss"] is None else float(s.facts["loss"])
+        for s in steps
+        if s.step == step
+    }
 
 
 def _adapter(store: Store, step: KindStep) -> Adapter:
@@ -264,6 +278,8 @@ def _whole(value: float | None) -> int | None:
 def _missing(result: KindResult, wanted: Sequence[int], points: int) -> list[str]:
     if len(result.tried) < points:
         return [f"{result.entry}: {len(result.tried)} of {points} rates tried, nothing trained"]
+    if result.rate is None:
+        return [f"{result.entry}: its rate not yet tried with all steps, nothing trained"]
     left = [str(s) for s in wanted if s not in result.seeds and s not in result.diverged]
     return [f"{result.entry}: seed {', '.join(left)} not trained"] if left else []
 

@@ -36,13 +36,14 @@ def _comparison(found: KindsCompared) -> str:
     rows = "".join(_row(kind, found) for kind in found.kinds)
     task, first = _text(found.task), _text(found.first)
     missing = "".join(f"<li>{_text(line)}</li>" for line in found.missing)
+    full = f", then at most {found.full} with all of them" if found.full else ""
     lower = ", lower is better" if not found.higher_is_better else ""
     return (
         f'<h3>{task}</h3><div class="scroll" tabindex="0" role="region" '
         f'aria-label="Scores of the kinds on {task}">{drawing(found)}</div>'
         f'<div class="scroll" tabindex="0" role="region" aria-label="Kinds on {task}"><table>'
         f"<caption>{_text(found.scorer)}{lower}, {found.rows:,} rows; {found.steps:,} steps each; "
-        f"{found.points} rates of {found.search_steps:,} steps; "
+        f"{found.points} rates of {found.search_steps:,} steps{full}; "
         f"{_text('; '.join(found.devices))}</caption>"
         '<thead><tr><th scope="col">Kind</th><th scope="col">Score</th>'
         f'<th scope="col">Against {first}</th><th scope="col">Trained</th>'

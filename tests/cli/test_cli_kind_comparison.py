@@ -16,7 +16,8 @@ def test_compare_tells_a_table_a_document_and_a_drawing(lori, tmp_path):
     assert told[1].split("  ")[0] == "kind"
     assert [line.split()[0] for line in told[2:4]] == ["lora", "rslora"]
     assert "ties lora" in told[3]
-    assert told[-1].startswith("rate: the best of 2 by the loss on held-out training rows after 1")
+    assert told[-1].startswith("rate: the best of 2 by the loss on held-out training rows after 1 "
+                               "steps, settled by at most 3 of all 4; p")  # fmt: skip
     ET.fromstring(drawn.read_text())
     found = lori.json(*call)
     assert [k["adapters"] for k in found["kinds"]] == [["colour.lora@1"], ["colour.rslora@1"]]
@@ -47,6 +48,7 @@ def test_a_spent_budget_is_told_with_what_is_missing(lori):
         (("colour", "--kinds", "lora,mora"), "no kind is called 'mora'"),
         (("colour", "--budget-minutes", "-1"), "budget must be above 0"),
         (("colour", "--rates", "0"), "`points` must be at least 1"),
+        (("colour", "--full-rates", "1"), "`full` must be 0 or at least 2"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(lori, args, told):

@@ -24,7 +24,7 @@ def result(entry, value, spread=0.02, verdict=None, **changes):
     if verdict:
         against = Against(value - 0.9, value - 0.93, value - 0.87, 0.004, 0.012, 2, verdict)
     made = KindResult(
-        entry, ((1e-3, 0.4), (3e-3, 0.3)), 3e-3, True, 12.5, (0, 1),
+        entry, ((1e-3, 0.4), (3e-3, 0.3)), (), 3e-3, True, 12.5, (0, 1),
         (f"clinc.{entry}@1", f"clinc.{entry}@2"), scores, value, value - spread, value + spread,
         against, 497_664, 934_000, 0.0213, 1_520_000_000, 9.1,
     )  # fmt: skip
@@ -32,12 +32,12 @@ def result(entry, value, spread=0.02, verdict=None, **changes):
 
 
 def undone(entry):
-    return KindResult(entry, (), None, False, 0.0, (), (), (), NAN, NAN, NAN, None, None, None,
+    return KindResult(entry, (), (), None, False, 0.0, (), (), (), NAN, NAN, NAN, None, None, None,
                       None, None, None)  # fmt: skip
 
 
 def compared(*kinds, **changes):
-    made = KindsCompared("d" * 64, "clinc#1", "exact_match", True, 500, 376, 94, 5, kinds,
+    made = KindsCompared("d" * 64, "clinc#1", "exact_match", True, 500, 376, 94, 5, 3, kinds,
                          ("NVIDIA H100 80GB HBM3",), (), datetime.now(UTC))  # fmt: skip
     return dataclasses.replace(made, **changes)
 
@@ -64,7 +64,7 @@ def test_every_kind_has_its_row_verdict_and_costs(four):
     assert "497,664 0.934 MB 21.3 ms 1.52 GB 0.003 at the edge of those tried" in told
     assert "dora nothing trained yet" in told
     assert "dora: 0 of 5 rates tried, nothing trained" in told
-    assert "376 steps each; 5 rates of 94 steps; NVIDIA H100 80GB HBM3" in told
+    assert "376 steps each; 5 rates of 94 steps, then at most 3 with all of them; NVIDIA" in told
 
 
 def test_the_newest_comparison_stands_first(four):
