@@ -96,9 +96,9 @@ def best_rates(results: Iterable[dict]) -> dict[tuple[str, str, str], float]:
 
 
 class Workers:
-    """Processes that each run one spec after another, on the GPUs in turn."""
+    """Processes of a script that each run one spec after another, on the GPUs in turn."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, script: str = __file__) -> None:
         import torch
 
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -108,7 +108,7 @@ class Workers:
         self.lock = threading.Lock()
         self.processes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--worker", "--base", args.base, "--data", args.data,
+                [sys.executable, script, "--worker", "--base", args.base, "--data", args.data,
                  "--work", str(args.work)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": cards[number % len(cards)]},
