@@ -89,6 +89,7 @@ def place(
         precision=ws.score_precision(config),
         reads=_reads(ws, task),
     )
+    found = ranks().led(lambda: found, "the scores of layers")
     if ranks().first:
         with storing(path):
             private_folder(path.parent)

@@ -127,7 +127,9 @@ def start_of(
         return Start(lori.fresh_block(shapes, config, label, row), weights, facts)
     found = None if kept is None else _kept(kept)
     if found is None:
-        found = avoiding_block(ws, task, config, fresh, parent, avoid)
+        block, how = avoiding_block(ws, task, config, fresh, parent, avoid)
+        tensors, how = ranks().led(lambda: (block.tensors, how), "A")
+        found = replace(block, tensors=tensors), how
         if kept is not None:
             _keep(kept, *found)
     block, how = found

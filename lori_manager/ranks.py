@@ -81,6 +81,21 @@ class Ranks:
         finally:
             self._apart = was
 
+    def alike(self, tensors: Sequence[Tensor]) -> None:
+        """Give every rank the values that rank 0 has, in place."""
+        import torch
+
+        if self.world == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+            self._collective(partial(_from_first, flat))
+            with torch.no_grad():
+                for t, part in zip(
+                    bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True
+                ):
+                    t.copy_(part.view_as(t))
+
     def summed(
         self, gradients: Sequence[Tensor], total: Tensor | None, counted: int
     ) -> tuple[Tensor, Tensor | int]:
@@ -270,6 +285,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _sum(tensor: Tensor, dist: Any) -> None:
     dist.all_reduce(tensor)
+
+
+def _from_first(tensor: Tensor, dist: Any) -> None:
+    dist.broadcast(tensor, src=0)
 
 
 def _cpu() -> Any:

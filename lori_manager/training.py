@@ -171,6 +171,7 @@ def fit(
         weight_decay=config.weight_decay,
         fused=True if base.device.type == "cuda" else None,
     )
+    ranks().alike(trained)  # unlike machines may have begun with unlike ones
     order = training_order([r.length for r in rows], config.batch, steps, config.seed)
     state = _load_state(checkpoint, phase, training, optimizer, steps)
     losses, tokens, before = state.losses, state.tokens, state.seconds

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from lori_manager.engine.layers import linear_weight
 from lori_manager.engine.svd import Spectrum, choose_method, top_svd
 from lori_manager.errors import InvalidInput, StorageFailed
 from lori_manager.models import BaseModel
+from lori_manager.ranks import ranks
 from lori_manager.store.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def cache_folder() -> Path:
 
 def spectra(
     base: BaseModel,
-    ranks: Mapping[str, int],
+    counts: Mapping[str, int],
     method: str = "auto",
     told: Callable[[int, int], None] | None = None,
 ) -> dict[str, Spectrum]:
@@ -45,18 +47,22 @@ def spectra(
 
     Args:
         base: its linear layers must hold plain weights. Not modified.
-        ranks: module name -> how many.
+        counts: module name -> how many.
         method: "auto" by size, or one of `engine.svd`.
         told: called with (modules done, modules in all).
     Raises:
         InvalidInput: a layer's weight is packed (4 bits, fp8).
     """
     out = {}
-    for done, (name, rank) in enumerate(ranks.items(), 1):
-        out[name] = _spectrum(plain_weight(base.model.get_submodule(name)), rank, method)
+    for done, (name, count) in enumerate(counts.items(), 1):
+        out[name] = ranks().led(partial(_of, base, name, count, method), f"the SVD of {name}")
         if told is not None:
-            told(done, len(ranks))
+            told(done, len(counts))
     return out
+
+
+def _of(base: BaseModel, name: str, count: int, method: str) -> Spectrum:
+    return _spectrum(plain_weight(base.model.get_submodule(name)), count, method)
 
 
 def plain_weight(layer: nn.Module) -> Tensor:

@@ -108,6 +108,15 @@ def test_two_processes_come_to_the_losses_and_scores_of_one_for_every_kind(
         assert {a.facts["processes"] for a in ws.store.adapters()} == {2}
 
 
+def test_unlike_machines_begin_with_what_rank_0_has(worded, tmp_path):
+    ws = copied(worded, tmp_path / "ws")
+    program = [*TORCHRUN, PROGRAM.with_name("unlike_program.py"), tmp_path, ws.root]
+    subprocess.run(program, env=ENVIRONMENT, check=True, timeout=300)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert set(first) == {"placement", "svd", "nullspace", "trained"}
+    assert second == first
+
+
 def begin(folder, *args):
     return subprocess.Popen(
         [*TORCHRUN, "-m", "lori_manager", "-C", str(folder), *args],
