@@ -338,7 +338,10 @@ class _Prober:
 
 
 def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Config:
-    """The learning rate: a few, the best two of them again twice as long."""
+    """The learning rate: a few, the best two of them again twice as long.
+
+    Short trainings favour rates that are too high for long ones, see `rates`; that is told.
+    """
     usual, units = config.learning_rate, RATES + 2 * 2
     steps = work.steps(RATE_SHARE, RATES + 2, units, _short(full))
     if steps < min(LEAST, full):
@@ -367,6 +370,8 @@ def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Co
     if best in (min(tried), max(tried)):
         edge = ", the largest or smallest of them: a better one may lie beyond"
     why = f"lowest held-out loss of {len(tried)} rates after {counted(length, 'step')}{edge}"
+    if length < full:
+        why += f"; a training of all {full} may want a lower one, which `lori compare` would try"
     choices.append(Choice("learning_rate", best, why))
     return config.replace(learning_rate=best)
 
