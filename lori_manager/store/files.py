@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -84,6 +85,27 @@ def write_atomic(path: Path, content: bytes, *, private: bool = True) -> None:
     """
     with storing(path):
         _write(path, (content,), PRIVATE if private else OPEN)
+
+
+def read_texts(path: Path, *names: str, advice: str) -> tuple[str, ...]:
+    """The texts under these names in a small JSON file, in the order of the names.
+
+    Args:
+        advice: what to do about a damaged file, for the message.
+    Raises:
+        DamagedObject: it is no JSON object that has a text under each name.
+        StorageFailed: the disk fails to read.
+    """
+    with storing(path):
+        content = path.read_bytes()
+    try:
+        told = json.loads(content)
+        texts = tuple(told[name] for name in names)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("not text")
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise DamagedObject(f"{path} is damaged: {advice}") from e
+    return texts
 
 
 def write_synced(path: Path, chunks: Iterable[bytes], mode: int = PRIVATE) -> None:
