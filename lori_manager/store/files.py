@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -167,6 +167,10 @@ class ObjectStore:
     def exists(self, digest: str) -> bool:
         """Whether a file is there; `get` alone knows whether it is whole."""
         return self.path(digest).is_file()
+
+    def missing(self, digests: Collection[str]) -> list[str]:
+        """Those of them that are not there."""
+        return [digest for digest in digests if not self.exists(digest)]
 
     def size(self, digest: str) -> int:
         """Bytes of the stored file.

@@ -17,7 +17,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ _PREFIX = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/|$))*")
 _CODE = re.compile(r"<Code>\s*([A-Za-z0-9.]{1,60})\s*</Code>")
 _PRINTABLE = re.compile(r"[!-~]+")
 _CHUNK = 4 << 20
+_AT_ONCE = 32  # questions whether something is there
 _TIMES = {"connect_timeout": "10s", "timeout": "30m"}
 _RETRIES = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -210,6 +212,12 @@ class S3Objects:
     def exists(self, digest: str) -> bool:
         """Whether it is there; `get` alone knows whether it is whole."""
         return self._head(digest) is not None
+
+    def missing(self, digests: Collection[str]) -> list[str]:
+        """Those of them that are not there; many are asked for at a time."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            there = pool.map(self.exists, digests)
+            return [digest for digest, found in zip(digests, there, strict=True) if not found]
 
     def size(self, digest: str) -> int:
         """Bytes stored. Raises MissingObject."""

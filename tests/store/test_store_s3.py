@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import stat
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -19,6 +20,7 @@ import store_builders as build
 
 from lori_manager import doctor
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, StorageFailed
+from lori_manager.records import Split
 from lori_manager.refs import AdapterRef
 from lori_manager.store import s3 as remote
 from lori_manager.store.cache import Cache
@@ -63,6 +65,7 @@ def test_what_was_put_is_there(either: Any, tmp_path: Path) -> None:
     assert either.get(DIGEST) == CONTENT
     either.check(DIGEST)
     assert either.exists(DIGEST)
+    assert either.missing([DIGEST, "0" * 64]) == ["0" * 64]
     assert either.keep(DIGEST)
     assert either.size(DIGEST) == len(CONTENT)
     assert either.age(DIGEST) < timedelta(minutes=2)
@@ -388,6 +391,34 @@ def test_verify_finds_what_is_gone_or_altered_or_needed_by_nobody(
     orphan = remote_store.objects.put(b"nobody's")
     found = {(f.kind, f.subject) for f in remote_store.verify()}
     assert found == {("missing", first.ref), ("damaged", second.ref), ("orphan", orphan)}
+
+
+def test_many_files_are_looked_for_at_once(
+    remote_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look for one alone would wait for the others for ever."""
+    objects = remote_store.objects
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(objects.put, (b"image %d" % i for i in range(31))))
+    named = "".join(f'{{"completion":"","image":"{digest}","prompt":"a"}}\n' for digest in images)
+    split = Split(objects.put(named.encode()), len(images))
+    together = threading.Barrier(16, timeout=10)
+    head = objects._head  # type: ignore[attr-defined]
+    monkeypatch.setattr(objects, "_head", lambda digest: (together.wait(), head(digest))[1])
+    remote_store.add_task(
+        "cats",
+        scorer="noise_loss",
+        scorer_version="1",
+        description="",
+        splits={"eval": split},
+        options={"images": {"folder": "cats"}},
+    )
+    monkeypatch.undo()
+    gone = sorted(images)[::7]
+    for digest in gone:
+        objects.remove(digest)
+    assert objects.missing(sorted(images)) == gone
+    assert objects.missing([]) == []
 
 
 def test_gc_frees_what_nothing_needs(remote_store: Store) -> None:
