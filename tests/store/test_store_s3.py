@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import json
 import logging
 import os
 import stat
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -164,7 +167,7 @@ def test_too_large_for_one_request_is_refused(
 def test_reading_again_asks_nobody(objects: S3Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     objects.put(CONTENT)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    objects._client = None  # as in another process
+    objects._connected = None  # as in another process
     assert objects.get(DIGEST) == CONTENT
 
 
@@ -218,6 +221,25 @@ def refused(call: Callable[[], Any]) -> str:
     return told
 
 
+@contextmanager
+def answering(answer: Callable[[Any], None]) -> Iterator[str]:
+    """A server that does that with each request; its URL."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        do_PUT = do_GET = do_HEAD = do_POST = answer  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_no_bucket(bucket: str, tmp_path: Path) -> None:
     objects = S3Objects("s3://no-such-bucket/x", "me", Cache(tmp_path / "cache"))
     for call in (lambda: objects.put(b"x"), lambda: objects.get(DIGEST), objects.claim,
@@ -249,32 +271,78 @@ def test_no_network(objects: S3Objects, monkeypatch: pytest.MonkeyPatch) -> None
 def test_no_permission_and_other_answers(
     objects: S3Objects, monkeypatch: pytest.MonkeyPatch, status: int, body: str, told: str
 ) -> None:
-    import http.server
-    import threading
-
-    class Refusing(http.server.BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("content-length") or 0))
-            self.send_response(status)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        do_PUT = do_GET = answer  # noqa: N815
-
-        def log_message(self, *_: Any) -> None:
-            pass
+    def refuse(request: Any) -> None:
+        request.rfile.read(int(request.headers.get("content-length") or 0))
+        request.send_response(status)
+        request.send_header("content-length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body.encode())
 
     monkeypatch.setattr(remote, "_RETRIES", {"max_retries": 0})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    try:
+    with answering(refuse) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         assert told in refused(lambda: objects.put(b"x"))
         assert told in refused(lambda: objects.get(DIGEST))
-    finally:
-        server.shutdown()
-        server.server_close()
+
+
+SHORT = {"_ASKING": {"timeout": "1s"}, "_FETCHING": {"read_timeout": "1s", "timeout": "30m"},
+         "_RETRIES": {"max_retries": 0}}  # fmt: skip
+
+
+def test_a_server_that_does_not_answer_is_given_up_soon(
+    objects: S3Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SHORT.items():
+        monkeypatch.setattr(remote, name, value)
+    told = "the server does not answer in time: check the network"
+    over = threading.Event()
+    with answering(lambda _: bool(over.wait(60)) and None) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        begun = time.monotonic()
+        for call in (objects.claim, objects.confirm, lambda: objects.exists(DIGEST),
+                     lambda: objects.remove(DIGEST), lambda: list(objects.digests()),
+                     lambda: objects.get(DIGEST), lambda: objects.check(DIGEST),
+                     lambda: objects.put(CONTENT)):  # fmt: skip
+            assert told in refused(call)
+        assert time.monotonic() - begun < 30
+        over.set()
+
+
+def test_what_is_large_takes_the_time_it_needs(
+    objects: S3Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = b"weights" * (remote._SMALL // 7 + 1)
+    digest = hashlib.sha256(large).hexdigest()
+
+    def slowly(request: Any) -> None:
+        if request.command == "PUT":
+            time.sleep(2)
+            request.rfile.read(int(request.headers["content-length"]))
+        request.send_response(200)
+        request.send_header("ETag", '"x"')
+        request.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        request.send_header("content-length", str(len(large) if request.command == "GET" else 0))
+        request.end_headers()
+        if request.command == "GET":
+            for start in range(0, len(large), len(large) // 4):
+                request.wfile.write(large[start : start + len(large) // 4])
+                request.wfile.flush()
+                time.sleep(0.5)
+
+    for name, value in SHORT.items():
+        monkeypatch.setattr(remote, name, value)
+    with answering(slowly) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert objects.put(large) == digest
+        assert objects._fetch(digest) == large
+        objects.check(digest)
+
+
+@pytest.mark.parametrize("longest", [remote._ASKING["timeout"], remote._FETCHING["read_timeout"]])
+def test_no_question_takes_two_minutes(longest: str) -> None:
+    """The last try begins before no more are made, and may take all of its time."""
+    last = timedelta(seconds=int(longest.removesuffix("s")))
+    assert remote._RETRIES["retry_timeout"] + last < timedelta(minutes=2)
 
 
 def test_no_credentials(
@@ -313,11 +381,11 @@ def test_plain_http_to_another_machine_is_refused(
         "http://a\n",
     ):
         monkeypatch.setenv("AWS_ENDPOINT_URL", none)
-        objects._client = None
+        objects._connected = None
         with pytest.raises(InvalidInput, match="must be a server's URL, such as"):
             objects.put(b"x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:verySecretWords@127.0.0.1:9000")
-    objects._client = None
+    objects._connected = None
     with pytest.raises(InvalidInput) as caught:
         objects.put(b"x")
     assert "verySecretWords" not in str(caught.value)
