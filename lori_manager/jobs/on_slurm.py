@@ -26,6 +26,12 @@ logger = logging.getLogger(__name__)
 
 CHECK = 30.0  # seconds between two questions to Slurm about a job without a result
 UNKNOWN = 20  # questions in a row about a job that Slurm does not know
+# States in which a job waits or goes on, and which submitit takes for an end. Those that are
+# held wait for somebody, as a pending job that is held does.
+STILL_THERE = frozenset({
+    "CONFIGURING", "REQUEUE_FED", "REQUEUE_HOLD", "RESIZING", "RESV_DEL_HOLD", "SIGNALING",
+    "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "SUSPENDED",
+})  # fmt: skip
 TOOLS = ("sbatch", "srun", "sacct", "scancel")
 # Without `clusters`: submitit asks `sacct` and `scancel` about this one alone.
 OPTIONS = frozenset({
@@ -123,9 +129,9 @@ class SlurmWorkers:
         ask = now - self._checked[started.job_id] >= CHECK
         if ask:
             self._checked[started.job_id] = now
-        done = started.done(force_check=ask)
+        over = _over(started, ask)
         if not started.paths.result_pickle.exists():
-            if done or started.state == "PREEMPTED":  # which to submitit is not the end
+            if over or started.state == "PREEMPTED":  # which to submitit is not the end
                 return Lost(_why(started))
             return self._unheard_of(started) if ask else None
         try:
@@ -150,10 +156,26 @@ class SlurmWorkers:
         """Cancel what is not done."""
         for started in self._started:
             try:
-                if not started.done():
+                if not _over(started):
                     started.cancel(check=False)  # where it fails, scancel says so itself
             except OSError as e:
                 logger.warning("job %s was not cancelled: %s", started.job_id, first_line(e))
+
+
+def _over(started: Any, ask: bool = False) -> bool:
+    """Whether the job has a result, or has ended without.
+
+    Args:
+        ask: ask Slurm now; else submitit does when it deems it time.
+    """
+    done: bool = started.done(force_check=ask)
+    if started.paths.result_pickle.exists():
+        return True
+    if started.state in STILL_THERE:
+        # submitit never asks again about a job that it has seen to end
+        started.watcher._finished.discard(started.job_id)
+        return False
+    return done
 
 
 def _why(started: Any) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from sqlalchemy import Connection, insert, select, update
 
-from lori_manager.errors import Conflict, DamagedObject, NotFound
+from lori_manager.errors import Conflict, NotFound
 from lori_manager.records import Base
 from lori_manager.store import tables as t
-from lori_manager.store.files import storing, write_atomic
+from lori_manager.store.files import read_texts, write_atomic
 
 NOTE = "base.json"  # in a folder that shares its rows with others: where it has the base
 
@@ -69,15 +69,8 @@ def here(root: Path, base: Base) -> Base:
     path = root / NOTE
     if not path.is_file():
         return base
-    with storing(path):
-        content = path.read_bytes()
-    try:
-        told = json.loads(content)
-        where, source = told["path"], told["source"]
-        if not isinstance(where, str) or not isinstance(source, str):
-            raise TypeError("not text")
-    except (ValueError, KeyError, TypeError) as e:
-        raise DamagedObject(f"{path} is damaged: remove it, then `lori base --move DIR`") from e
+    advice = "remove it, then `lori base --move DIR`"
+    where, source = read_texts(path, "path", "source", advice=advice)
     return replace(base, path=where, source=source)
 
 

@@ -7,9 +7,9 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from lori_manager.errors import Conflict, DamagedObject, NotFound
+from lori_manager.errors import Conflict, NotFound
 from lori_manager.store.backend import Backend
-from lori_manager.store.files import storing, write_atomic
+from lori_manager.store.files import read_texts, storing, write_atomic
 from lori_manager.store.postgres import Postgres
 from lori_manager.store.sqlite import SQLite
 
@@ -85,18 +85,10 @@ def place(root: Path) -> str:
 
 
 def _read(path: Path, password: str | None) -> Served:
-    with storing(path):
-        content = path.read_bytes()
-    try:
-        told = json.loads(content)
-        url, folder = told["url"], told["folder"]
-        if not isinstance(url, str) or not isinstance(folder, str):
-            raise TypeError("not text")
-    except (ValueError, KeyError, TypeError) as e:
-        raise DamagedObject(
-            f"{path} is damaged: write it anew, "
-            '{"url": "postgresql://...", "folder": "..."} (the folder\'s name is in the '
-            "database's table `home`)"
-        ) from e
+    advice = (
+        'write it anew, {"url": "postgresql://...", "folder": "..."} (the folder\'s name is in the '
+        "database's table `home`)"
+    )
+    url, folder = read_texts(path, "url", "folder", advice=advice)
     backend = Postgres.at(url)
     return Served(Postgres(backend.url, password or backend.password), folder)

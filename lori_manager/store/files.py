@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -86,6 +87,27 @@ def write_atomic(path: Path, content: bytes, *, private: bool = True) -> None:
         _write(path, (content,), PRIVATE if private else OPEN)
 
 
+def read_texts(path: Path, *names: str, advice: str) -> tuple[str, ...]:
+    """The texts under these names in a small JSON file, in the order of the names.
+
+    Args:
+        advice: what to do about a damaged file, for the message.
+    Raises:
+        DamagedObject: it is no JSON object that has a text under each name.
+        StorageFailed: the disk fails to read.
+    """
+    with storing(path):
+        content = path.read_bytes()
+    try:
+        told = json.loads(content)
+        texts = tuple(told[name] for name in names)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("not text")
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise DamagedObject(f"{path} is damaged: {advice}") from e
+    return texts
+
+
 def write_synced(path: Path, chunks: Iterable[bytes], mode: int = PRIVATE) -> None:
     """Write a new file whose content survives a power cut; its name does once the folder is
     synced. Raises OSError.
@@ -145,6 +167,10 @@ class ObjectStore:
     def exists(self, digest: str) -> bool:
         """Whether a file is there; `get` alone knows whether it is whole."""
         return self.path(digest).is_file()
+
+    def missing(self, digests: Collection[str]) -> list[str]:
+        """Those of them that are not there."""
+        return [digest for digest in digests if not self.exists(digest)]
 
     def size(self, digest: str) -> int:
         """Bytes of the stored file.

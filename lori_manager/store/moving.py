@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from lori_manager.errors import Conflict, DamagedObject, NotFound
 from lori_manager.records import Alias, Mask, Score
 from lori_manager.refs import AdapterRef
-from lori_manager.store.files import MissingObject
 from lori_manager.store.parcels import File, Parcel, images
 from lori_manager.store.receiving import News, score_key
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 TASKS, MASKS, ADAPTERS, SCORES = 10, 50, 50, 500  # records a transaction
 _AT_ONCE = 4  # files on their way, each in memory
-_ATTEMPTS = 5  # gc frees a file in between hardly ever, and never twice
 _Any = TypeVar("_Any")
 Check = Callable[[File, bytes], None]
 
@@ -176,19 +174,17 @@ class _Porter:
         self.files = self.bytes = 0
 
     def bring(self, part: Parcel) -> News:
-        """One part: its files, then its rows; once more where gc came in between."""
+        """One part: its files, then its rows."""
         outcomes = self._source.outcomes(part.scores)
-        for _ in range(_ATTEMPTS):
-            wanted = self._target.news(part).only_new(part)
-            files = self._carry_all(wanted.files())
-            rows = self._target.objects.get  # of images, which are known once these are there
-            for task in wanted.tasks:
-                files += self._carry_all(images(task, rows))
-            needed = [file.digest for file in files]
-            added = self._target.take(part, outcomes, f"from {self._source.shown}", needed)
-            if added is not None:
-                return added
-        raise MissingObject("objects vanish whenever they are stored: check the disk")
+        return self._target.take(part, outcomes, f"from {self._source.shown}", self._put)
+
+    def _put(self, wanted: Parcel) -> list[str]:
+        """Have the files of these records in the target; their digests."""
+        files = self._carry_all(wanted.files())
+        rows = self._target.objects.get  # of images, which are known once these are there
+        for task in wanted.tasks:
+            files += self._carry_all(images(task, rows))
+        return [file.digest for file in files]
 
     def _carry_all(self, wanted: Iterable[File]) -> list[File]:
         files = list({(file.digest, file.kind): file for file in wanted}.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -56,6 +56,10 @@ class Objects(Protocol):
 
     def exists(self, digest: str) -> bool:
         """Whether it is there; `get` alone knows whether it is whole."""
+        ...
+
+    def missing(self, digests: Collection[str]) -> list[str]:
+        """Those of them that are not there, in as short a time as the place allows."""
         ...
 
     def size(self, digest: str) -> int:

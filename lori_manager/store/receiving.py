@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from lori_manager.records import Adapter, Mask, NewScore, Score, Task
 from lori_manager.refs import parse_mask_ref
 from lori_manager.store import adding, bases, masks, removals, scores, tasks
 from lori_manager.store import tables as t
+from lori_manager.store.files import MissingObject
 from lori_manager.store.parcels import Named, Parcel
 
 if TYPE_CHECKING:
@@ -172,16 +173,28 @@ def _new_adapters(
     return tuple(new), back, frozenset(a.ref for a in known if a.ref not in needed)
 
 
-def add(connection: Connection, parcel: Parcel, outcomes: Sequence[Outcomes], said: str) -> News:
-    """Add what is new; what is here stays as it is. The files of it are there.
+def add(
+    connection: Connection,
+    parcel: Parcel,
+    outcomes: Sequence[Outcomes],
+    said: str,
+    files: Collection[str],
+) -> News:
+    """Add what is new; what is here stays as it is.
 
     Args:
         outcomes: of the parcel's scores.
         said: why versions come or go, for the record.
+        files: digests of what was put for it and is there.
     Returns:
         What was new.
+    Raises:
+        MissingObject: a version was removed here after the files were put, and comes back.
     """
     news = compare(connection, parcel)
+    lacking = {file.digest for file in news.only_new(parcel).files()}.difference(files)
+    if lacking:
+        raise MissingObject(f"object {min(lacking)} was not put")
     for line in news.lines:
         values = {"name": line.name, "of_task": line.of_task, "sequence": list(line.sequence)}
         connection.execute(insert(t.lines).values(**values, created_at=line.created_at))

@@ -17,7 +17,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,13 @@ _PREFIX = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/|$))*")
 _CODE = re.compile(r"<Code>\s*([A-Za-z0-9.]{1,60})\s*</Code>")
 _PRINTABLE = re.compile(r"[!-~]+")
 _CHUNK = 4 << 20
-_TIMES = {"connect_timeout": "10s", "timeout": "30m"}
+_AT_ONCE = 32  # questions whether something is there
+_SMALL = 1 << 20  # bytes that are sent as quickly as a question
+_CONNECT = "10s"
+# Of one request. What only asks is asked again for a minute, so it fails within one and a half.
+_ASKING = {"timeout": "30s"}
+_FETCHING = {"read_timeout": "30s", "timeout": "30m"}  # without a byte; of the whole
+_SENDING = {"timeout": "30m"}
 _RETRIES = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # What S3 answers -> what to do about it.
@@ -98,7 +106,7 @@ class S3Objects:
         self.url = normal_url(url)
         self._owner = owner
         self._cache = cache
-        self._client: Any = None
+        self._connected: _Clients | None = None
 
     # the place
 
@@ -121,7 +129,7 @@ class S3Objects:
         """
         try:
             with self._asking():
-                found = self._obstore.get(self._store, MARKER).bytes()
+                found = self._obstore.get(self._clients.asking, MARKER).bytes()
             owner = json.loads(bytes(found))["owner"]
         except FileNotFoundError:
             owner = None
@@ -149,8 +157,7 @@ class S3Objects:
             )
         key = self._key(digest)
         if not self._create(key, content) and not self.keep(digest):
-            with self._asking():
-                self._obstore.put(self._store, key, content, mode="overwrite", use_multipart=False)
+            self._send(key, content, "overwrite")
         self._cache.put(digest, content)
         return digest
 
@@ -162,12 +169,18 @@ class S3Objects:
 
     def _create(self, key: str, content: bytes) -> bool:
         """Whether the name was new."""
-        with self._asking():
-            try:
-                self._obstore.put(self._store, key, content, mode="create", use_multipart=False)
-            except self._obstore.exceptions.AlreadyExistsError:
-                return False
+        try:
+            self._send(key, content, "create")
+        except FileExistsError:
+            return False
         return True
+
+    def _send(self, key: str, content: bytes, mode: str) -> None:
+        """Raises FileExistsError where the mode is "create" and the name is there."""
+        clients = self._clients
+        client = clients.asking if len(content) <= _SMALL else clients.sending
+        with self._asking():
+            self._obstore.put(client, key, content, mode=mode, use_multipart=False)
 
     def keep(self, digest: str) -> bool:
         """Whether it is there, whole, and young enough to be spared by `gc` for hours."""
@@ -193,7 +206,7 @@ class S3Objects:
         """What lies in the bucket, checked."""
         key = self._key(digest)
         with self._reading(digest):
-            content = bytes(self._obstore.get(self._store, key).bytes())
+            content = bytes(self._obstore.get(self._clients.fetching, key).bytes())
         if hashlib.sha256(content).hexdigest() != digest:
             raise DamagedObject(self._altered(digest))
         return content
@@ -202,7 +215,8 @@ class S3Objects:
         """Read what lies in the bucket, in bounded memory; raises like `get`."""
         key, found = self._key(digest), hashlib.sha256()
         with self._reading(digest):
-            for chunk in self._obstore.get(self._store, key).stream(min_chunk_size=_CHUNK):
+            fetched = self._obstore.get(self._clients.fetching, key)
+            for chunk in fetched.stream(min_chunk_size=_CHUNK):
                 found.update(chunk)
         if found.hexdigest() != digest:
             raise DamagedObject(self._altered(digest))
@@ -210,6 +224,12 @@ class S3Objects:
     def exists(self, digest: str) -> bool:
         """Whether it is there; `get` alone knows whether it is whole."""
         return self._head(digest) is not None
+
+    def missing(self, digests: Collection[str]) -> list[str]:
+        """Those of them that are not there; many are asked for at a time."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            there = pool.map(self.exists, digests)
+            return [digest for digest, found in zip(digests, there, strict=True) if not found]
 
     def size(self, digest: str) -> int:
         """Bytes stored. Raises MissingObject."""
@@ -225,7 +245,7 @@ class S3Objects:
     def digests(self) -> Iterator[str]:
         """The digests of all objects, in order; foreign names are passed over."""
         with self._asking():
-            listing = self._obstore.list(self._store, "objects/", chunk_size=1000)
+            listing = self._obstore.list(self._clients.asking, "objects/", chunk_size=1000)
         while True:
             with self._asking():
                 chunk = next(listing, None)
@@ -250,7 +270,7 @@ class S3Objects:
         """Free it; nothing happens where it is not there."""
         self._cache.drop(digest)
         with self._asking(), contextlib.suppress(FileNotFoundError):
-            self._obstore.delete(self._store, self._key(digest))
+            self._obstore.delete(self._clients.asking, self._key(digest))
 
     # asking the server
 
@@ -262,7 +282,7 @@ class S3Objects:
         key = self._key(digest)
         try:
             with self._asking():
-                return self._obstore.head(self._store, key)
+                return self._obstore.head(self._clients.asking, key)
         except FileNotFoundError:
             return None
 
@@ -276,7 +296,10 @@ class S3Objects:
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
-        """Turn what the server or the network refuses into one line; FileNotFoundError stays."""
+        """Turn what the server or the network refuses into one line.
+
+        FileNotFoundError and FileExistsError stay.
+        """
         library = self._obstore
         try:
             yield
@@ -284,6 +307,8 @@ class S3Objects:
             code = next(iter(_CODE.findall(str(e))), "")
             if isinstance(e, FileNotFoundError) and code in ("", "NoSuchKey"):
                 raise FileNotFoundError(self.url) from None
+            if isinstance(e, library.exceptions.AlreadyExistsError):
+                raise FileExistsError(self.url) from None
             # `from None`: the library's own text may hold what nobody is to read
             raise StorageFailed(f"{self.url}: {_told(e, code)}") from None
 
@@ -292,12 +317,12 @@ class S3Objects:
         return load_extra("obstore", EXTRA, "keeping objects in S3")
 
     @property
-    def _store(self) -> Any:
-        """The client, made when first needed."""
+    def _clients(self) -> _Clients:
+        """Made when first needed."""
         _stay_in_one_process()
-        if self._client is None:
-            self._client = _connect(self._bucket, self._prefix, self.url)
-        return self._client
+        if self._connected is None:
+            self._connected = _connect(self._bucket, self._prefix, self.url)
+        return self._connected
 
     def _missing(self, digest: str) -> str:
         return (
@@ -358,10 +383,25 @@ def _endpoint(given: str) -> SplitResult:
     return split
 
 
-def _connect(bucket: str, prefix: str, url: str) -> Any:
-    """A client with the provider's credentials, region and endpoint."""
+@dataclass(frozen=True)
+class _Clients:
+    """Of one bucket, by how long a request may take.
+
+    Attributes:
+        asking: for what is small both ways.
+        fetching: for content of any size; given up where nothing comes any more.
+        sending: for large content: until the answer, nothing tells whether it goes on.
+    """
+
+    asking: Any
+    fetching: Any
+    sending: Any
+
+
+def _connect(bucket: str, prefix: str, url: str) -> _Clients:
+    """Clients with the provider's credentials, region and endpoint."""
     library: Any = load_extra("obstore.store", EXTRA, "keeping objects in S3")
-    options: dict[str, Any] = dict(_TIMES)
+    options: dict[str, Any] = {"connect_timeout": _CONNECT}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     if endpoint is not None:
         split = _endpoint(endpoint)
@@ -376,14 +416,18 @@ def _connect(bucket: str, prefix: str, url: str) -> Any:
         provider = _Chain(url)
         if provider.region is not None:
             settings["region"] = provider.region
-    return library.S3Store(
-        bucket,
-        prefix=prefix or None,
-        client_options=options,
-        retry_config=_RETRIES,
-        credential_provider=provider,
-        **settings,
-    )
+
+    def client(times: dict[str, str]) -> Any:
+        return library.S3Store(
+            bucket,
+            prefix=prefix or None,
+            client_options=options | times,
+            retry_config=_RETRIES,
+            credential_provider=provider,
+            **settings,
+        )
+
+    return _Clients(client(_ASKING), client(_FETCHING), client(_SENDING))
 
 
 class _Chain:
@@ -426,7 +470,9 @@ def _told(error: Exception, code: str) -> str:
         return "the credentials were refused: check them"
     if code:
         return f"the server answered {code}: look it up, retry"
-    if "error sending request" in str(error) or "timed out" in str(error):
+    if "TimedOut" in str(error) or "timed out" in str(error):
+        return "the server does not answer in time: check the network and AWS_ENDPOINT_URL, retry"
+    if "error sending request" in str(error):
         return "the server cannot be reached: check the network and AWS_ENDPOINT_URL, retry"
     if "builder error" in str(error):
         return "plain http to another machine: use https, or set AWS_ALLOW_HTTP=true"

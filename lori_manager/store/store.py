@@ -6,8 +6,8 @@ kill -9 and a power cut, and an interruption leaves at most a file that no row n
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -62,6 +62,7 @@ from lori_manager.store import (
 )
 from lori_manager.store.databases import REGISTRY
 from lori_manager.store.files import (
+    MissingObject,
     ObjectStore,
     lasting_folder,
     private_folder,
@@ -245,8 +246,7 @@ class Store:
             images = integrity.Images(self.objects)
             files |= {image for digest in files for image in images.of_rows(digest)}
         with self._db.write() as c:
-            for digest in files:
-                self.objects.size(digest)  # a row never precedes its file
+            self._look(files)
             return tasks.add(
                 c,
                 name,
@@ -359,14 +359,44 @@ class Store:
         )
 
     def _stored(self, blob: bytes, commit: Callable[[Connection, str], _Record]) -> _Record:
-        """Put the file, then commit its row; once more where gc came in between."""
+        """Put the file, then commit its row."""
+        return self._with_files(
+            lambda: [self.objects.put(blob)], lambda c, files: commit(c, files[0])
+        )
+
+    def _with_files(
+        self,
+        put: Callable[[], Sequence[str]],
+        commit: Callable[[Connection, Sequence[str]], _Record],
+    ) -> _Record:
+        """Put files, then commit the rows that need them; once more where gc came in between.
+
+        After some attempts the files are put within the transaction.
+        Args:
+            put: has the files in `objects`, and says their digests.
+            commit: adds the rows; raises MissingObject where another file is needed by now.
+        """
         for _ in range(_ATTEMPTS):
-            digest = self.objects.put(blob)
-            with self._db.write() as c:
-                if self.objects.exists(digest):
-                    return commit(c, digest)
+            with contextlib.suppress(MissingObject):
+                files = put()
+                with self._db.write() as c:
+                    self._look(files)
+                    return commit(c, files)
         with self._db.write() as c:  # gc waits meanwhile, as all writers do
-            return commit(c, self.objects.put(blob))
+            return commit(c, put())
+
+    def _look(self, files: Collection[str]) -> None:
+        """See that files are there, within the transaction that adds or shows rows that need them.
+
+        It must be there, for a look before it does not last: gc, with no time of grace, may free
+        a file that no row needs yet. gc judges and frees within writing transactions, too, of
+        which there is one at a time: what is seen here stays until the rows are there, and then
+        gc sees these. That a file is whole may be looked at before, for nothing alters one.
+        Raises:
+            MissingObject: one is gone.
+        """
+        for digest in self.objects.missing(files):
+            self.objects.size(digest)  # says which, and where it was looked for
 
     def mask(self, task_name: str, version: int) -> Mask:
         """The mask `task%version`."""
@@ -438,11 +468,15 @@ class Store:
             MissingObject: `gc` has freed its file.
             DamagedObject: the file is not what was written.
         """
-        with self._db.write() as c:
+        with self._db.read() as c:
             chosen = [adapters.one(c, ref, hidden=True) for ref in refs]
+        for adapter in chosen:
+            if adapter.hidden:
+                self.objects.check(adapter.digest)
+        with self._db.write() as c:
             for adapter in chosen:
                 removals.restore(c, adapter.line, adapter.version, reason)
-                self.objects.check(adapter.digest)
+            self._look([adapter.digest for adapter in chosen])
             return [adapters.of_version(c, a.line, a.version) for a in chosen]
 
     def removals(self, line: str | None = None) -> list[Removal]:
@@ -784,22 +818,22 @@ class Store:
         parcel: Parcel,
         outcomes: Sequence[tuple[np.ndarray, np.ndarray | None]],
         said: str,
-        files: Sequence[str],
-    ) -> receiving.News | None:
-        """Add what is new of a parcel, all of it or nothing; None where a file is gone again.
+        put: Callable[[Parcel], Sequence[str]],
+    ) -> receiving.News:
+        """Add what is new of a parcel, all of it or nothing.
 
         Args:
             outcomes: of the parcel's scores.
             said: where it is from, for the record.
-            files: digests of what its new rows need, put before.
+            put: has the files of these records in `objects`, and says their digests; called
+                again where gc came in between.
         Raises:
-            As `news`.
+            As `news` and `put`.
         """
-        with self._db.write() as c:
-            with ThreadPoolExecutor(8) as pool:
-                if not all(pool.map(self.objects.exists, files)):
-                    return None
-            return receiving.add(c, parcel, outcomes, said)
+        return self._with_files(
+            lambda: put(self.news(parcel).only_new(parcel)),
+            lambda c, files: receiving.add(c, parcel, outcomes, said, files),
+        )
 
     # care
 

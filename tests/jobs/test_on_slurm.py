@@ -56,7 +56,9 @@ for job in [b for a, b in zip(sys.argv, sys.argv[1:]) if a == "-j"]:
     end = ended.read_text() if ended.exists() else "FAILED"
     try:
         stat = pathlib.Path("/proc", job, "stat").read_text()
-        print(f"{{job}}|{{end if stat.split()[2] == 'Z' else 'RUNNING'}}|here")
+        alive = pathlib.Path(r"{state}") / "alive"
+        now = alive.read_text() if alive.exists() else "RUNNING"
+        print(f"{{job}}|{{end if stat.split()[2] == 'Z' else now}}|here")
     except FileNotFoundError:
         print(f"{{job}}|{{end}}|here")
 """
@@ -179,6 +181,47 @@ def test_a_preempted_job_is_lost_and_tells_the_last_line_of_it(slurm, tmp_path):
         f"Slurm's state of job {started.job_id} is PREEMPTED; its last line is: "
         "slurmstepd: error: CANCELLED DUE TO PREEMPTION"
     )
+
+
+@pytest.mark.parametrize("state", sorted(on_slurm.STILL_THERE | {"COMPLETING", "REQUEUED"}))
+def test_a_job_that_waits_or_goes_on_is_not_lost(slurm, tmp_path, monkeypatch, state):
+    monkeypatch.setattr(on_slurm, "CHECK", 0.0)
+    (slurm / "alive").write_text(state)
+    end = tmp_path / "end"
+
+    def wait():
+        until = time.monotonic() + 60
+        while not end.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        raise ZeroDivisionError("it went on")
+
+    crew, started = crew_of(slurm, tmp_path, wait)
+    assert [crew.answer(started) for _ in range(3)] == [None] * 3
+    assert started.state == state
+    (slurm / "alive").write_text("RUNNING")
+    time.sleep(0.01)  # submitit asks once in a millisecond at most
+    assert crew.answer(started) is None
+    assert started.state == "RUNNING"  # it is asked about again
+    end.touch()
+    assert answer_of(crew, started) == Failed("LoriError", "ZeroDivisionError: it went on")
+
+
+def test_a_suspended_job_that_ends_is_lost(slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_slurm, "CHECK", 0.0)
+    (slurm / "alive").write_text("SUSPENDED")
+    crew, started = crew_of(slurm, tmp_path, lambda: time.sleep(60))
+    assert crew.answer(started) is None
+    os.killpg(int(started.job_id), signal.SIGKILL)
+    assert answer_of(crew, started) == Lost(f"Slurm's state of job {started.job_id} is FAILED")
+
+
+def test_a_suspended_job_is_cancelled_as_well(slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_slurm, "CHECK", 0.0)
+    (slurm / "alive").write_text("SUSPENDED")
+    crew, started = crew_of(slurm, tmp_path, lambda: time.sleep(60))
+    assert crew.answer(started) is None
+    crew.stop()
+    assert (slurm / "cancelled").read_text() == f"{started.job_id}\n"
 
 
 def test_a_job_that_sacct_does_not_know_is_given_up(slurm, tmp_path, monkeypatch):

@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import os
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from lori_manager.errors import Conflict
 from lori_manager.records import Base, NewAdapter, NewScore, Parent, Score, Split, Task
@@ -177,3 +178,17 @@ def upgrade_store(root: Path, migrations: Path, said: Path) -> None:
     database.migrations_folder = lambda: migrations
     done = database.upgrade(root)
     said.write_text(f"{done.before} {done.after}")
+
+
+def lose_files(store: Store, patch: pytest.MonkeyPatch) -> list[Collection[str]]:
+    """What a writing transaction looks for is gone each time; returns what was looked for."""
+    looks: list[Collection[str]] = []
+
+    def gone(files: Collection[str]) -> list[str]:
+        looks.append(files)
+        for digest in files:
+            store.objects.remove(digest)
+        return list(files)
+
+    patch.setattr(store.objects, "missing", gone)
+    return looks

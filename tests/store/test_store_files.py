@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lori_manager.errors import DamagedObject, StorageFailed
-from lori_manager.store.files import MissingObject, ObjectStore, write_atomic
+from lori_manager.store.files import MissingObject, ObjectStore, read_texts, write_atomic
 
 CONTENT = b"some weights" * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -212,3 +212,27 @@ def test_a_real_limit_on_file_size_is_a_storage_failure(tmp_path: Path) -> None:
     assert done.returncode == 9
     assert path.read_bytes() == b"old"
     assert everything(tmp_path) == [path]
+
+
+def test_texts_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    path.write_text('{"a": "1", "b": "\u00e9", "c": 3}')
+    assert read_texts(path, "b", "a", advice="") == ("\u00e9", "1")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b'{"a": "1"}', b'{"a": "1", "b": 2}', b"\xff", b"[" * 100_000],
+    ids=["empty", "half", "list", "number", "lacking", "no text", "no UTF-8", "deep"],
+)
+def test_a_damaged_file_of_texts_is_told_with_what_to_do(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "note.json"
+    path.write_bytes(content)
+    with pytest.raises(DamagedObject) as caught:
+        read_texts(path, "a", "b", advice="write it anew")
+    assert str(caught.value) == f"{path} is damaged: write it anew"
+
+
+def test_a_file_of_texts_that_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(StorageFailed, match="cannot be written or read"):
+        read_texts(tmp_path, "a", advice="")

@@ -15,6 +15,7 @@ import store_builders as build
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, NotFound, WrongBase
 from lori_manager.refs import AdapterRef, parse_adapter_ref
 from lori_manager.store import moving, parcels
+from lori_manager.store.files import MissingObject
 from lori_manager.store.moving import Moved, StoreSource, move
 from lori_manager.store.store import Store
 
@@ -363,17 +364,59 @@ def test_a_damaged_file_that_lies_there_is_replaced(full: Store, target: Store) 
 def test_it_goes_on_where_gc_came_between(
     full: Store, target: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take, gone = target.take, []
+    put, gone = moving._Porter._put, []
 
-    def take_late(*given: Any) -> Any:
+    def put_and_lose(*given: Any) -> Any:
+        files = put(*given)
         if not gone:
             gone.extend(f.subject for f in target.collect(grace=timedelta(0)))
-        return take(*given)
+        return files
 
-    monkeypatch.setattr(target, "take", take_late)
+    monkeypatch.setattr(moving._Porter, "_put", put_and_lose)
     bring(full, target)
     assert gone
     assert contents(target) == contents(full)
+    assert list(target.verify()) == []
+
+
+def test_files_that_gc_takes_every_time_are_put_where_it_waits(
+    full: Store, target: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = build.lose_files(target, monkeypatch)
+    bring(full, target)
+    assert sum(map(bool, looks)) == 5 * 3  # a transaction each for tasks, masks and adapters
+    assert contents(target) == contents(full)
+    assert list(target.verify()) == []
+
+
+def test_a_file_that_is_missing_there_is_told(full: Store, target: Store) -> None:
+    full.objects.remove(full.adapter(AdapterRef("wiki", "1")).digest)
+    with pytest.raises(MissingObject, match="full: object"):
+        bring(full, target)
+    assert target.adapters() == []
+
+
+def test_a_version_that_others_bring_back_and_remove_meanwhile_is_whole(
+    full: Store, target: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wiki = AdapterRef("wiki", "1")
+    bring(full, target, "wiki@1")
+    target.remove([wiki])
+    news, calls = target.news, []
+
+    def news_of_a_moment(parcel: parcels.Parcel) -> Any:
+        calls.append(parcel)
+        if len(calls) != 2:  # the second says which files to put
+            return news(parcel)
+        target.restore([wiki])
+        found = news(parcel)
+        target.remove([wiki])
+        assert "wiki@1" in [f.subject for f in target.collect(grace=timedelta(0))]
+        return found
+
+    monkeypatch.setattr(target, "news", news_of_a_moment)
+    bring(full, target, "wiki@1")
+    assert target.adapter_bytes(target.adapter(wiki)) == b"encyclopaedia"
     assert list(target.verify()) == []
 
 

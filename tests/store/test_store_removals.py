@@ -260,6 +260,41 @@ def test_a_writer_whose_file_gc_takes_before_the_row_puts_it_again(
     assert store.adapter_bytes(adapter) == b"weights"
 
 
+def test_a_file_that_gc_takes_every_time_is_put_where_it_waits(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = build.lose_files(store, monkeypatch)
+    adapter = store.add_adapter(build.new_adapter("main"), b"weights")
+    assert looks == [[adapter.digest]] * 5
+    assert store.adapter_bytes(adapter) == b"weights"
+
+
+def test_what_comes_back_is_read_before_others_wait(
+    three: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, writing = three.objects.check, []
+    three.remove(refs("main@3"))
+
+    def checked(digest: str) -> None:
+        three.add_line("meanwhile")
+        writing.append(digest)
+        check(digest)
+
+    monkeypatch.setattr(three.objects, "check", checked)
+    (back,) = three.restore(refs("main@3"))
+    assert writing == [back.digest]
+    three.remove(refs("main@3"))
+
+    def checked_and_freed(digest: str) -> None:
+        check(digest)
+        assert freed(three) == [("removed", "main@3")]
+
+    monkeypatch.setattr(three.objects, "check", checked_and_freed)
+    with pytest.raises(MissingObject, match=back.digest):
+        three.restore(refs("main@3"))
+    assert three.adapter(AdapterRef("main", "3"), removed=True).hidden
+
+
 def stored_images(store: Store, *images: bytes) -> tuple[list[str], Split]:
     """Digests of images, and the split whose rows name them, stored."""
     digests = [store.objects.put(image) for image in images]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import json
 import logging
 import os
 import stat
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import store_builders as build
 
 from lori_manager import doctor
 from lori_manager.errors import Conflict, DamagedObject, InvalidInput, StorageFailed
+from lori_manager.records import Split
 from lori_manager.refs import AdapterRef
 from lori_manager.store import s3 as remote
 from lori_manager.store.cache import Cache
@@ -63,6 +68,7 @@ def test_what_was_put_is_there(either: Any, tmp_path: Path) -> None:
     assert either.get(DIGEST) == CONTENT
     either.check(DIGEST)
     assert either.exists(DIGEST)
+    assert either.missing([DIGEST, "0" * 64]) == ["0" * 64]
     assert either.keep(DIGEST)
     assert either.size(DIGEST) == len(CONTENT)
     assert either.age(DIGEST) < timedelta(minutes=2)
@@ -161,7 +167,7 @@ def test_too_large_for_one_request_is_refused(
 def test_reading_again_asks_nobody(objects: S3Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     objects.put(CONTENT)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    objects._client = None  # as in another process
+    objects._connected = None  # as in another process
     assert objects.get(DIGEST) == CONTENT
 
 
@@ -215,6 +221,25 @@ def refused(call: Callable[[], Any]) -> str:
     return told
 
 
+@contextmanager
+def answering(answer: Callable[[Any], None]) -> Iterator[str]:
+    """A server that does that with each request; its URL."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        do_PUT = do_GET = do_HEAD = do_POST = answer  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_no_bucket(bucket: str, tmp_path: Path) -> None:
     objects = S3Objects("s3://no-such-bucket/x", "me", Cache(tmp_path / "cache"))
     for call in (lambda: objects.put(b"x"), lambda: objects.get(DIGEST), objects.claim,
@@ -246,32 +271,78 @@ def test_no_network(objects: S3Objects, monkeypatch: pytest.MonkeyPatch) -> None
 def test_no_permission_and_other_answers(
     objects: S3Objects, monkeypatch: pytest.MonkeyPatch, status: int, body: str, told: str
 ) -> None:
-    import http.server
-    import threading
-
-    class Refusing(http.server.BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("content-length") or 0))
-            self.send_response(status)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        do_PUT = do_GET = answer  # noqa: N815
-
-        def log_message(self, *_: Any) -> None:
-            pass
+    def refuse(request: Any) -> None:
+        request.rfile.read(int(request.headers.get("content-length") or 0))
+        request.send_response(status)
+        request.send_header("content-length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body.encode())
 
     monkeypatch.setattr(remote, "_RETRIES", {"max_retries": 0})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    try:
+    with answering(refuse) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         assert told in refused(lambda: objects.put(b"x"))
         assert told in refused(lambda: objects.get(DIGEST))
-    finally:
-        server.shutdown()
-        server.server_close()
+
+
+SHORT = {"_ASKING": {"timeout": "1s"}, "_FETCHING": {"read_timeout": "1s", "timeout": "30m"},
+         "_RETRIES": {"max_retries": 0}}  # fmt: skip
+
+
+def test_a_server_that_does_not_answer_is_given_up_soon(
+    objects: S3Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SHORT.items():
+        monkeypatch.setattr(remote, name, value)
+    told = "the server does not answer in time: check the network"
+    over = threading.Event()
+    with answering(lambda _: bool(over.wait(60)) and None) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        begun = time.monotonic()
+        for call in (objects.claim, objects.confirm, lambda: objects.exists(DIGEST),
+                     lambda: objects.remove(DIGEST), lambda: list(objects.digests()),
+                     lambda: objects.get(DIGEST), lambda: objects.check(DIGEST),
+                     lambda: objects.put(CONTENT)):  # fmt: skip
+            assert told in refused(call)
+        assert time.monotonic() - begun < 30
+        over.set()
+
+
+def test_what_is_large_takes_the_time_it_needs(
+    objects: S3Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = b"weights" * (remote._SMALL // 7 + 1)
+    digest = hashlib.sha256(large).hexdigest()
+
+    def slowly(request: Any) -> None:
+        if request.command == "PUT":
+            time.sleep(2)
+            request.rfile.read(int(request.headers["content-length"]))
+        request.send_response(200)
+        request.send_header("ETag", '"x"')
+        request.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        request.send_header("content-length", str(len(large) if request.command == "GET" else 0))
+        request.end_headers()
+        if request.command == "GET":
+            for start in range(0, len(large), len(large) // 4):
+                request.wfile.write(large[start : start + len(large) // 4])
+                request.wfile.flush()
+                time.sleep(0.5)
+
+    for name, value in SHORT.items():
+        monkeypatch.setattr(remote, name, value)
+    with answering(slowly) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        assert objects.put(large) == digest
+        assert objects._fetch(digest) == large
+        objects.check(digest)
+
+
+@pytest.mark.parametrize("longest", [remote._ASKING["timeout"], remote._FETCHING["read_timeout"]])
+def test_no_question_takes_two_minutes(longest: str) -> None:
+    """The last try begins before no more are made, and may take all of its time."""
+    last = timedelta(seconds=int(longest.removesuffix("s")))
+    assert remote._RETRIES["retry_timeout"] + last < timedelta(minutes=2)
 
 
 def test_no_credentials(
@@ -310,11 +381,11 @@ def test_plain_http_to_another_machine_is_refused(
         "http://a\n",
     ):
         monkeypatch.setenv("AWS_ENDPOINT_URL", none)
-        objects._client = None
+        objects._connected = None
         with pytest.raises(InvalidInput, match="must be a server's URL, such as"):
             objects.put(b"x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:verySecretWords@127.0.0.1:9000")
-    objects._client = None
+    objects._connected = None
     with pytest.raises(InvalidInput) as caught:
         objects.put(b"x")
     assert "verySecretWords" not in str(caught.value)
@@ -388,6 +459,34 @@ def test_verify_finds_what_is_gone_or_altered_or_needed_by_nobody(
     orphan = remote_store.objects.put(b"nobody's")
     found = {(f.kind, f.subject) for f in remote_store.verify()}
     assert found == {("missing", first.ref), ("damaged", second.ref), ("orphan", orphan)}
+
+
+def test_many_files_are_looked_for_at_once(
+    remote_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look for one alone would wait for the others for ever."""
+    objects = remote_store.objects
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(objects.put, (b"image %d" % i for i in range(31))))
+    named = "".join(f'{{"completion":"","image":"{digest}","prompt":"a"}}\n' for digest in images)
+    split = Split(objects.put(named.encode()), len(images))
+    together = threading.Barrier(16, timeout=10)
+    head = objects._head  # type: ignore[attr-defined]
+    monkeypatch.setattr(objects, "_head", lambda digest: (together.wait(), head(digest))[1])
+    remote_store.add_task(
+        "cats",
+        scorer="noise_loss",
+        scorer_version="1",
+        description="",
+        splits={"eval": split},
+        options={"images": {"folder": "cats"}},
+    )
+    monkeypatch.undo()
+    gone = sorted(images)[::7]
+    for digest in gone:
+        objects.remove(digest)
+    assert objects.missing(sorted(images)) == gone
+    assert objects.missing([]) == []
 
 
 def test_gc_frees_what_nothing_needs(remote_store: Store) -> None:
