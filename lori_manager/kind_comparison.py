@@ -24,7 +24,8 @@ from lori_manager.errors import Diverged, InvalidInput
 from lori_manager.evaluation import ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, kind_of, resolved
 from lori_manager.placing import placed
-from lori_manager.probing import Halves, halves, probe, probing_mask, with_rate
+from lori_manager.plain import counted
+from lori_manager.probing import Halves, halves, modules_in, probe, probing_mask, with_rate
 from lori_manager.rates import best_rate, next_full_rate, next_rate
 from lori_manager.records import Adapter, KindComparison, KindStep, Task
 from lori_manager.reporting.kind_comparisons import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DENSE = "lori-d"  # LoRI without a mask
+MOST_RATES, LEAST_FACTOR = 20, 1.05  # beyond, rates differ by less than means anything
 ENTRIES = (LORI, DENSE, *(name for name in KINDS if name != LORI))
 
 
@@ -61,14 +63,20 @@ class RateSearch:
     full: int = 3
 
     def __post_init__(self) -> None:
-        if self.points < 1:
-            raise InvalidInput(f"`points` must be at least 1, got {self.points}")
-        if not 1 < self.factor < math.inf:
-            raise InvalidInput(f"`factor` must be above 1, got {self.factor}")
+        if not 1 <= self.points <= MOST_RATES:
+            raise InvalidInput(f"rates to try must be from 1 to {MOST_RATES}, got {self.points}")
+        if not LEAST_FACTOR <= self.factor < math.inf:
+            raise InvalidInput(
+                f"the factor between rates must be at least {LEAST_FACTOR}, got {self.factor}"
+            )
         if not 0 < self.share <= 1:
-            raise InvalidInput(f"`share` must be in (0, 1], got {self.share}")
-        if self.full < 0 or self.full == 1:
-            raise InvalidInput(f"`full` must be 0 or at least 2, got {self.full}")
+            raise InvalidInput(
+                f"the search's share of the steps must be above 0, at most 1, got {self.share}"
+            )
+        if not 2 <= self.full <= MOST_RATES and self.full != 0:
+            raise InvalidInput(
+                f"rates to try at full length must be 0 or from 2 to {MOST_RATES}, got {self.full}"
+            )
 
 
 def compare_kinds(
@@ -93,7 +101,7 @@ def compare_kinds(
         search: how rates are searched.
     Raises:
         InvalidInput: unknown or repeated kinds, one that does not train on such a base, no
-            seed, too few training rows.
+            seed, too few training rows, settings that a kind cannot have.
         Conflict: another process is at the same comparison, or a line's name is a task's.
     """
     began = time.monotonic()
@@ -119,6 +127,8 @@ def compare_kinds(
 
     try:
         work = Work(ws, task, config, comparison, parts, in_time)
+        for entry in kinds:
+            work.check(entry)
         if all(work.search(entry) for entry in kinds):
             for seed in range(config.seed, config.seed + seeds):
                 for entry in kinds:
@@ -213,6 +223,7 @@ class Work:
         """
         self._ws, self._task, self._config = ws, task, config
         self._comparison, self._parts, self._in_time = comparison, parts, in_time
+        self._placed: dict[str, Config] = {}
 
     def _done(self, entry: str, step: str) -> dict[str, KindStep]:
         steps = self._ws.store.kind_steps(self._comparison.digest)
@@ -224,6 +235,26 @@ class Work:
             float(point): math.inf if s.facts["loss"] is None else s.facts["loss"]
             for point, s in self._done(entry, step).items()
         }
+
+    def check(self, entry: str) -> None:
+        """Put what trains into the model and take it out again, unless that has trained before.
+
+        Raises:
+            InvalidInput: settings that the kind cannot have on this base, or for so many steps.
+        """
+        if self._done(entry, SEARCH):
+            return
+        plan = self._comparison.plan
+        for steps in {plan["search"]["steps"], plan["steps"]}:
+            line = line_of(self._task.name, entry)
+            with modules_in(self._ws, self._task, self._settings(entry), steps, line):
+                pass
+
+    def _settings(self, entry: str) -> Config:
+        if entry not in self._placed:
+            found = placed(self._ws, self._task, settings(self._config, entry))
+            self._placed[entry] = found.config
+        return self._placed[entry]
 
     def search(self, entry: str) -> bool:
         """Try rates until one is found; False where the time is over before."""
@@ -247,7 +278,7 @@ class Work:
         return None if lower is None else (SETTLE, lower, plan["steps"])
 
     def _start(self, entry: str) -> _Start:
-        config = placed(self._ws, self._task, settings(self._config, entry)).config
+        config = self._settings(entry)
         if entry != LORI:
             return _Start(config)
         begin = time.perf_counter()
@@ -277,7 +308,7 @@ class Work:
         })  # fmt: skip
         start.seconds = 0.0
         told = f"held-out loss {found.loss:.4f}" if finite else "diverged"
-        self._ws.on_message(f"{entry} at rate {rate:g}: {told} after {steps} steps")
+        self._ws.on_message(f"{entry} at rate {rate:g}: {told} after {counted(steps, 'step')}")
 
     def train(self, entry: str, seed: int) -> None:
         """One full training at the best rate, stored and scored."""

@@ -131,7 +131,7 @@ def probe(
             mask = probing_mask(ws, task, config, parts, line)
         with (
             head_of(ws, task, base, config) as head,
-            _modules(ws, task, config, steps, line, None if dense else mask) as own,
+            modules_in(ws, task, config, steps, line, None if dense else mask) as own,
         ):
             training = with_head(own, head, config.head_learning_rate)
             parameters = sum(p.numel() for p in training.parameters.values())
@@ -210,15 +210,19 @@ def probing_mask(
 
 
 @contextmanager
-def _modules(
+def modules_in(
     ws: Context,
     task: Task,
     config: Config,
     steps: int,
-    line: str | None,
-    mask: Mapping[str, Tensor] | None,
+    line: str | None = None,
+    mask: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Training]:
-    """What trains, in the model; LoRI without a mask trains all of B."""
+    """What trains, in the model; LoRI without a mask trains all of B.
+
+    Raises:
+        InvalidInput: settings that the kind cannot have on this base, or for so many steps.
+    """
     from lori_manager.adapters import lori
     from lori_manager.adapters.kind import Training, module_of
     from lori_manager.training import no_weights

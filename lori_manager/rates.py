@@ -7,10 +7,10 @@ learns fastest is ahead when they end. So the last word is that of trainings of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 FACTOR = 3.0
-DIGITS = 3  # of a rate
+DIGITS = (3, 6, 12)  # of a rate: the fewest that tell it from those tried
 
 
 def next_rate(tried: Mapping[float, float], usual: float, factor: float = FACTOR) -> float:
@@ -25,7 +25,8 @@ def next_rate(tried: Mapping[float, float], usual: float, factor: float = FACTOR
         usual: where to begin, above 0.
         factor: between neighbours, above 1.
     Raises:
-        ValueError: `usual` or `factor` out of range.
+        ValueError: `usual` or `factor` out of range, or so many tried that no further rate can
+            be told from them (more than twenty).
 
     >>> next_rate({1.0: 0.5, 3.0: 0.4, 0.333: 0.7}, 1.0)
     9.0
@@ -38,11 +39,11 @@ def next_rate(tried: Mapping[float, float], usual: float, factor: float = FACTOR
     best, ordered = best_rate(tried), sorted(tried)
     at = ordered.index(best)
     if at == len(ordered) - 1:
-        return _told(best * factor)
+        return _told(best * factor, tried)
     if at == 0:
-        return _told(best / factor)
+        return _told(best / factor, tried)
     neighbour = best_rate({rate: tried[rate] for rate in (ordered[at - 1], ordered[at + 1])})
-    return _told(math.sqrt(best * neighbour))
+    return _told(math.sqrt(best * neighbour), tried)
 
 
 def next_full_rate(
@@ -68,7 +69,7 @@ def next_full_rate(
     if not tried:
         return start
     lowest = min(tried)
-    return _told(lowest / factor) if best_rate(tried) == lowest else None
+    return _told(lowest / factor, tried) if best_rate(tried) == lowest else None
 
 
 def best_rate(tried: Mapping[float, float]) -> float:
@@ -96,5 +97,9 @@ def _finite(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _told(rate: float) -> float:
-    return float(f"{rate:.{DIGITS}g}")
+def _told(rate: float, tried: Collection[float] = ()) -> float:
+    for digits in DIGITS:
+        told = float(f"{rate:.{digits}g}")
+        if told not in tried:
+            return told
+    raise ValueError(f"rates near {rate:g} cannot be told apart any more")

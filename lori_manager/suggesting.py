@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lori_manager.by_base import check_fits
@@ -69,7 +69,8 @@ class Suggestion:
     """What to train a task with.
 
     Attributes:
-        changes: what `lori train` is to be given.
+        changes: what `lori train` is to be given: what was chosen, and where the settings to start
+            from differ from the workspace's.
         base_loss: without training, see `probing.untaught_loss`.
         untaught: what that is the loss of, in words.
         held: rows that judged.
@@ -92,7 +93,7 @@ class Suggestion:
     @property
     def command(self) -> str:
         """The training that it comes to."""
-        flags = [f"--{key.replace('_', '-')} {_told(value)}" for key, value in self.changes.items()]
+        flags = [_flag(key, value) for key, value in self.changes.items()]
         return " ".join(["lori train", self.task, *flags])
 
 
@@ -113,7 +114,9 @@ def suggest(
     from lori_manager.training import steps_for
 
     clock = _Clock(budget)
-    config = resolved(config or ws.settings.config)
+    own = ws.settings.config
+    given = {} if config is None else _differing(config, own)
+    config = resolved(config or own)
     check_fits(ws, config)
     task = ws.trainable(name)
     config = placed(ws, task, config).config
@@ -136,7 +139,8 @@ def suggest(
     return Suggestion(
         task.name,
         config.kind,
-        {key: getattr(config, key) for key in keys},
+        {key: getattr(config, key) for key in keys}
+        | {key: value for key, value in given.items() if key not in keys},
         tuple(choices),
         tuple(work.done),
         base_loss,
@@ -255,6 +259,7 @@ class _Prober:
         self.done: list[Tried] = []
         self.mask_seconds = 0.0  # of the last mask that was made
         self._masks: dict[object, dict[str, Tensor]] = {}
+        self._known: dict[tuple[str, int], Probe] = {}
 
     def base_loss(self, config: Config) -> float:
         """Without any training."""
@@ -266,8 +271,13 @@ class _Prober:
         return "the labels' shares alone" if self.ws.architecture.encoder else "the base"
 
     def probe(self, what: str, config: Config, steps: int) -> Probe:
-        """One probe, whatever time there is."""
-        told: dict[str, Any] = {"learning_rate": config.learning_rate, "rank": config.rank}
+        """One probe, whatever time there is; made before, it is what came of it then."""
+        known = self._known.get((repr(config), steps))
+        if known is not None:
+            return known
+        told: dict[str, Any] = {"learning_rate": config.learning_rate}
+        if _ranked(config):
+            told["rank"] = config.rank
         if config.kind == LORI:
             told["sparsity"] = config.sparsity
         words = ", ".join(f"{key} {value:g}" for key, value in told.items())
@@ -278,6 +288,7 @@ class _Prober:
         phase = f"probing {words}"
         found = probe(self.ws, self.task, config, self.parts, steps=steps, mask=mask, phase=phase)
         self.clock.learn(found, steps)
+        self._known[repr(config), steps] = found
         self.done.append(Tried(what, told, steps, found.loss, found.parameters, found.seconds))
         self.ws.on_message(
             f"{words}: held-out loss {found.loss:.4f} after {counted(steps, 'step')}"
@@ -295,6 +306,8 @@ class _Prober:
 
     def fits(self, config: Config, steps: int) -> bool:
         """Whether there is time for a probe."""
+        if (repr(config), steps) in self._known:
+            return True
         new = config.kind == LORI and (
             config.rank, config.sparsity, config.targets
         ) not in self._masks  # fmt: skip
@@ -464,6 +477,19 @@ def _length(
         steps = full
     choices.append(Choice("steps", steps, why))
     return config.replace(steps=steps)
+
+
+def _differing(config: Config, own: Config) -> dict[str, Any]:
+    """Settings that are not the workspace's; options of a kind are not among them."""
+    names = [f.name for f in fields(config) if f.name != "kind_options"]
+    return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(own, n)}
+
+
+def _flag(key: str, value: Any) -> str:
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {_told(value)}"
 
 
 def _told(value: Any) -> str:

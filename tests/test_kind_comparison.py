@@ -287,6 +287,25 @@ def test_the_rate_is_what_is_best_after_all_steps(ws, monkeypatch):
     assert ws.adapter("colour.lora@1").config["learning_rate"] == 1.67e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "told", "changes"),
+    [
+        ("adalora", "is above what", {"rank": 12, "steps": 100}),
+        ("adalora", "of 2 steps, `tinit`", {}),
+        ("prefix", "leave --checkpointing out", {"checkpointing": "on"}),
+    ],
+)
+def test_settings_that_a_kind_cannot_have_are_refused_before_anything_trains(
+    ws, kind, told, changes
+):
+    config = ws.settings.config.replace(**changes)
+    seen = {}
+    ws.on_progress = lambda state: seen.setdefault(state.phase)
+    with pytest.raises(InvalidInput, match=told):
+        ws.compare_kinds("colour", ["lora", kind], seeds=1, search=SEARCH, config=config)
+    assert not seen
+
+
 def test_short_trainings_that_are_whole_ones_need_no_others(ws):
     search = RateSearch(points=2, share=1.0)
     found = ws.compare_kinds("colour", ["lora"], seeds=1, search=search)
@@ -294,9 +313,18 @@ def test_short_trainings_that_are_whole_ones_need_no_others(ws):
     assert found.kinds[0].rate == min(found.kinds[0].tried, key=lambda one: one[1])[0]
 
 
-@pytest.mark.parametrize("changes", [{"points": 0}, {"factor": 1.0}, {"share": 0.0}, {"full": 1}])
-def test_a_search_that_cannot_be_is_refused(changes):
-    with pytest.raises(InvalidInput, match=next(iter(changes))):
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"points": 0}, "rates to try must be from 1 to 20, got 0"),
+        ({"points": 21}, "rates to try must be from 1 to 20, got 21"),
+        ({"factor": 1.0}, "factor between rates must be at least 1.05"),
+        ({"share": 0.0}, "share of the steps"),
+        ({"full": 1}, "at full length must be 0 or from 2 to 20"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(changes, told):
+    with pytest.raises(InvalidInput, match=told):
         RateSearch(**changes)
 
 

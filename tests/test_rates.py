@@ -84,6 +84,13 @@ def test_an_edge_is_told():
     assert not at_edge({})
 
 
+@pytest.mark.parametrize("best", [1e-5, 2e-4, 1.23e-3, 0.3])
+@pytest.mark.parametrize("factor", [1.05, 3.0, 10.0])
+def test_no_rate_is_tried_twice(best, factor):
+    for loss in (bowl(best), lambda rate: math.log(rate / best) ** 2):
+        assert len(searched(loss, 1e-3, 20, factor)) == 20
+
+
 @pytest.mark.parametrize(("usual", "factor"), [(0.0, 3.0), (1.0, 1.0)])
 def test_a_search_that_cannot_move_is_refused(usual, factor):
     with pytest.raises(ValueError, match="above"):

@@ -69,6 +69,35 @@ def test_the_rate_of_the_lowest_loss_is_proposed(ws, monkeypatch):
     assert [p.steps for p in again] == [100, 100]  # twice half of a training
 
 
+def test_no_probe_is_made_twice(ws, monkeypatch):
+    machine = Machine(monkeypatch, bowl(1e-2))
+    suggest(ws, "colour", budget=3600, config=ws.settings.config.replace(steps=100))
+    made = [(repr(config), steps) for config, steps in machine.seen]
+    assert len(set(made)) == len(made)
+
+
+def test_the_command_has_all_that_differs_from_the_workspaces_settings(ws, monkeypatch):
+    Machine(monkeypatch, bowl(1e-2))
+    own = ws.settings.config
+    config = own.replace(steps=100, batch=2, schedule="cosine", init="svd", store_dtype="fp32")
+    found = suggest(ws, "colour", budget=3600, config=config)
+    flags = dict(zip(found.command.split()[3::2], found.command.split()[4::2], strict=True))
+    assert flags.items() >= {
+        "--batch": "2", "--schedule": "cosine", "--init": "svd", "--store-dtype": "fp32",
+        "--steps": str(found.changes["steps"]), "--sparsity": "0.9",
+    }.items()  # fmt: skip
+    assert "--seed" not in flags
+    assert own.replace(**found.changes) == config.replace(**found.changes)
+    assert "--batch" not in suggest(ws, "colour", budget=3600).command
+
+
+def test_a_rank_is_told_only_of_kinds_that_have_one(ws, monkeypatch):
+    Machine(monkeypatch, bowl(1e-2))
+    config = ws.settings.config.replace(steps=100, kind="prefix")
+    found = suggest(ws, "colour", budget=3600, config=config)
+    assert all("rank" not in probe.settings for probe in found.probes)
+
+
 def test_a_size_that_does_not_matter_is_the_smallest_and_one_that_does_is_kept(ws, monkeypatch):
     config = ws.settings.config.replace(steps=100)
     Machine(monkeypatch, bowl(1e-2))

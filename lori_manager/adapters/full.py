@@ -10,7 +10,7 @@ at use the base's own and a sum, 8 (4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +94,10 @@ def applied(base: BaseModel, weights: KindWeights) -> Iterator[None]:
         WrongBase: the adapter is of another model.
         InvalidInput: the base's weights are packed.
     """
-    check(base.model, weights)
     every = find_places(base.model, ALL)
+    _check_plain(base.model, every.keys() & weights.tensors.keys())
+    check(base.model, weights)
     places = {name: every[name] for name in weights.tensors}
-    _check_plain(base.model, places)
     own = {name: base.model.get_parameter(name) for name in places}
     sums = {
         name: (p.detach().float() + weights.tensors[name].to(p.device, torch.float32)).to(p.dtype)
@@ -205,8 +205,8 @@ def _used(base: BaseModel, places: dict[str, list[Place]]) -> dict[str, list[Pla
     return used
 
 
-def _check_plain(model: nn.Module, places: Mapping[str, object]) -> None:
-    for name in places:
+def _check_plain(model: nn.Module, names: Iterable[str]) -> None:
+    for name in sorted(names):
         p = model.get_parameter(name)
         if not p.is_floating_point() or p.itemsize < 2:
             raise InvalidInput(

@@ -14,6 +14,7 @@ from lori_manager.cli.scores import names
 from lori_manager.cli.session import workspace
 from lori_manager.cli.settings import TRAINING, Changes, configured, with_settings
 from lori_manager.errors import InvalidInput
+from lori_manager.plain import counted
 
 if TYPE_CHECKING:
     from lori_manager.reporting.kind_comparisons import Against, KindsCompared
@@ -70,6 +71,10 @@ def compare(
     every seed, stored on a line of its own, TASK.KIND, and scored. The same command goes on
     where it was interrupted, and takes further kinds and seeds.
     """
+    from lori_manager.reporting.drawing import check_plot
+
+    if plot is not None:
+        check_plot(plot)
     with workspace(ctx) as ws:
         if listed:
             from lori_manager.reporting.kind_comparisons import kinds_compared
@@ -134,7 +139,7 @@ def show(found: KindsCompared) -> None:
     several = max((len(kind.seeds) for kind in found.kinds), default=0) > 1
     typer.echo(
         f"\nrate: the best of {found.points} by the loss on held-out training rows after "
-        f"{found.search_steps} steps{_settled(found)}; p: paired over rows"
+        f"{counted(found.search_steps, 'step')}{_settled(found)}; p: paired over rows"
         f"{' and seeds, both taken as random' if several else ', of one seed'}; Holm over the kinds"
     )
     for kind in found.kinds:

@@ -48,7 +48,8 @@ def place(
     images), and the types of layers that answer them least for weights of their size are chosen.
     `lori train --targets plop` does the same before it trains.
     """
-    from lori_manager.reporting.placement_plot import check_plot, placement_svg
+    from lori_manager.reporting.drawing import check_plot
+    from lori_manager.reporting.placement_plot import placement_svg
     from lori_manager.store.files import write_atomic
 
     if plot is not None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from xml.sax.saxutils import escape
 
-from lori_manager.errors import InvalidInput
 from lori_manager.placement import Placement, TypeScore
 
 WIDTH, RIGHT = 860, 28
@@ -14,18 +12,6 @@ ROW, BAR = 30, 16
 TAKEN, OTHER, INK, MUTED, GRID = "#5fa8d8", "#c9d1d8", "#1a2027", "#55606b", "#e4e8ec"
 # Of the map: below 1, 1, above 1.
 LOW, MIDDLE, HIGH = (33, 102, 172), (247, 247, 247), (179, 88, 6)
-
-
-def check_plot(path: Path) -> None:
-    """Refuse a file that cannot be drawn, before anything is computed.
-
-    Raises:
-        InvalidInput: another ending than .svg, or a folder that is not there.
-    """
-    if path.suffix.lower() != ".svg":
-        raise InvalidInput(f"plots are SVG: expected a name that ends in .svg, got {str(path)!r}")
-    if not path.absolute().parent.is_dir():
-        raise InvalidInput(f"cannot write {path}: there is no folder {path.absolute().parent}")
 
 
 def placement_svg(found: Placement, top: int) -> str:

@@ -181,6 +181,12 @@ def test_packed_weights_are_refused(tmp_path):
     layer.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(InvalidInput, match="--base-bits 4"), full.training(base, config(), steps=1):
         pass
+    learned = {"model.layers.0.mlp.up_proj.weight": torch.ones(64, 32)}
+    with (
+        pytest.raises(InvalidInput, match="--base-bits 4"),
+        applied(base, KindWeights("full", {"modules": "all"}, learned)),
+    ):
+        pass
 
 
 TOLD = {"fingerprint": "f" * 64}

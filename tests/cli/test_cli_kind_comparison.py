@@ -17,7 +17,7 @@ def test_compare_tells_a_table_a_document_and_a_drawing(lori, tmp_path):
     assert [line.split()[0] for line in told[2:4]] == ["lora", "rslora"]
     assert "ties lora" in told[3]
     assert told[-1].startswith("rate: the best of 2 by the loss on held-out training rows after 1 "
-                               "steps, settled by at most 3 of all 4; p")  # fmt: skip
+                               "step, settled by at most 3 of all 4; p")  # fmt: skip
     ET.fromstring(drawn.read_text())
     found = lori.json(*call)
     assert [k["adapters"] for k in found["kinds"]] == [["colour.lora@1"], ["colour.rslora@1"]]
@@ -47,12 +47,18 @@ def test_a_spent_budget_is_told_with_what_is_missing(lori):
         ((), "name a task to compare kinds on"),
         (("colour", "--kinds", "lora,mora"), "no kind is called 'mora'"),
         (("colour", "--budget-minutes", "-1"), "budget must be above 0"),
-        (("colour", "--rates", "0"), "`points` must be at least 1"),
-        (("colour", "--full-rates", "1"), "`full` must be 0 or at least 2"),
+        (("colour", "--rates", "0"), "rates to try must be from 1 to 20"),
+        (("colour", "--full-rates", "1"), "at full length must be 0 or from 2"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(lori, args, told):
     assert told in lori.refuses("compare", *args, code=2)
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_anything_trains(lori, tmp_path):
+    nowhere = ("compare", "colour", "--plot", tmp_path / "none" / "a.svg")
+    assert "there is no folder" in lori.refuses(*nowhere, code=2)
+    assert lori.json("compare", "--list") == []
 
 
 def test_an_unknown_task_is_not_found(lori):
