@@ -290,7 +290,11 @@ def test_the_rate_is_what_is_best_after_all_steps(ws, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "told", "changes"),
     [
-        ("adalora", "is above what", {"rank": 12, "steps": 100}),
+        (
+            "adalora",
+            "is above what",
+            {"kind": "adalora", "kind_options": {"init_rank": 20}, "steps": 100},
+        ),
         ("adalora", "of 2 steps, `tinit`", {}),
         ("prefix", "leave --checkpointing out", {"checkpointing": "on"}),
     ],
