@@ -190,7 +190,7 @@ def write(weights: KindWeights, directory: Path, told: Mapping[str, Any]) -> Non
         what = f"ia3_l of module {name!r}"
         tensors[f"{KEY_PREFIX}{name}.ia3_l"] = finite(shaped, torch.float32, what)
     what = f"(IA)3 on {len(sides)} modules"
-    card = model_card(told["label"], told["base_name"], told["revision"], what)
+    card = model_card(told["label"], told["base_name"], told["revision"], what, tag=KIND)
     save_peft(directory, config, tensors, card, fingerprint=told["fingerprint"])
 
 

@@ -414,7 +414,8 @@ def test_an_export_never_writes_over_anything(trained, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     for form in ("peft", "full"):
-        trained.refuses("export", "colour@1", tmp_path / "out", "--format", form, code=10)
+        said = trained.refuses("export", "colour@1", tmp_path / "out", "--format", form, code=10)
+        assert said.endswith("is not empty: choose another directory or empty it")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     trained.refuses("export", "colour@1", tmp_path / "new", "--format", "gguf", code=2)
     trained.refuses("export", "base", tmp_path / "new", code=2)
