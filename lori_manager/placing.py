@@ -112,7 +112,7 @@ def placed(ws: Context, task: Task, config: Config, parent: Adapter | None = Non
         ws.on_message(f"{parent.ref} is continued in its own layers: nothing is placed")
         return Placed(config.replace(targets=_layers_of(ws, parent)))
     found = place(ws, task.name, config)
-    found.chosen(top, f"N of `targets` {PLOP}:N")
+    found.chosen(top, f"the N of --targets {PLOP}:N")
     targets = found.targets(top)
     ws.on_message(f"layers for {task.ref}: {found.reason(top)}")
     facts = {

@@ -46,6 +46,7 @@ _ENCODERS = (
     ("k", "v", "output.dense"),
     ("k_lin", "v_lin", "lin2"),
     ("k_proj", "v_proj", "fc2"),
+    ("key", "value", "fc2"),  # DINOv2 in older versions of transformers
 )
 _ATTENTION = frozenset({"attention", "attn"})
 

@@ -39,6 +39,8 @@ def test_keys_values_and_the_inner_activations_are_scaled_and_nothing_else(base_
     base = load_base(encoder(tmp_path, base_type), "fp32", "cpu")
     found = scaled(base)
     key, value, last = PLACES[base_type]
+    if base_type == "dinov2" and not any(n.endswith(key) for n in base.linear_shapes):
+        key, value = "key", "value"  # in older versions of transformers
     sides = ("outputs", "outputs", "inputs")
     expected = set()
     for name in base.linear_shapes:
