@@ -25,8 +25,10 @@ def check_fits(ws: Context, config: Config) -> None:
         InvalidInput: names it, what it needs and what the base is.
     """
     kind = kind_of(config.kind)
-    if not (kind.encoders if ws.architecture.encoder else kind.low_rank or not ws.makes_images):
-        ws.check_language(f"kind `{config.kind}`")
+    if not kind.encoders:
+        ws.check_language(f"kind `{kind.name}`")
+    if not kind.pipelines:
+        ws.check_transformer(f"kind `{kind.name}`")
     if reason := kind.not_on.get(found := ws.store.base().model_type):
         raise InvalidInput(
             f"kind `{config.kind}` does not train on {found}, since {reason}: choose another kind"

@@ -129,7 +129,7 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
         yield
         return
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _switch(model, "enable")({"use_reentrant": False})
     except (ValueError, AttributeError) as e:
         raise InvalidInput(
             f"{type(model).__name__} has no gradient checkpointing: leave --checkpointing out"
@@ -142,4 +142,12 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-        model.gradient_checkpointing_disable()
+        _switch(model, "disable")()
+
+
+def _switch(model: Any, verb: str) -> Callable[..., None]:
+    """The model's own method, by its newer name where transformers has that."""
+    newer = f"activation_checkpointing_{verb}"
+    name = newer if hasattr(model, newer) else f"gradient_checkpointing_{verb}"
+    method: Callable[..., None] = getattr(model, name)
+    return method

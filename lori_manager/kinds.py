@@ -66,6 +66,11 @@ class Kind:
         """Whether `lori export` writes a folder of lori's own, see `adapters.own_form`."""
         return self.export.startswith(OWN_FORM)
 
+    @property
+    def pipelines(self) -> bool:
+        """Whether it trains on diffusion pipelines too, whose UNet is never packed."""
+        return self.low_rank and self.base_bits is None
+
 
 KINDS = {
     kind.name: kind
@@ -136,14 +141,14 @@ def resolved(config: Config) -> Config:
     options, and the bits of its base.
     Raises:
         InvalidInput: no such kind, an option that it has not, or of another type, or a packed
-            base where the kind needs the plain one.
+            base where the kind needs the plain one, or an fp8 one where it needs 4 bits.
     """
     kind = kind_of(config.kind)
+    fault = "--precision fp8" if config.precision == "fp8" else f"--base-bits {config.base_bits}"
     if not kind.packed and (config.base_bits != 16 or config.precision == "fp8"):
-        raise InvalidInput(
-            f"kind `{kind.name}` needs the base's plain weights: leave --base-bits "
-            f"{config.base_bits} and --precision {config.precision} out"
-        )
+        raise InvalidInput(f"kind `{kind.name}` needs the base's plain weights: leave {fault} out")
+    if kind.base_bits == 4 and config.precision == "fp8":
+        raise InvalidInput(f"kind `{kind.name}` trains on a base of 4 bits: leave {fault} out")
     for key, value in config.kind_options.items():
         if key not in kind.options:
             known = ", ".join(sorted(kind.options)) or "none"
@@ -177,6 +182,20 @@ def check_given(config: Config, given: Collection[str]) -> None:
             f"`{idle[0]}` does not count for kind `{kind.name}`: leave it out (what does, beside "
             f"the settings of every training: {counts}; options: "
             f"{', '.join(sorted(kind.options)) or 'none'})"
+        )
+
+
+def check_bits(config: Config, given: Collection[str]) -> None:
+    """Refuse bits of the base that were named for this training and are not its kind's.
+
+    Raises:
+        InvalidInput: names both.
+    """
+    bits = kind_of(config.kind).base_bits
+    if "base_bits" in given and bits not in (None, config.base_bits):
+        raise InvalidInput(
+            f"kind `{config.kind}` trains on a base of {bits} bits: leave --base-bits "
+            f"{config.base_bits} out"
         )
 
 

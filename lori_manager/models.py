@@ -25,6 +25,7 @@ from lori_manager.architectures import (
     context_of,
 )
 from lori_manager.errors import InvalidInput, LoriError, NotFound, WrongBase, first_line
+from lori_manager.quieting import quiet_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -668,6 +669,7 @@ def _nf4(compute: torch.dtype, device: str, folder: Path, code: str | None) -> d
         raise InvalidInput(
             "`base_bits` 4 needs bitsandbytes: run `pip install 'lori-manager[cuda]'`, or give 16"
         )
+    quiet_bitsandbytes()
     config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

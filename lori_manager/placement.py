@@ -92,16 +92,18 @@ class Placement:
             )  # fmt: skip
         return tuple(sorted(found, key=lambda one: (one.score, one.name)))
 
-    def chosen(self, top: int) -> tuple[TypeScore, ...]:
+    def chosen(self, top: int, what: str = "`top`") -> tuple[TypeScore, ...]:
         """The `top` types with the lowest scores, the lowest first.
 
+        Args:
+            what: what the user calls that number.
         Raises:
             InvalidInput: there are not so many.
         """
         if not 1 <= top <= len(self.types):
             names = ", ".join(one.name for one in self.types)
             raise InvalidInput(
-                f"`top` must be from 1 to {len(self.types)}, the types of linear layers there "
+                f"{what} must be from 1 to {len(self.types)}, the types of linear layers there "
                 f"are ({names}), got {top}"
             )
         return self.types[:top]

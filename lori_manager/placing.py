@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lori_manager.config import Config, types_to_place
+from lori_manager.config import PLOP, Config, types_to_place
 from lori_manager.context import SETTINGS, Context
 from lori_manager.errors import InvalidInput
 from lori_manager.evaluation import counted_progress
@@ -112,6 +112,7 @@ def placed(ws: Context, task: Task, config: Config, parent: Adapter | None = Non
         ws.on_message(f"{parent.ref} is continued in its own layers: nothing is placed")
         return Placed(config.replace(targets=_layers_of(ws, parent)))
     found = place(ws, task.name, config)
+    found.chosen(top, f"the N of --targets {PLOP}:N")
     targets = found.targets(top)
     ws.on_message(f"layers for {task.ref}: {found.reason(top)}")
     facts = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from lori_manager.by_base import all_heads, check_fits, head_of, rows_of, steps_
 from lori_manager.config import Config
 from lori_manager.context import Context, library_versions
 from lori_manager.errors import Conflict, InvalidInput, LoriError, NotFound
-from lori_manager.evaluation import ready_to_score, score_missing
+from lori_manager.evaluation import counted_progress, ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, resolved
 from lori_manager.placing import Placed, placed
 from lori_manager.projecting import check_projection, start_of
@@ -84,7 +84,8 @@ def calibrate(
         raise InvalidInput(f"a mask is for kind `{LORI}`, and the settings say `{config.kind}`")
     task = ws.trainable(name)
     config = placed(ws, task, config).config
-    block = start_of(ws, task, config, line or name).block
+    with _decomposing(ws):
+        block = start_of(ws, task, config, line or name).block
     return _calibrated_mask(ws, task, block, config, None, None)
 
 
@@ -389,7 +390,8 @@ def _train_stage(
             ws, task, encoded, parent, config, options.replay, options.replay_general, text
         )
     learn = _learn_lori if config.kind == LORI else _learn_kind
-    learned = learn(ws, task, encoded, soft, config, options, parent, line, checkpoint)
+    with _decomposing(ws):
+        learned = learn(ws, task, encoded, soft, config, options, parent, line, checkpoint)
     result, mask = learned.result, learned.mask
     rank = learned.weights.rank
     base = ws.store.base().fingerprint
@@ -559,6 +561,13 @@ def _learn_kind(
         heads = all_heads(task, head, start, config)
         weights = replace(training.weights(DTYPES[config.store_dtype]), heads=heads)
     return _Learned(weights, config.kind, result, facts=dict(training.facts))
+
+
+def _decomposing(ws: Context) -> AbstractContextManager[None]:
+    """While it is open, the workspace is told how far singular values are."""
+    from lori_manager.adapters.spectra import progress_told
+
+    return progress_told(lambda: counted_progress(ws, "singular values of weights", rate=False))
 
 
 def _check_kind(config: Config, options: TrainOptions, sequence: str | None) -> None:

@@ -57,7 +57,18 @@ ROWS = (
     ("kinds",),
     ("base_files", "architectures"),
     ("pipelines",),
-    ("config", "records", "refs", "registry", "sandbox", "ranks", "extras", "plain", "rates"),
+    (
+        "config",
+        "records",
+        "refs",
+        "registry",
+        "sandbox",
+        "ranks",
+        "extras",
+        "plain",
+        "rates",
+        "quieting",
+    ),
     ("foreign", "errors"),
 )
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}

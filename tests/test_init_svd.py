@@ -90,6 +90,23 @@ def test_stopped_it_goes_on_to_the_same_digest_also_without_the_cache(untaught, 
     assert not cache_folder().exists()  # the A of the stopped training was gone on with
 
 
+SVFIT = {"kind": "svfit", "init": "random"}
+
+
+@pytest.mark.parametrize(
+    ("course", "changes"), [("train", {}), ("calibrate", {}), ("train", SVFIT)]
+)
+def test_how_far_the_singular_values_are_is_told(ws, monkeypatch, tmp_path, course, changes):
+    monkeypatch.setenv("LORI_CACHE", str(tmp_path / "cache"))
+    told = []
+    ws.on_progress = told.append
+    config = ws.settings.config.replace(steps=1, calibration_steps=1, **changes)
+    ws.calibrate("colour", config) if course == "calibrate" else ws.train(["colour"], config)
+    count = len(ws.skeleton().linear_shapes)
+    phases = [p for p in told if p.phase == "singular values of weights"]
+    assert [(p.step, p.steps) for p in phases] == [(n, count) for n in range(1, count + 1)]
+
+
 @pytest.mark.parametrize("projection", ["orthogonal", "nullspace"])
 def test_another_way_of_making_A_does_not_go_with_it(ws, projection):
     with pytest.raises(InvalidInput, match="--init svd"):

@@ -197,7 +197,9 @@ def test_a_sequence_goes_where_its_first_task_does(ws, monkeypatch, projection):
 
 
 def test_more_types_than_there_are_are_refused_and_claim_no_name(ws):
-    with pytest.raises(InvalidInput, match="`top` must be from 1 to 7"):
+    with pytest.raises(
+        InvalidInput, match=r"^the N of --targets plop:N must be from 1 to 7, .*got 8$"
+    ):
         ws.train(["colour"], settings(ws, targets=("plop:8",)), sequence="s")
     assert "s" not in {line.name for line in ws.store.lines()}
 

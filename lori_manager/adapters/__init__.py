@@ -1,0 +1,3 @@
+from lori_manager.quieting import quiet_bitsandbytes
+
+quiet_bitsandbytes()  # modules of this package import peft

@@ -38,6 +38,17 @@ KIND = "ia3"
 OUTPUTS, INPUTS = "outputs", "inputs"
 # As in the paper, wherever a model's modules go by these names.
 _USUAL = (("k_proj", "v_proj"), ("down_proj",))
+# Of encoders: keys, values and what comes last in the feed-forward.
+_ENCODERS = (
+    ("key", "value", "output.dense"),
+    ("key_proj", "value_proj", "output.dense"),
+    ("key", "value", "ffn_output"),
+    ("k", "v", "output.dense"),
+    ("k_lin", "v_lin", "lin2"),
+    ("k_proj", "v_proj", "fc2"),
+    ("key", "value", "fc2"),  # DINOv2 in older versions of transformers
+)
+_ATTENTION = frozenset({"attention", "attn"})
 
 
 @contextmanager
@@ -76,6 +87,8 @@ def _chosen(base: BaseModel, config: Config) -> dict[str, str]:
     shapes = base.linear_shapes
     outputs, inputs = (_names(config.kind_options[side]) for side in (OUTPUTS, INPUTS))
     if not outputs and not inputs:
+        if base.architecture.encoder:
+            return _of_encoder(base)
         outputs, inputs = _usual(base)
     found: dict[str, str] = {}
     for side, names in ((OUTPUTS, outputs), (INPUTS, inputs)):
@@ -87,18 +100,35 @@ def _chosen(base: BaseModel, config: Config) -> dict[str, str]:
     return found
 
 
+def _of_encoder(base: BaseModel) -> dict[str, str]:
+    """Module name -> side, of keys, values and the feed-forward's last layers."""
+    # An attention block has an `output.dense` of its own: what leaves the block.
+    feed = [name for name in base.linear_shapes if _ATTENTION.isdisjoint(name.split("."))]
+    for key, value, last in _ENCODERS:
+        kept = [name for name in base.linear_shapes if named_by((key, value), name)]
+        closing = [name for name in feed if named_by((last,), name)]
+        if closing and {last_part(name) for name in kept} == {key, value}:
+            return dict.fromkeys(kept, OUTPUTS) | dict.fromkeys(closing, INPUTS)
+    raise _unknown(base)
+
+
 def _usual(base: BaseModel) -> tuple[list[str], list[str]]:
     there = {last_part(name) for name in base.linear_shapes}
     if there.issuperset(_USUAL[0] + _USUAL[1]):
         return list(_USUAL[0]), list(_USUAL[1])
     kind = base.model.config.get_text_config().model_type
     if kind not in TARGETS:
-        raise InvalidInput(
-            f"which modules of a {kind} hold keys, values and the feed-forward is not known: name "
-            "them, `-o outputs=k,v -o inputs=down`"
-        )
+        raise _unknown(base)
     inputs = list(FEEDFORWARD.get(kind, []))
     return [name for name in TARGETS[kind] if name not in inputs], inputs
+
+
+def _unknown(base: BaseModel) -> InvalidInput:
+    kind = base.model.config.get_text_config().model_type
+    return InvalidInput(
+        f"which modules of {kind} hold keys, values and the feed-forward alone is not known: name "
+        "them, `-o outputs=k,v -o inputs=down`"
+    )
 
 
 def _names(text: str) -> list[str]:
@@ -161,7 +191,7 @@ def write(weights: KindWeights, directory: Path, told: Mapping[str, Any]) -> Non
         what = f"ia3_l of module {name!r}"
         tensors[f"{KEY_PREFIX}{name}.ia3_l"] = finite(shaped, torch.float32, what)
     what = f"(IA)3 on {len(sides)} modules"
-    card = model_card(told["label"], told["base_name"], told["revision"], what)
+    card = model_card(told["label"], told["base_name"], told["revision"], what, tag=KIND)
     save_peft(directory, config, tensors, card, fingerprint=told["fingerprint"])
 
 

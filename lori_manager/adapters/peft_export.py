@@ -225,10 +225,15 @@ def finite(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 
 def model_card(
-    label: str, base_name: str, revision: str | None, what: str, serving: str = ""
+    label: str,
+    base_name: str,
+    revision: str | None,
+    what: str,
+    serving: str = "",
+    tag: str = "lora",
 ) -> str:
     """A model card; the base is named in its header where it looks like a hub id."""
-    header = ["library_name: peft", "tags: [lora, lori]"]
+    header = ["library_name: peft", f"tags: [{tag}, lori]"]
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_name):
         header.insert(0, f"base_model: {json.dumps(base_name)}")
     title = " ".join(label.split()) or "LoRA adapter"

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from lori_manager.adapters.kind import Training, own_start
 from lori_manager.adapters.peft_config import shown
+from lori_manager.adapters.peft_export import model_card
 from lori_manager.adapters.peft_format import (
+    CARD_FILE,
     CONFIG_FILE,
     FINGERPRINT_KEY,
     FLOATS,
@@ -31,6 +33,7 @@ from lori_manager.adapters.peft_format import (
 )
 from lori_manager.adapters.peft_import import check_base, read_config, read_header
 from lori_manager.adapters.staging import staged_directory
+from lori_manager.architectures import context_of
 from lori_manager.config import Config
 from lori_manager.engine.weights import KindWeights, Stored
 from lori_manager.errors import DamagedObject, ImportRefused, InvalidInput, WrongBase
@@ -39,6 +42,7 @@ from lori_manager.models import BaseModel
 KIND = "prefix"
 PEFT_TYPE = "PREFIX_TUNING"
 TENSOR = "prompt_embeddings"  # PEFT's name
+SHORTEST = 2  # tokens of a row: a prompt of one and what is learned
 # Of the configuration: what changes nothing of a stored prefix.
 _HARMLESS = frozenset(
     {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
@@ -85,6 +89,12 @@ def training(
         raise InvalidInput(
             f"kind `{KIND}` puts keys into a cache, and gradient checkpointing computes layers "
             "twice: leave --checkpointing out"
+        )
+    context = context_of(base.model.config.get_text_config().to_dict())
+    if context is not None and count + SHORTEST > context:
+        raise InvalidInput(
+            f"{count} virtual tokens leave no room for rows in the model's context of {context} "
+            "tokens: lower --option num_virtual_tokens"
         )
     shape = cache_shape(base.model)
     begun = own_start(KIND, start)
@@ -147,7 +157,10 @@ def write(weights: KindWeights, directory: Path, told: Mapping[str, Any]) -> Non
         "encoder_hidden_size": shape.token_dim,
         "prefix_projection": False,
     }
+    what = f"A prefix of {len(values)} virtual tokens"
+    card = model_card(told["label"], told["base_name"], told["revision"], what, tag="prefix-tuning")
     with staged_directory(directory, CONFIG_FILE) as staged:
+        (staged / CARD_FILE).write_text(card, encoding="utf-8")
         (staged / CONFIG_FILE).write_text(json.dumps(doc, indent=2) + "\n", encoding="utf-8")
         save_file(
             {TENSOR: values.detach().cpu().clone().contiguous()},

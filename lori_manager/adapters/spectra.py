@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +33,24 @@ logger = logging.getLogger(__name__)
 
 _DIGEST = 32  # bytes of SHA-256 behind a file's content
 
+Told = Callable[[int, int], None]
+_begin: ContextVar[Callable[[], Told] | None] = ContextVar("_begin", default=None)
+
+
+@contextmanager
+def progress_told(begin: Callable[[], Told]) -> Iterator[None]:
+    """Tell how far singular values are, whatever asks for them meanwhile.
+
+    Args:
+        begin: called when a computation begins; what it gives is called with (modules done,
+            modules in all).
+    """
+    token = _begin.set(begin)
+    try:
+        yield
+    finally:
+        _begin.reset(token)
+
 
 def cache_folder() -> Path:
     """Where they are kept: `svd` in $LORI_CACHE, else in ~/.cache/lori."""
@@ -41,7 +61,6 @@ def spectra(
     base: BaseModel,
     counts: Mapping[str, int],
     method: str = "auto",
-    told: Callable[[int, int], None] | None = None,
 ) -> dict[str, Spectrum]:
     """Module name -> the leading singular triples of its weight, on the CPU.
 
@@ -49,11 +68,12 @@ def spectra(
         base: its linear layers must hold plain weights. Not modified.
         counts: module name -> how many.
         method: "auto" by size, or one of `engine.svd`.
-        told: called with (modules done, modules in all).
     Raises:
         InvalidInput: a layer's weight is packed (4 bits, fp8).
     """
     out = {}
+    begin = _begin.get()
+    told = None if begin is None else begin()
     for done, (name, count) in enumerate(counts.items(), 1):
         out[name] = ranks().led(partial(_of, base, name, count, method), f"the SVD of {name}")
         if told is not None:

@@ -61,7 +61,7 @@ def check_target(directory: Path, overwrite: bool = False, allowed: Collection[s
                 raise Conflict(f"{directory} is a file: choose another directory")
             return False
         if not overwrite and any(entry.name not in allowed for entry in directory.iterdir()):
-            raise Conflict(f"{directory} is not empty: choose another directory or overwrite it")
+            raise Conflict(f"{directory} is not empty: choose another directory or empty it")
     except OSError as error:
         raise StorageFailed(f"cannot write {directory}: {error.strerror or error}") from error
     return True

@@ -13,7 +13,7 @@ import typer
 from lori_manager import config
 from lori_manager.cli import complete
 from lori_manager.config import Config
-from lori_manager.kinds import KINDS, check_given
+from lori_manager.kinds import KINDS, check_bits, check_given
 
 Changes = Mapping[str, Any]
 
@@ -77,9 +77,11 @@ def with_settings(
     return decorate
 
 
-def configured(base: Config, changes: Changes) -> Config:
+def configured(base: Config, changes: Changes, *, trains: bool = False) -> Config:
     """`base` with the options of a command.
 
+    Args:
+        trains: whether the command trains the kind of the settings, whichever named it.
     Raises:
         InvalidInput: a value that no run can use.
     """
@@ -88,6 +90,8 @@ def configured(base: Config, changes: Changes) -> Config:
         changes["targets"] = tuple(t.strip() for t in changes["targets"].split(","))
     found = base.replace(**changes)
     check_given(found, changes)
+    if trains or "kind" in changes:
+        check_bits(found, changes)
     return found
 
 

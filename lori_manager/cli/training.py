@@ -194,7 +194,7 @@ def train(
         None if general_text is None else str(general_text.absolute()),
     )  # fmt: skip
     with workspace(ctx, by_ranks=True) as ws:
-        config = configured(ws.settings.config, changes)
+        config = configured(ws.settings.config, changes, trains=True)
         if option:
             own = {**config.kind_options, **parse_options(config.kind, option)}
             config = config.replace(kind_options=own)

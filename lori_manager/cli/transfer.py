@@ -11,8 +11,10 @@ from lori_manager.cli import complete, output
 from lori_manager.cli.output import Json
 from lori_manager.cli.session import workspace
 from lori_manager.errors import ImportRefused, InvalidInput
+from lori_manager.kinds import KINDS
 
 FORMATS = ("peft", "full")
+OWN = "own"  # what is told where PEFT has no form and lori's own was written
 
 
 def export(
@@ -27,7 +29,8 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="peft: what PeftModel loads; full: the base with the update merged in.",
+            help="peft: what PeftModel loads (lori's own folder where PEFT has no such kind, "
+            "see `lori kinds`); full: the base with the update merged in.",
             autocompletion=complete.among(*FORMATS),
         ),
     ] = "peft",
@@ -46,6 +49,9 @@ def export(
     with workspace(ctx) as ws:
         adapter = ws.adapter(ref)
         written = ws.export(adapter.ref, directory, full=form == "full", task=task)
+    kind = KINDS.get(adapter.method)
+    if form == "peft" and kind is not None and kind.own_form:
+        form = OWN
     if json:
         output.print_json({"ref": adapter.ref, "directory": written, "format": form})
     else:
@@ -56,7 +62,9 @@ def import_(
     ctx: typer.Context,
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR", help="PEFT adapter folders.", show_default=False),
+        typer.Argument(
+            metavar="DIR", help="Folders of PEFT's, or of lori's own form.", show_default=False
+        ),
     ],
     assume_base: Annotated[
         bool,
@@ -64,7 +72,7 @@ def import_(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Bring in PEFT LoRAs, DoRAs and IA3s, a line each.
+    """Bring in PEFT LoRAs, DoRAs, IA3s and prefixes, and lori's own folders, a line each.
 
     Each becomes version 1 of a line named after its folder. What cannot be imported
     faithfully is refused with its reason, the rest is imported; the exit code is then

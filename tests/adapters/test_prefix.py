@@ -214,3 +214,14 @@ def test_bf16_bases_take_float32_prefixes(tiny_base):
         loss = base.model(input_ids=torch.arange(5)[None]).logits.float().sum()
         (p,) = training.parameters.values()
         assert torch.autograd.grad(loss, [p])[0].dtype == torch.float32
+
+
+def test_virtual_tokens_that_leave_no_room_for_rows_are_refused(tmp_path):
+    base = made(architectures.llama, tmp_path)
+    context = base.model.config.max_position_embeddings
+    count = context - 1
+    said = f"{count} virtual tokens leave no room for rows in the model's context of {context}"
+    with pytest.raises(InvalidInput, match=said), prefix.training(base, config(count), steps=1):
+        pass
+    with prefix.training(base, config(count - 1), steps=1):
+        pass

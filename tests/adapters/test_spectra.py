@@ -38,7 +38,8 @@ def files():
 
 def test_a_weight_is_decomposed_once(base, computed):
     told = []
-    first = spectra(base, {NAME: 4}, told=lambda *n: told.append(n))[NAME]
+    with module.progress_told(lambda: lambda *n: told.append(n)):
+        first = spectra(base, {NAME: 4})[NAME]
     again = spectra(base, {NAME: 4})[NAME]
     assert len(computed) == len(files()) == 1
     assert told == [(1, 1)]

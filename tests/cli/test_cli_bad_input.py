@@ -159,6 +159,36 @@ def test_settings_that_no_run_can_use_end_with_2(lori, options, told):
     assert lori.json("log") == []
 
 
+PACKED_OR_NOT = [
+    ("--kind qlora --base-bits 16", "`qlora` trains on a base of 4 bits: leave --base-bits 16 out"),
+    ("--kind qlora --precision fp8", "`qlora` trains on a base of 4 bits: leave --precision fp8"),
+    ("--kind svfit --base-bits 4", "`svfit` needs the base's plain weights: leave --base-bits 4"),
+    ("--kind full --precision fp8", "`full` needs the base's plain weights: leave --precision fp8"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), PACKED_OR_NOT)
+def test_a_kind_and_another_base_than_it_needs_are_refused_by_what_is_at_fault(lori, options, told):
+    assert lori.refuses("train", "colour", *options.split(), code=2) == f"lori: kind {told}" + (
+        "" if told.endswith("out") else " out"
+    )
+    assert lori.json("log") == []
+
+
+def test_bits_of_the_base_are_checked_whoever_named_the_kind(lori):
+    from lori_manager.cli.settings import configured
+    from lori_manager.config import Config
+    from lori_manager.kinds import resolved
+
+    (lori.folder / "lori.toml").write_text('[defaults]\nkind = "qlora"\n')
+    told = lori.refuses("train", "colour", "--base-bits", 16, code=2)
+    assert "leave --base-bits 16 out" in told
+    own = Config(kind="qlora")
+    for changes in ({}, {"base_bits": 4}):
+        assert resolved(configured(own, changes, trains=True)).base_bits == 4
+    assert configured(own, {"base_bits": 16}).base_bits == 16  # to score on
+
+
 def test_settings_of_lori_toml_are_checked_like_flags(lori):
     (lori.folder / "lori.toml").write_text("[defaults]\nsparsity = 1.0\n")
     told = lori.refuses("train", "colour", code=2)
@@ -384,7 +414,8 @@ def test_an_export_never_writes_over_anything(trained, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     for form in ("peft", "full"):
-        trained.refuses("export", "colour@1", tmp_path / "out", "--format", form, code=10)
+        said = trained.refuses("export", "colour@1", tmp_path / "out", "--format", form, code=10)
+        assert said.endswith("is not empty: choose another directory or empty it")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     trained.refuses("export", "colour@1", tmp_path / "new", "--format", "gguf", code=2)
     trained.refuses("export", "base", tmp_path / "new", code=2)

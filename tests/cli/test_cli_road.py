@@ -292,6 +292,19 @@ def test_what_is_exported_can_be_imported_and_the_rest_is_refused(trained, tmp_p
     assert trained.json("show", "colour-v1")["record"]["origin"] == "imported"
 
 
+def test_the_form_that_was_written_is_told_and_comes_back(trained, tmp_path):
+    for kind, form in (("bottleneck", "own"), ("prefix", "peft"), ("ia3", "peft")):
+        trained("train", "colour", "--kind", kind, "--line", kind, "--steps", 1)
+        told = trained("export", f"{kind}@1", tmp_path / f"{kind}-out").stdout
+        assert told == f"{kind}@1 written to {tmp_path / f'{kind}-out'} ({form})\n"
+        found = trained.json("export", f"{kind}@1", tmp_path / f"{kind}-again")
+        assert found["format"] == form
+        (back,) = trained.json("import", tmp_path / f"{kind}-again")
+        assert back["adapter"]["method"] == kind
+    told = trained.json("export", "bottleneck-again@1", tmp_path / "more")
+    assert told["format"] == "own"
+
+
 def test_a_full_export_is_a_model_folder(trained, tmp_path):
     told = trained.json("export", "main", tmp_path / "model", "--format", "full")
     assert told == {"ref": "main@1", "directory": str(tmp_path / "model"), "format": "full"}

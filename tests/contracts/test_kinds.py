@@ -175,6 +175,7 @@ def test_an_export_by_peft_gives_our_logits_and_comes_back(ws, kind, tmp_path):
     config = config_of(ws, kind, steps=30, learning_rate=3e-2)
     adapter = ws.train(["colour"], config)[0].adapter
     folder = ws.export(adapter.ref, tmp_path / "out")
+    assert f"# {adapter.ref}" in (folder / "README.md").read_text()
     if not (folder / "adapter_config.json").exists():
         return  # PEFT has no such thing
     base = ws.base_model(ws.settings.config)

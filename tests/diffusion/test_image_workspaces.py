@@ -283,6 +283,16 @@ def test_what_needs_a_language_model_is_refused_in_a_sentence(styles, what):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("kind", ["qlora", "dora", "ia3", "full", "bottleneck"])
+def test_kinds_of_encoders_and_language_models_are_refused_as_such(styles, kind):
+    expected = f"^kind `{kind}` needs a language model or an encoder; the base of this workspace is"
+    config = styles.settings.config.replace(kind=kind)
+    with pytest.raises(InvalidInput, match=expected):
+        styles.train(["oil"], config)
+    with pytest.raises(InvalidInput, match=expected):
+        styles.compare_kinds("oil", ["lori", kind])
+
+
 def test_images_need_a_pipeline(tiny_base, folders, tmp_path):
     with (
         Workspace.create(tmp_path / "ws", str(tiny_base)) as ws,
