@@ -24,6 +24,7 @@ from lori_manager.architectures import (
     check_architecture,
     context_of,
 )
+from lori_manager.engine.unpacking import unpack_as_one_row
 from lori_manager.errors import InvalidInput, LoriError, NotFound, WrongBase, first_line
 from lori_manager.quieting import quiet_bitsandbytes
 
@@ -670,6 +671,7 @@ def _nf4(compute: torch.dtype, device: str, folder: Path, code: str | None) -> d
             "`base_bits` 4 needs bitsandbytes: run `pip install 'lori-manager[cuda]'`, or give 16"
         )
     quiet_bitsandbytes()
+    unpack_as_one_row()
     config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

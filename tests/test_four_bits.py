@@ -18,6 +18,7 @@ from lori_manager import models
 from lori_manager.adapters.lori import in_training
 from lori_manager.context import Context
 from lori_manager.engine.layers import LoriLinear, LowRankLinear, attached
+from lori_manager.engine.unpacking import unpack_as_one_row
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.forward import Forward, place
 from lori_manager.models import load_base, load_skeleton
@@ -119,6 +120,24 @@ def test_packed_weights_are_near_the_ones_in_the_files(tmp_path):
         true = whole.model.get_submodule(name).weight
         error = unpacked(base.model.get_submodule(name)).weight - true
         assert 0.05 < float(error.norm() / true.norm()) < 0.15, name  # nf4 on normal weights: 0.09
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (16, 96), (30, 48), (8, 64), (1, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_any_width_are_unpacked_as_their_blocks_say(shape, dtype):
+    from bitsandbytes import functional
+
+    unpack_as_one_row()
+    unpack_as_one_row()
+    true = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed, state = functional.quantize_4bit(true, quant_type="nf4")
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
+    scales = state.absmax.repeat_interleave(state.blocksize)[: true.numel()]
+    expected = (state.code[codes[: true.numel()]] * scales).view(shape)
+    found = functional.dequantize_4bit(packed, state)
+    assert torch.allclose(found.float(), expected.to(dtype).float(), rtol=1e-2, atol=1e-3)
+    turned = functional.dequantize_4bit(packed.t(), state)
+    assert torch.equal(turned, found.t())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
