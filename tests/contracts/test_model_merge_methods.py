@@ -62,7 +62,7 @@ def member(model, seed, **how):
     return AdapterWeights((block(model, seed, **how),))
 
 
-def rows_of(seed, count=6):
+def rows_of(seed, count=10):
     draw = np.random.default_rng(seed)
     return [
         Encoded(draw.integers(0, 61, n).astype(np.int32), int(draw.integers(1, n - 1)))
