@@ -31,7 +31,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from heading import heading
-from placement_quality import SEARCH_SEED, Workers, interval, read
+from placement_quality import SEARCH_SEED, Workers, arguments, best_rates, interval, read
 
 MASKS = ("dense-20", "dense-60", "dense-all", "gradient-20", "square-20", "dense-20-matrix",
          "gradient-20-matrix", "random", "none")  # fmt: skip
@@ -60,21 +60,12 @@ def search_specs(args: argparse.Namespace) -> list[dict]:
 
 def final_specs(args: argparse.Namespace, results: Iterable[dict]) -> list[dict]:
     """A training for each seed, at the rate that the search found; seed by seed."""
-    best = best_rates(results)
+    best = best_rates(results, ("mask", "task"))
     return [
         spec | {"rate": best[spec["mask"], spec["task"]], "seed": seed}
         for seed, spec in itertools.product(range(args.seeds), each(args))
         if (spec["mask"], spec["task"]) in best
     ]
-
-
-def best_rates(results: Iterable[dict]) -> dict[tuple[str, str], float]:
-    """(mask, task) -> the rate that did best on probe rows, the lower of equals."""
-    found: dict[tuple[str, str], dict[float, float]] = {}
-    for r in results:
-        if r.get("search") and "probe" in r:
-            found.setdefault((r["mask"], r["task"]), {})[r["rate"]] = r["probe"]["score"]
-    return {of: min(by, key=lambda rate: (-by[rate], rate)) for of, by in found.items()}
 
 
 # ---- one process
@@ -227,22 +218,8 @@ def table(results: Sequence[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--base")
-    add("--data")
-    add("--work", type=Path)
-    add("--log", type=Path)
-    add("--processes", type=int, default=1)
-    add("--tasks", default=",".join(TASKS))
-    add("--masks", default=",".join(MASKS))
-    add("--seeds", type=int, default=3)
-    add("--rank", type=int, default=32)
-    add("--epochs", type=float, default=2.0)
-    add("--batch", type=int, default=32)
-    add("--budget-seconds", type=float, default=math.inf)
-    add("--table", type=Path, nargs="+")
-    add("--worker", action="store_true")
+    parser = arguments(__doc__, TASKS)
+    parser.add_argument("--masks", default=",".join(MASKS))
     args = parser.parse_args()
     if args.worker:
         work(args)

@@ -82,12 +82,14 @@ def _each(args: argparse.Namespace) -> list[dict]:
     ]  # fmt: skip
 
 
-def best_rates(results: Iterable[dict]) -> dict[tuple[str, str, str], float]:
-    """(kind, placement, task) -> the rate that did best on probe rows, the lower of equals."""
-    found: dict[tuple[str, str, str], dict[float, float]] = {}
+def best_rates(
+    results: Iterable[dict], keys: Sequence[str] = ("kind", "placement", "task")
+) -> dict[tuple[str, ...], float]:
+    """What the keys say -> the rate that did best on probe rows, the lower of equals."""
+    found: dict[tuple[str, ...], dict[float, float]] = {}
     for r in results:
         if r.get("search") and "probe" in r:
-            key = r["kind"], r["placement"], r["task"]
+            key = tuple(r[name] for name in keys)
             found.setdefault(key, {})[r["rate"]] = r["probe"]["score"]
     return {of: min(by, key=lambda rate: (-by[rate], rate)) for of, by in found.items()}
 
@@ -387,24 +389,30 @@ def _whole(values: dict[tuple[str, int], float], tasks: Sequence[str]) -> list[f
     return [statistics.fmean(one) for one in every if None not in one]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(doc: str, tasks: Sequence[str]) -> argparse.ArgumentParser:
+    """Of a benchmark that searches rates and trains in several processes, with a log."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     add = parser.add_argument
     add("--base")
     add("--data")
     add("--work", type=Path)
     add("--log", type=Path)
     add("--processes", type=int, default=1)
-    add("--tasks", default=",".join(TASKS))
-    add("--kinds", default=",".join(KINDS), help=f"of {', '.join(RATES)}")
-    add("--placements", default=",".join(PLACEMENTS))
+    add("--tasks", default=",".join(tasks))
     add("--seeds", type=int, default=3)
-    add("--rank", type=int, default=32, help="of all layers")
+    add("--rank", type=int, default=32)
     add("--epochs", type=float, default=2.0)
     add("--batch", type=int, default=32)
     add("--budget-seconds", type=float, default=math.inf)
     add("--table", type=Path, nargs="+")
     add("--worker", action="store_true")
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__, TASKS)
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(RATES)}")
+    parser.add_argument("--placements", default=",".join(PLACEMENTS))
     args = parser.parse_args()
     if args.worker:
         work(args)

@@ -34,6 +34,7 @@ from lori_manager.reporting.kind_comparisons import (
     TRAIN,
     KindsCompared,
     kinds_compared,
+    losses,
 )
 from lori_manager.teaching import NOT_DECIDING, TrainOptions, held_lock, train
 
@@ -231,10 +232,7 @@ class Work:
 
     def tried(self, entry: str, step: str = SEARCH) -> dict[float, float]:
         """Rate -> held-out loss, of the short trainings or of those of full length."""
-        return {
-            float(point): math.inf if s.facts["loss"] is None else s.facts["loss"]
-            for point, s in self._done(entry, step).items()
-        }
+        return losses(self._done(entry, step).values(), step)
 
     def check(self, entry: str) -> None:
         """Put what trains into the model and take it out again, unless that has trained before.

@@ -219,7 +219,7 @@ def _result(
     outcomes: _Outcomes,
     search: JSON,
 ) -> KindResult:
-    tried, full = _losses(steps, SEARCH), _losses(steps, SETTLE)
+    tried, full = losses(steps, SEARCH), losses(steps, SETTLE)
     ready = len(tried) >= search["points"] and (
         next_full_rate(full, best_rate(tried), search.get("full", 0), search["factor"]) is None
     )
@@ -250,8 +250,8 @@ def _result(
     )
 
 
-def _losses(steps: Sequence[KindStep], step: str) -> dict[float, float]:
-    """Rate -> held-out loss of one sort of step."""
+def losses(steps: Iterable[KindStep], step: str) -> dict[float, float]:
+    """Rate -> held-out loss of one sort of step; infinite where it diverged."""
     return {
         float(s.point): math.inf if s.facts["loss"] is None else float(s.facts["loss"])
         for s in steps
