@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig
-from peft.tuners.adalora.layer import RankAllocator
-from torch import Tensor, nn
+from torch import nn
 
 from lori_manager.adapters.kind import Training, no_start
 from lori_manager.adapters.lora import kept
 from lori_manager.adapters.peft_layers import NAME, injected
+from lori_manager.adapters.rank_budget import RankBudget, Schedule, Triplets, orthogonality
 from lori_manager.config import Config
 from lori_manager.engine.weights import AdapterWeights, Block, Stored
 from lori_manager.errors import InvalidInput
 from lori_manager.models import BaseModel, check_rank, resolve_targets
 
-_PARTS = ("lora_A", "lora_E", "lora_B")
+_PARTS = ("lora_A", "lora_E", "lora_B")  # in the order of `Triplets`
 _TINY = 1e-5  # PEFT's layers add it to the rank that they divide by
 
 
@@ -48,30 +48,22 @@ def training(
     peft_config = _peft_config(config, steps, min(min(shape) for shape in shapes.values()))
     check_rank(shapes, peft_config.init_r)
     with injected(base, peft_config, names, config.seed) as layers:
-        parameters = {
-            f"{name}.{part}.{NAME}": getattr(layer, part)[NAME]
-            for name, layer in layers.items()
-            for part in _PARTS
-        }
-        budget = _Budget(parameters, peft_config)
-
-        def penalty() -> Tensor:
-            terms = []
-            for name, p in parameters.items():
-                if ".lora_E." not in name:
-                    product = p @ p.T if ".lora_A." in name else p.T @ p
-                    eye = torch.eye(len(product), dtype=p.dtype, device=p.device)
-                    terms.append(torch.linalg.norm(product - eye))
-            return peft_config.orth_reg_weight * torch.stack(terms).mean()
-
+        parameters: dict[str, nn.Parameter] = {}
+        modules: dict[str, Triplets] = {}
+        for name, layer in layers.items():
+            own = [getattr(layer, part)[NAME] for part in _PARTS]
+            parameters |= {f"{name}.{part}.{NAME}": p for part, p in zip(_PARTS, own, strict=True)}
+            modules[name] = Triplets(*own)
+        budget = RankBudget(modules, _schedule(peft_config, len(modules)))
+        weight = peft_config.orth_reg_weight
         yield Training(
             parameters,
             lambda dtype: _folded(layers, dtype),
-            penalty=penalty if peft_config.orth_reg_weight else None,
+            penalty=(lambda: weight * orthogonality(modules)) if weight else None,
             after_step=budget.after_step,
             state=budget.state,
             load_state=budget.load_state,
-            graphs=False,
+            graphs=base.base_bits == 16,
         )
 
 
@@ -121,51 +113,16 @@ def _peft_config(config: Config, steps: int, most: int) -> AdaLoraConfig:
     )
 
 
-class _Budget:
-    """PEFT's allocator over our parameters, with a state that can be kept.
-
-    As `AdaLoraModel.update_and_allocate`, which is called after the optimizer's step with the
-    gradients in place.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: AdaLoraConfig) -> None:
-        self._parameters = parameters
-        self._last = int(config.total_step or 0) - config.tfinal
-        self._allocator: Any = RankAllocator(self, config, NAME)  # type: ignore[no-untyped-call]
-        self._pattern: dict[str, list[bool]] = {}
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the allocator asks a model for."""
-        yield from self._parameters.items()
-
-    def after_step(self, step: int) -> None:
-        """Learn from the gradients, and cut where it is time."""
-        if step > self._last:
-            self._allocator.mask_using_rank_pattern(self, self._pattern)
-            return
-        last = step == self._last
-        _, pattern = self._allocator.update_and_allocate(self, step, force_mask=last)
-        self._pattern = pattern or self._pattern
-        if last:
-            self._allocator.reset_ipt()
-
-    def state(self) -> dict[str, Tensor]:
-        """Smoothed sensitivities, their uncertainties, and which triplets are left."""
-        held = {f"pattern|{n}": torch.tensor(left) for n, left in self._pattern.items()}
-        for key in ("exp_avg_ipt", "exp_avg_unc"):
-            held |= {f"{key}|{n}": t for n, t in getattr(self._allocator, key).items()}
-        return held
-
-    def load_state(self, held: Mapping[str, Tensor]) -> None:
-        """What `state` gave."""
-        for key, value in held.items():
-            what, _, name = key.partition("|")
-            if what == "pattern":
-                self._pattern[name] = value.tolist()
-            else:
-                like = self._parameters[name]
-                getattr(self._allocator, what)[name] = value.to(like.device)
-                self._allocator.ipt[name] = torch.zeros_like(like)
+def _schedule(config: AdaLoraConfig, modules: int) -> Schedule:
+    return Schedule(
+        begin=config.init_r * modules,
+        end=config.target_r * modules,
+        tinit=config.tinit,
+        last=int(config.total_step or 0) - config.tfinal,
+        every=config.deltaT,
+        beta1=config.beta1,
+        beta2=config.beta2,
+    )
 
 
 def _folded(layers: Mapping[str, Any], dtype: torch.dtype) -> AdapterWeights:
