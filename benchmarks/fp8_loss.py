@@ -21,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from lori_manager import models
 from lori_manager.adapters import lori
+from lori_manager.calibrating import grown_mask
 from lori_manager.config import Config
-from lori_manager.engine import mask as masks
 from lori_manager.tasks.encoding import Encoded, encode_rows
 from lori_manager.tasks.sources import read_source
 from lori_manager.training import fit
@@ -37,11 +37,7 @@ def train(base: models.BaseModel, rows: list[Encoded], config: Config, dense: bo
     block = lori.fresh_block(base.linear_shapes, config, "fp8")
     mask = None
     if not dense:
-        layers = lori.trainable_layers(base.model, block, None)
-        with lori.in_training(base, layers) as values:
-            fit(base, values, rows, config, steps=config.calibration_steps,
-                peak=config.dense_learning_rate)  # fmt: skip
-        mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope)
+        mask, _ = grown_mask(base, block, rows, config)
     layers = lori.trainable_layers(base.model, block, mask)
     peak = config.dense_learning_rate if dense else config.learning_rate
     with lori.in_training(base, layers) as values:
@@ -74,7 +70,8 @@ def main() -> None:
         base = models.load_base(args.base, precision, args.device)
         start = time.monotonic()
         for seed in range(args.seeds):
-            config = Config(seed=seed, batch=args.batch, steps=args.steps, precision=precision)
+            config = Config(seed=seed, batch=args.batch, steps=args.steps, precision=precision,
+                            calibration_steps=20)  # fmt: skip
             ends = train(base, rows, config, args.dense)[-last:]
             found.setdefault(precision, []).append(statistics.fmean(ends))
             print(f"{precision}, seed {seed}: {found[precision][-1]:.4f}", flush=True)

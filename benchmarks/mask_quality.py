@@ -5,12 +5,13 @@
         [--budget-seconds 480]
     python benchmarks/mask_quality.py --table LOG [LOG ...]
 
-`dense-N` keeps the largest |B| after N dense steps (`all`: as many as the training has; the
-paper's way), `gradient-N` the largest absolute sum of N steps' gradients at B = 0, `square-N` the
-largest sum of their squares, `random` any; `-matrix` behind the name ranks every matrix alone
-instead of all together. `none` trains all of B. A, rows and steps are the same for all. Each mask
-and task has its learning rate searched on probe rows with one seed, by trainings of full length;
-then it is trained with the seeds. What a log holds is not run again.
+`dense-N` keeps the largest |B| after N dense steps on the first 1024 rows (`all`: as many as the
+training has, on all of them, the paper's way; `half`: half as many), `gradient-N` the largest
+absolute sum of N steps' gradients at B = 0, `square-N` the largest sum of their squares, `random`
+any; `-matrix` behind the name ranks every matrix alone instead of all together. `none` trains all
+of B. A, rows and steps are the same for all. Each mask and task has its learning rate searched on
+probe rows with one seed, by trainings of full length; then it is trained with the seeds. What a
+log holds is not run again.
 
 FOLDER holds a folder a task with train.jsonl and eval.jsonl; the first 3000 rows train, the last
 256 are probe rows, the first 500 rows of eval.jsonl are scored by greedy exact match. Processes
@@ -33,8 +34,9 @@ from pathlib import Path
 from heading import heading
 from placement_quality import SEARCH_SEED, Workers, arguments, best_rates, interval, read
 
-MASKS = ("dense-20", "dense-60", "dense-all", "gradient-20", "square-20", "dense-20-matrix",
-         "gradient-20-matrix", "random", "none")  # fmt: skip
+MASKS = ("dense-20", "dense-60", "dense-half", "dense-all", "gradient-20", "square-20",
+         "dense-20-matrix", "dense-all-matrix", "gradient-20-matrix", "random", "none")  # fmt: skip
+FEW_ROWS = 1024
 RATES = dict.fromkeys(MASKS, (0.01, 0.02, 0.04, 0.08)) | {"none": (1e-3, 2e-3, 4e-3, 8e-3)}
 TASKS = ("clinc150", "wikisql", "sentiment_uci")
 
@@ -140,8 +142,9 @@ def mask_of(base, block, rows, config, name: str):
         g = torch.Generator().manual_seed(config.seed)
         drawn = {n: torch.rand(b.shape, generator=g) for n, b in block.B.items()}
         return calibrate_mask(drawn, config.sparsity, "model")
-    steps = config.steps if length == "all" else int(length)
-    chosen = rows if length == "all" else rows[: config.calibration_rows]
+    whole = {"all": config.steps, "half": config.steps // 2}
+    steps = whole.get(length) or int(length)
+    chosen = rows if length in whole else rows[:FEW_ROWS]
     found = dense_B if way == "dense" else summed_gradients
     return calibrate_mask(found(base, block, chosen, config, steps, way), config.sparsity,
                           scope or "model")  # fmt: skip

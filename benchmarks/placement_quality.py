@@ -258,7 +258,7 @@ def equal_size(kind: str, types, every, rank: int) -> tuple[int, float, int]:
 
 def train_one(worker, spec: dict, found) -> dict:
     """One adapter: on its own probe rows in a search, on eval rows otherwise."""
-    from quality_worker import outcomes
+    from quality_worker import CALIBRATION_STEPS, outcomes
 
     from lori_manager.adapters.applying import applied
     from lori_manager.config import Config
@@ -272,7 +272,8 @@ def train_one(worker, spec: dict, found) -> dict:
     rows = parts["train"].encoded
     config = Config(
         kind=spec["kind"], targets=tuple(t.name for t in types), rank=rank, alpha=2.0 * rank,
-        sparsity=sparsity, seed=spec["seed"], batch=spec["batch"], calibration_steps=20,
+        sparsity=sparsity, seed=spec["seed"], batch=spec["batch"],
+        calibration_steps=CALIBRATION_STEPS,
         learning_rate=spec["rate"],
         steps=max(1, math.ceil(len(rows) * spec["epochs"] / spec["batch"])),
     )  # fmt: skip

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from quality_worker import CALIBRATION_ROWS
 
 from lori_manager.adapters import lori
+from lori_manager.calibrating import grown_mask
 from lori_manager.config import Config
 from lori_manager.consolidation import input_grams, prompts_of
 from lori_manager.distillation import own_words, taught_rows, teacher_words
-from lori_manager.engine import mask as masks
 from lori_manager.engine.nullspace import leading_directions, outside
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.layerwise import merge_layerwise
@@ -69,15 +70,9 @@ def sequence(worker: Worker, spec: Mapping) -> dict:
             block = avoiding(worker, fresh, beside, [old for old, _ in earlier], spec["energy"])
         mask = None
         if kind.startswith("lori-s"):
-            zero = {n: torch.zeros_like(b, dtype=torch.float32) for n, b in block.B.items()}
-            empty = Block(zero, block.scaling, block.projection, block.tensors)
-            layers = lori.trainable_layers(base.model, empty, None, beside)
-            with lori.in_training(base, layers) as parameters:
-                fit(base, parameters, rows[: config.calibration_rows], config,
-                    steps=config.calibration_steps, peak=config.dense_learning_rate)  # fmt: skip
             used = lori.used_entries(block) if spec.get("protect") and stages else None
-            B = lori.trained_B(layers)
-            mask = masks.calibrate_mask(B, config.sparsity, config.scope, used)
+            mask, _ = grown_mask(base, block, rows[:CALIBRATION_ROWS], config, exclude=used,
+                                 beside=beside)  # fmt: skip
         layers = lori.trainable_layers(base.model, block, mask, beside)
         with lori.in_training(base, layers) as parameters:
             fit(base, parameters, taught, config, steps=config.steps, peak=spec["rate"],

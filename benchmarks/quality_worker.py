@@ -17,10 +17,10 @@ import torch
 
 from lori_manager import models
 from lori_manager.adapters import lori
+from lori_manager.calibrating import grown_mask
 from lori_manager.config import Config
 from lori_manager.consolidation import answered as answered_rows
 from lori_manager.consolidation import input_grams, prompts_of
-from lori_manager.engine import mask as masks
 from lori_manager.engine.codec import decode_adapter, encode_adapter
 from lori_manager.engine.layers import attached, low_rank_layers
 from lori_manager.engine.update import concat_updates
@@ -42,6 +42,7 @@ from lori_manager.tasks.sources import read_source
 from lori_manager.training import fit
 
 TRAIN, PROBE, EVAL = 3000, 256, 500
+CALIBRATION_ROWS, CALIBRATION_STEPS = 1024, 20  # of every mask in the logs; later ones take all
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,7 @@ class Worker:
             block = lori.first_block(self.base, config, line)
             mask = None
             if kind.startswith("lori-s"):
-                chosen = rows[: config.calibration_rows]
-                layers = lori.trainable_layers(self.base.model, block, None)
-                with lori.in_training(self.base, layers) as parameters:
-                    fit(self.base, parameters, chosen, config, steps=config.calibration_steps,
-                        peak=config.dense_learning_rate)  # fmt: skip
-                B = lori.trained_B(layers)
-                mask = masks.calibrate_mask(B, config.sparsity, config.scope)
+                mask, _ = grown_mask(self.base, block, rows[:CALIBRATION_ROWS], config)
             layers = lori.trainable_layers(self.base.model, block, mask)
             with lori.in_training(self.base, layers) as parameters:
                 fit(self.base, parameters, rows, config, steps=config.steps, peak=rate)
@@ -380,5 +375,6 @@ class Worker:
         return Config(
             seed=spec["seed"], batch=32, steps=max(1, math.ceil(rows * passes / 32)),
             rank=spec.get("rank", 32), alpha=2.0 * spec.get("rank", 32),
-            dense_learning_rate=dense, calibration_steps=20, init=spec.get("init", "random"),
+            dense_learning_rate=dense, calibration_steps=CALIBRATION_STEPS,
+            init=spec.get("init", "random"),
         )  # fmt: skip

@@ -34,8 +34,8 @@ def run_one(spec: dict) -> dict:
 
     from lori_manager import models
     from lori_manager.adapters import lori
+    from lori_manager.calibrating import grown_mask
     from lori_manager.config import Config
-    from lori_manager.engine import mask as masks
     from lori_manager.engine.layers import attached, low_rank_layers
     from lori_manager.engine.weights import AdapterWeights
     from lori_manager.scoring import score_rows
@@ -80,11 +80,7 @@ def run_one(spec: dict) -> dict:
         block = lori.fresh_block(base.linear_shapes, config, spec["task"])
         mask = None
         if method == "lori-s":
-            layers = lori.trainable_layers(base.model, block, None)
-            with lori.in_training(base, layers) as parameters:
-                fit(base, parameters, encoded, config,
-                    steps=config.calibration_steps, peak=config.dense_learning_rate)  # fmt: skip
-            mask = masks.calibrate_mask(lori.trained_B(layers), config.sparsity, config.scope)
+            mask, _ = grown_mask(base, block, encoded, config)
         layers = lori.trainable_layers(base.model, block, mask)
         with lori.in_training(base, layers) as parameters:
             result = fit(base, parameters, encoded, config,

@@ -1,10 +1,10 @@
-"""Which entries of B matter to some rows: where a brief dense training moves it most."""
+"""Which entries of B matter to some rows: where a dense training moves it most."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,25 @@ from lori_manager.config import Config
 from lori_manager.engine import mask as masks
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.models import BaseModel
-from lori_manager.training import OnProgress, StepsOf, TrainResult, fit, no_weights
+from lori_manager.tasks.batches import permutation
+from lori_manager.training import (
+    OnProgress,
+    StepsOf,
+    TrainResult,
+    fit,
+    no_weights,
+    steps_for,
+)
+
+T = TypeVar("T")
+
+
+def calibration_rows(rows: Sequence[T], config: Config) -> list[T]:
+    """As many of the training rows as `calibration_rows` says, chosen by the seed."""
+    if config.calibration_rows == 0:
+        return list(rows)
+    chosen = permutation(len(rows), config.seed, "calibration")[: config.calibration_rows]
+    return [rows[i] for i in sorted(chosen)]
 
 
 def grown_mask(
@@ -33,10 +51,12 @@ def grown_mask(
     on_progress: OnProgress | None = None,
     steps_of: StepsOf | None = None,
 ) -> tuple[dict[str, Tensor], TrainResult]:
-    """Train B dense from zero for `calibration_steps`, keep its largest entries.
+    """Train B dense from zero, keep its largest entries.
 
     Args:
         block: whose A counts; its B does not.
+        rows: that it trains on.
+        config: `calibration_steps` says for how long, 0 as a training on these rows.
         exclude: entries that must not be kept.
         beside: what acts in the model and stays fixed.
         head: an encoder's, in the model; it trains too.
@@ -56,7 +76,7 @@ def grown_mask(
             training.parameters,
             rows,
             config,
-            steps=config.calibration_steps,
+            steps=config.calibration_steps or steps_for(len(rows), config),
             peak=config.dense_learning_rate,
             phase=phase,
             checkpoint=checkpoint,

@@ -107,7 +107,8 @@ def probe(
         steps: of the optimizer, the schedule being whole in them.
         dense: LoRI without a mask.
         line: whose A it is, where A hangs on the line; the task's own where None.
-        mask: of LoRI; made on the rows that train where None.
+        mask: of LoRI; where None, made on the rows that train, in as many steps if the settings
+            do not say.
         phase: for progress.
     """
     from lori_manager.adapters.heads import with_head
@@ -128,12 +129,13 @@ def probe(
     loss = math.inf
     try:
         if config.kind == LORI and not dense and mask is None:
-            mask = probing_mask(ws, task, config, parts, line)
+            own = config.replace(calibration_steps=config.calibration_steps or steps)
+            mask = probing_mask(ws, task, own, parts, line)
         with (
             head_of(ws, task, base, config) as head,
-            modules_in(ws, task, config, steps, line, None if dense else mask) as own,
+            modules_in(ws, task, config, steps, line, None if dense else mask) as inside,
         ):
-            training = with_head(own, head, config.head_learning_rate)
+            training = with_head(inside, head, config.head_learning_rate)
             parameters = sum(p.numel() for p in training.parameters.values())
             peak = config.dense_learning_rate if dense else config.learning_rate
             noise = f"probing {task.name}"  # the same for all that are compared
@@ -195,12 +197,10 @@ def probing_mask(
     ws: Context, task: Task, config: Config, parts: Halves, line: str | None = None
 ) -> dict[str, Tensor]:
     """A mask of LoRI made on the rows that train, for several probes to share."""
-    from lori_manager.calibrating import grown_mask
-    from lori_manager.tasks.batches import permutation
+    from lori_manager.calibrating import calibration_rows, grown_mask
 
     block = start_of(ws, task, config, line or task.name).block
-    chosen = permutation(len(parts.rows), config.seed, "calibration")[: config.calibration_rows]
-    rows = [parts.rows[i] for i in sorted(chosen)]
+    rows = calibration_rows(parts.rows, config)
     base, phase = ws.model(config), f"calibrating {task.name}"
     with head_of(ws, task, base, config) as head:
         return grown_mask(

@@ -219,6 +219,26 @@ def steps_within(seconds: float, probes: float, units: float, fixed: float, step
     return max(0, math.floor((seconds - probes * fixed) / (units * step)))
 
 
+@dataclass(frozen=True)
+class Units:
+    """How long some probes and LoRI's masks for them are, in units of equally many steps.
+
+    A mask takes as many steps as its probe, unless the settings say how many.
+    """
+
+    probes: float
+    masks: tuple[float, ...]
+
+    def of(self, config: Config) -> float:
+        """Units of all together."""
+        with_masks = config.kind == LORI and not config.calibration_steps
+        return self.probes + (sum(self.masks) if with_masks else 0)
+
+    def fixed(self, config: Config) -> int:
+        """Steps that are as many however long a unit is."""
+        return config.calibration_steps * len(self.masks) if config.kind == LORI else 0
+
+
 class _Clock:
     """The time there is, and what a probe of so many steps takes of it."""
 
@@ -247,8 +267,8 @@ class _Clock:
         self.fixed = max(0.0, found.seconds - steps * step)
         self._measured = True
 
-    def fits(self, steps: int, more: float = 0.0) -> bool:
-        return SPARE * (self.fixed + more + steps * self.step) <= self.left()
+    def fits(self, steps: int) -> bool:
+        return SPARE * (self.fixed + steps * self.step) <= self.left()
 
 
 class _Prober:
@@ -257,7 +277,6 @@ class _Prober:
     def __init__(self, ws: Context, task: Task, parts: Halves, clock: _Clock) -> None:
         self.ws, self.task, self.parts, self.clock = ws, task, parts, clock
         self.done: list[Tried] = []
-        self.mask_seconds = 0.0  # of the last mask that was made
         self._masks: dict[object, dict[str, Tensor]] = {}
         self._known: dict[tuple[str, int], Probe] = {}
 
@@ -284,7 +303,7 @@ class _Prober:
         if what == "layers":
             told["targets"] = list(config.targets)
             words = ", ".join(config.targets)
-        mask = self._mask(config) if config.kind == LORI else None
+        mask = self._mask(config, steps) if config.kind == LORI else None
         phase = f"probing {words}"
         found = probe(self.ws, self.task, config, self.parts, steps=steps, mask=mask, phase=phase)
         self.clock.learn(found, steps)
@@ -295,23 +314,20 @@ class _Prober:
         )
         return found
 
-    def _mask(self, config: Config) -> dict[str, Tensor]:
-        """Of LoRI at that rank, sparsity and layers, made once: no learning rate is part of it."""
-        key = config.rank, config.sparsity, config.targets
+    def _mask(self, config: Config, steps: int) -> dict[str, Tensor]:
+        """Of LoRI, as a training of so many steps would make it; no learning rate is part of it."""
+        key = _mask_key(config, steps)
         if key not in self._masks:
-            begin = time.monotonic()
-            self._masks[key] = probing_mask(self.ws, self.task, config, self.parts)
-            self.mask_seconds = time.monotonic() - begin
+            own = config.replace(calibration_steps=config.calibration_steps or steps)
+            self._masks[key] = probing_mask(self.ws, self.task, own, self.parts)
         return self._masks[key]
 
     def fits(self, config: Config, steps: int) -> bool:
         """Whether there is time for a probe."""
         if (repr(config), steps) in self._known:
             return True
-        new = config.kind == LORI and (
-            config.rank, config.sparsity, config.targets
-        ) not in self._masks  # fmt: skip
-        return self.clock.fits(steps, self.mask_seconds if new else 0.0)
+        new = config.kind == LORI and _mask_key(config, steps) not in self._masks
+        return self.clock.fits(steps + (config.calibration_steps or steps) * new)
 
     def within(self, what: str, settings: Sequence[Config], steps: int) -> list[Probe]:
         """Probes of these settings, as many of the first as there is time for."""
@@ -322,11 +338,13 @@ class _Prober:
             found.append(self.probe(what, config, steps))
         return found
 
-    def steps(self, share: float, probes: int, units: float, full: int, masks: int = 0) -> int:
+    def steps(self, config: Config, share: float, probes: int, units: Units, full: int) -> int:
         """Steps a unit for probes that may take that share of what is left; at most `full`."""
         clock = self.clock
-        time_there = share * clock.left() / SPARE - masks * self.mask_seconds
-        return min(full, steps_within(time_there, probes, units, clock.fixed, clock.step))
+        time_there = share * clock.left() / SPARE - units.fixed(config) * clock.step
+        return min(
+            full, steps_within(time_there, probes, units.of(config), clock.fixed, clock.step)
+        )
 
     def kept(
         self, found: Sequence[Probe], base_loss: float, steps: int | None, what: str
@@ -355,11 +373,12 @@ def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Co
 
     Short trainings favour rates that are too high for long ones, see `rates`; that is told.
     """
-    usual, units = config.learning_rate, RATES + 2 * 2
-    steps = work.steps(RATE_SHARE, RATES + 2, units, _short(full))
+    usual, units = config.learning_rate, Units(RATES + 2 * 2, (1, 2))
+    steps = work.steps(config, RATE_SHARE, RATES + 2, units, _short(full))
     if steps < min(LEAST, full):
         clock = work.clock
-        need = (clock.fixed * (RATES + 2) + units * LEAST * clock.step) * SPARE / RATE_SHARE
+        every = units.of(config) * LEAST + units.fixed(config)
+        need = (clock.fixed * (RATES + 2) + every * clock.step) * SPARE / RATE_SHARE
         raise InvalidInput(
             f"a step takes {clock.step:.3g} s here and a probe {clock.fixed:.3g} s beside them: "
             f"{clock.budget / 60:g} minutes allow probes of {counted(steps, 'step')}, and fewer "
@@ -394,6 +413,10 @@ def _short(full: int) -> int:
     return max(full // 2, min(LEAST, full))
 
 
+def _mask_key(config: Config, steps: int) -> object:
+    return config.rank, config.sparsity, config.targets, config.calibration_steps or steps
+
+
 def _ranked(config: Config) -> bool:
     return "rank" in kind_of(config.kind).settings
 
@@ -411,7 +434,7 @@ def _layers(
         choices.append(Choice("targets", list(config.targets), why))
         return config
     candidates = [config.replace(targets=chosen), config]
-    steps = work.steps(LAYER_SHARE, 2, 2, _short(full), masks=1)
+    steps = work.steps(config, LAYER_SHARE, 2, Units(2, (1, 1)), _short(full))
     found = work.within("layers", candidates, steps) if steps >= min(LEAST, full) else []
     if len(found) < len(candidates) or not any(len(p.by_row) for p in found):
         why = "as configured: no time was left to probe others"
@@ -437,7 +460,7 @@ def _size(
     narrowest = min(min(shapes[name]) for name in resolve_targets(shapes, config.targets))
     candidates = sizes(config, narrowest)
     count = len(candidates)
-    steps = work.steps(SIZE_SHARE, count, count, _short(full), masks=count - 1)
+    steps = work.steps(config, SIZE_SHARE, count, Units(count, (1,) * count), _short(full))
     found = work.within("size", candidates, steps) if steps >= min(LEAST, full) else []
     if len(found) < len(candidates) or not any(len(p.by_row) for p in found):
         why = "as configured: no time was left to probe others"
@@ -453,7 +476,7 @@ def _length(
     work: _Prober, config: Config, full: int, base_loss: float, choices: list[Choice]
 ) -> Config:
     """Steps: the shortest of three lengths that keeps what the longest gains, else all."""
-    longest = work.steps(1.0, 3, 1.75, full)
+    longest = work.steps(config, 1.0, 3, Units(1.75, (0.25, 0.5, 1)), full)
     lengths = sorted({max(1, longest // 4), max(1, longest // 2), longest})
     if longest < min(4 * LEAST, full):
         why = "as configured: no time was left to probe lengths"

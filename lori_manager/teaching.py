@@ -17,6 +17,7 @@ from lori_manager.errors import Conflict, InvalidInput, LoriError, NotFound
 from lori_manager.evaluation import counted_progress, ready_to_score, score_missing
 from lori_manager.kinds import KINDS, LORI, resolved
 from lori_manager.placing import Placed, placed
+from lori_manager.plain import counted
 from lori_manager.projecting import check_projection, start_of
 from lori_manager.ranks import ranks
 from lori_manager.records import Adapter, Mask, NewAdapter, Parent, Run, Score, Task
@@ -70,7 +71,7 @@ class TrainOptions:
 def calibrate(
     ws: Context, name: str, config: Config | None = None, *, line: str | None = None
 ) -> Mask:
-    """Train B dense for a few steps from zero, keep where it grew most.
+    """Train B dense from zero, keep where it grew most.
 
     Args:
         name: a task.
@@ -99,17 +100,15 @@ def _calibrated_mask(
     beside: AdapterWeights | None = None,
 ) -> Mask:
     """The mask of a task on a block's A, made and stored."""
-    from lori_manager.calibrating import grown_mask
+    from lori_manager.calibrating import calibration_rows, grown_mask
     from lori_manager.engine import mask as masks
     from lori_manager.engine.codec import encode_mask
-    from lori_manager.tasks.batches import permutation
 
     split = "calibration" if "calibration" in task.splits else "train"
     phase = f"calibrating {task.name}"
     base, encoded = ws.model(config), rows_of(ws, task, split, config)
     if split == "train":
-        chosen = permutation(len(encoded), config.seed, "calibration")
-        encoded = [encoded[i] for i in sorted(chosen[: config.calibration_rows])]
+        encoded = calibration_rows(encoded, config)
     with head_of(ws, task, base, config) as head:
         mask, result = grown_mask(
             base, block, encoded, config, exclude=exclude, beside=beside, head=head, phase=phase,
@@ -142,8 +141,8 @@ def _calibrated_mask(
         config=config.to_json() | {"protected": exclude is not None},
     )
     ws.on_message(
-        f"mask {stored.ref}: {kept} of {total} entries of B kept, {config.calibration_steps} "
-        f"dense steps in {result.seconds:.1f} s"
+        f"mask {stored.ref}: {kept} of {total} entries of B kept, "
+        f"{counted(len(result.losses), 'dense step')} in {result.seconds:.1f} s"
     )
     return stored
 

@@ -40,7 +40,7 @@ def calibrate(
 ) -> None:
     """Find which entries of B matter to a task: its next mask.
 
-    B trains dense from zero for a few steps; what grew most is kept.
+    B trains dense from zero; what grew most is kept.
     """
     with workspace(ctx, by_ranks=True) as ws:
         mask = ws.calibrate(task, configured(ws.settings.config, changes), line=line)
