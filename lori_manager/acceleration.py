@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from lori_manager.errors import first_line
 from lori_manager.models import BaseModel
 
 if TYPE_CHECKING:
+    from types import ModuleType
     from typing import Any
 
 logger = logging.getLogger(__name__)
+
+_PLAIN = "_lori_plain"  # where a function that chooses keeps the one that it began as
 
 
 def accelerate(base: BaseModel, kernels: str = "auto") -> bool:
@@ -51,12 +60,45 @@ def _apply(model: Any) -> bool:
     level = liger.level
     liger.setLevel(logging.WARNING)  # it lists its settings
     try:
-        monkey_patch._apply_liger_kernel_to_instance(
-            model=model, cross_entropy=False, fused_linear_cross_entropy=False
-        )
+        with _of_this_model_alone(sys.modules[type(model).__module__]):
+            monkey_patch._apply_liger_kernel_to_instance(
+                model=model, cross_entropy=False, fused_linear_cross_entropy=False
+            )
     except (TypeError, AttributeError, ValueError, RuntimeError) as e:
         logger.info("no fused kernels: %s", first_line(e))
         return False
     finally:
         liger.setLevel(level)
     return True
+
+
+@contextmanager
+def _of_this_model_alone(module: ModuleType) -> Iterator[None]:
+    """What liger puts into a module of transformers acts on no other model of the process.
+
+    Its classes are taken out again, the model has them in place. Its functions stay, for GPUs.
+    """
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        for name, fused in list(vars(module).items()):
+            plain = before.get(name)
+            if plain is None or fused is plain:
+                continue
+            if isinstance(plain, type):
+                setattr(module, name, plain)
+            elif callable(plain):
+                setattr(module, name, _on_gpus(fused, getattr(plain, _PLAIN, plain)))
+
+
+def _on_gpus(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The fused function where what it is given is on a GPU, the plain one elsewhere."""
+
+    @functools.wraps(plain)
+    def chosen(*args: Any, **named: Any) -> Any:
+        tensors = (a for a in (*args, *named.values()) if isinstance(a, Tensor))
+        return (fused if next(tensors).is_cuda else plain)(*args, **named)
+
+    setattr(chosen, _PLAIN, plain)
+    return chosen

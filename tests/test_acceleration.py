@@ -2,10 +2,13 @@
 
 import copy
 import logging
+import sys
+import types
 
 import architectures
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 from lori_manager.acceleration import accelerate
 from lori_manager.engine import kernels
@@ -42,7 +45,7 @@ def test_the_switch_turns_our_own_kernels_off_too(tmp_path):
 
 
 def test_without_liger_one_line_says_so_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(__import__("sys").modules, "liger_kernel.transformers", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     base = OnGpu(architectures.llama(), tmp_path, "bf16")
     with caplog.at_level(logging.INFO, "lori_manager"):
         assert accelerate(base) is False
@@ -50,6 +53,36 @@ def test_without_liger_one_line_says_so_once(tmp_path, monkeypatch, caplog):
     (record,) = caplog.records
     assert "pip install 'lori-manager[cuda]'" in record.message
     assert kernels._enabled
+
+
+def test_what_is_fused_for_one_model_leaves_the_others_of_the_process_alone(tmp_path, monkeypatch):
+    """liger-kernel replaces names in transformers' modules, which all models of a kind share."""
+    plain = BaseModel(architectures.llama(), tmp_path, "fp32")
+    own, rotary = vars(modeling_llama)["LlamaRMSNorm"], modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)  # is there again after
+    expected = plain.model(torch.arange(6)[None]).logits
+
+    def fused(*_, **__):
+        raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    def patch(model, **_):
+        modeling_llama.LlamaRMSNorm = type("Fused", (torch.nn.Module,), {"forward": fused})
+        modeling_llama.apply_rotary_pos_emb = fused
+
+    liger = types.ModuleType("liger_kernel.transformers")
+    liger.monkey_patch = types.SimpleNamespace(
+        __name__="liger", MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": patch},
+        _apply_liger_kernel_to_instance=patch,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    for _ in range(2):
+        assert accelerate(OnGpu(architectures.llama(), tmp_path, "bf16"))
+    assert torch.equal(plain.model(torch.arange(6)[None]).logits, expected)
+    assert modeling_llama.LlamaRMSNorm is own
+    assert modeling_llama.apply_rotary_pos_emb._lori_plain is rotary
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with pytest.raises(ValueError, match="Triton"):
+        modeling_llama.apply_rotary_pos_emb(torch.ones(1), torch.ones(1), None, None)
 
 
 @pytest.mark.gpu

@@ -30,6 +30,18 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left.to(device), values.to(device), right.to(device)
 
 
+def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """U (m, m) and S (m,) falling of a wide float64 matrix (m, n), by its Gram matrix.
+
+    Many times faster than `svd`; what is below 1e-7 of the largest value is rounding. With an
+    orthonormal U in any case, U'M is S V' and U U'M is M.
+    """
+    here, device = _host(matrix @ matrix.mT)
+    squares, left = torch.linalg.eigh(here)
+    values = squares.flip(-1).clamp(min=0).sqrt()
+    return left.flip(-1).to(device), values.to(device)
+
+
 def singular_values(matrix: Tensor) -> Tensor:
     """S (k,) falling of a matrix (m, n), or (T, k) of T matrices; on its device."""
     here, device = _host(matrix)
@@ -84,15 +96,15 @@ def side_by_side(work: Callable[[T], R], items: Iterable[T], device: torch.devic
         yield from map(work, items)
         return
     remaining = iter(items)
-    # Alone: what a GPU's libraries load at their first call does not bear several threads.
-    for item in remaining:
-        yield work(item)
-        break
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # a thread an item is enough
     # LAPACK keeps to it in a thread of ours only where that thread was told so too.
     own = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
+        # Alone: what a GPU's libraries load at their first call does not bear several threads.
+        for item in remaining:
+            yield work(item)
+            break
         with own as pool:
             yield from pool.map(work, remaining)
     finally:

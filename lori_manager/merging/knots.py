@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lori_manager.engine.core import core_form
-from lori_manager.engine.decompose import svd
+from lori_manager.engine.decompose import left_singular
 from lori_manager.engine.update import LowRankUpdate
 from lori_manager.engine.weights import AdapterWeights
 from lori_manager.merging.entries import Matrix, elected_mean, keep_largest
@@ -32,9 +32,10 @@ def in_joint_frame(
         weights: one per update, for `rule`.
     """
     form = core_form(updates, torch.float64)
-    left, values, right = svd(torch.cat(list(form.cores), 1))
+    cores = torch.cat(list(form.cores), 1)
+    left, values = left_singular(cores)
     k = max(counted(values), 1)
-    scaled = (values[:k, None] * right[:k]).chunk(len(updates), 1)
+    scaled = (left[:, :k].mT @ cores).chunk(len(updates), 1)
     merged = rule([(one @ form.V).float() for one in scaled], list(weights))
     return LowRankUpdate(merged, (form.U @ left[:, :k]).float())
 

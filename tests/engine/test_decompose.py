@@ -12,6 +12,7 @@ import torch
 from lori_manager.engine.decompose import (
     MOST_THREADS,
     cholesky_qr,
+    left_singular,
     qr,
     side_by_side,
     singular_values,
@@ -62,6 +63,20 @@ def test_what_is_decomposed_is_what_torch_gives(shape):
     assert torch.allclose(singular_values(torch.stack([matrix, 2 * matrix]))[1], 2 * values)
     Q, R = qr(matrix)
     assert torch.allclose(Q @ R, matrix)
+
+
+@pytest.mark.parametrize("shape", [(9, 40), (5, 5), (7, 3)])
+def test_left_singular_vectors_are_torch_s_and_values_are_exact_to_a_ten_millionth(shape):
+    falling = torch.logspace(0, -9, shape[0], dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(falling[:, None] * draw(*shape), full_matrices=False)
+    matrix = U * S @ Vh
+    left, values = left_singular(matrix)
+    assert torch.allclose(left.mT @ left, torch.eye(shape[0], dtype=left.dtype), atol=1e-12)
+    assert torch.allclose(values[: len(S)], S, atol=1e-7 * float(S[0]), rtol=0)
+    large = int((S / S[0] > 1e-4).sum())
+    assert torch.allclose((left[:, :large].mT @ U[:, :large]).abs(), torch.eye(large).double(),
+                          atol=1e-6)  # fmt: skip
+    assert torch.allclose(left @ (left.mT @ matrix), matrix, atol=1e-14)
 
 
 def test_work_side_by_side_comes_in_order_on_threads_of_a_gpu_alone():
