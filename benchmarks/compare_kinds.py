@@ -43,7 +43,6 @@ from lori_manager.metrics.crossed import crossed_mean
 from lori_manager.metrics.multiple import holm
 from lori_manager.metrics.quantiles import student_two_sided, student_two_sided_quantile
 from lori_manager.rates import at_edge, best_rate
-from lori_manager.reporting.intervals import score_interval
 from lori_manager.reporting.kind_comparisons import (
     BEATS,
     LOSES,
@@ -52,6 +51,7 @@ from lori_manager.reporting.kind_comparisons import (
     TIES,
     TRAIN,
     change_between,
+    mean_score,
 )
 
 SETTINGS = ("rows", "eval_rows", "batch", "epochs", "steps", "rank", "rates", "factor", "share",
@@ -403,20 +403,11 @@ def table(results: Sequence[dict], kinds: Sequence[str]) -> None:
             edge = " (edge)" if at_edge(tried, full) else ""
             rate = f"{best_rate(full or tried):g}{edge}"
             grid = "; ".join(" ".join(f"{r:g}" for r in sorted(x)) for x in (tried, full))
-            mean = _mean(np.stack([own[s] for s in sorted(own)]), weights[task])
-            print(f"| {kind} | {len(own)} | {mean} | {' | '.join(line[1:])} | {rate} | {grid} |")
+            mean = mean_score(np.stack([own[s] for s in sorted(own)]), weights[task])
+            told = "{:.3f} [{:.3f}, {:.3f}]".format(*mean)
+            print(f"| {kind} | {len(own)} | {told} | {' | '.join(line[1:])} | {rate} | {grid} |")
     _over_tasks(outcomes, weights, tasks, kinds)
     _costs(results, trained, tasks, kinds)
-
-
-def _mean(x: np.ndarray, weights: np.ndarray | None) -> str:
-    found = crossed_mean(x, weights)
-    rows = x.mean(0)
-    error = math.sqrt(found.mean * (1 - found.mean) / len(rows)) if len(x) == 1 else found.error
-    low, high = score_interval(found.mean, error, len(rows))
-    if len(x) > 1 and not math.isnan(found.low):
-        low, high = min(low, found.low), max(high, found.high)
-    return f"{found.mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _change(outcomes, weights, task, first, kind):

@@ -341,6 +341,7 @@ class Work:
             compared=self._comparison.digest,
         )
         ws.on_progress = progress
+        begin = time.perf_counter()
         try:
             adapter: Adapter | None = train(ws, [self._task.name], config, options)[0].adapter
         except Diverged as e:
@@ -351,6 +352,7 @@ class Work:
         return adapter, {
             "step_seconds": meter.step_seconds,
             "peak_bytes": meter.peak_bytes,
+            "seconds": round(time.perf_counter() - begin, 3),
             "device": device_name(base.device),
         }
 

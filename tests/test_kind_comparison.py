@@ -70,6 +70,7 @@ def test_every_kind_is_searched_trained_and_scored_alike(done):
         assert kind.parameters == ws.adapter(kind.adapters[-1]).facts["parameters"]
         assert kind.bytes == ws.adapter(kind.adapters[-1]).bytes
         assert kind.step_seconds > 0
+        assert kind.seconds > min(ws.adapter(ref).facts["seconds"] for ref in kind.adapters)
         assert kind.peak_bytes is None or kind.peak_bytes > 10**7
     assert found.kinds[0].against is None
     assert {k.against.seeds for k in found.kinds[1:]} == {2}

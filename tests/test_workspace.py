@@ -237,6 +237,25 @@ def test_a_mask_of_other_modules_is_refused_even_if_allowed(ws):
         ws.train(["colour"], options=TrainOptions(mask=narrow.ref, allow_foreign_mask=True))
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"steps": 6}, 6),
+        ({"steps": 0, "epochs": 2.0, "batch": 5}, 10),  # 24 rows, all of them
+        ({"steps": 0, "epochs": 2.0, "batch": 5, "calibration_rows": 8}, 4),
+        ({"steps": 6, "calibration_steps": 3}, 3),
+    ],
+)
+def test_a_mask_takes_as_many_dense_steps_as_a_training_unless_told(fresh, changes, steps):
+    told, seen = [], []
+    fresh.on_message, fresh.on_progress = told.append, seen.append
+    fresh.calibrate("colour", settings(fresh, **{"calibration_steps": 0} | changes))
+    assert [(p.phase, p.step, p.steps) for p in seen] == [
+        ("calibrating colour", i + 1, steps) for i in range(steps)
+    ]
+    assert f"entries of B kept, {steps} dense steps in" in told[-1]
+
+
 def test_a_mask_is_calibrated_only_on_a_line_that_can_be_named(fresh):
     for name in ("a/b", "x@y", "", "-x", "latest"):
         with pytest.raises(InvalidInput, match="line"):

@@ -119,7 +119,7 @@ def show(found: KindsCompared) -> None:
                f"on {', '.join(found.devices) or 'nothing yet'}")  # fmt: skip
     output.table(
         ["kind", ">seeds", ">score [95%]", f">against {found.first} [95%]", ">p", "", ">trained",
-         ">stored", ">step", ">memory", ">rate", ">search"],
+         ">stored", ">step", ">training", ">memory", ">rate", ">search"],
         [
             [
                 kind.entry,
@@ -129,6 +129,7 @@ def show(found: KindsCompared) -> None:
                 output.count(kind.parameters),
                 output.size(kind.bytes),
                 _milliseconds(kind.step_seconds),
+                output.duration(kind.seconds),
                 output.size(kind.peak_bytes),
                 None if kind.rate is None else f"{kind.rate:g}{' (edge)' * kind.edge}",
                 output.duration(kind.search_seconds),

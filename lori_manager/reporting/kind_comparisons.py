@@ -72,7 +72,8 @@ class KindResult:
         value, low, high: mean score and its 95% interval.
         against: compared with the first; None for the first itself.
         parameters: trained; bytes: stored; both of the last seed's adapter.
-        step_seconds, peak_bytes, seconds: medians over seeds, see `metering`.
+        step_seconds, peak_bytes: medians over seeds, see `metering`.
+        seconds: of a whole training, with the making of its mask; the median, too.
         diverged: seeds whose training diverged.
     """
 
@@ -226,7 +227,9 @@ def _result(
     trained = {int(s.point): s for s in steps if s.step == TRAIN}
     kept = [trained[seed] for seed in scores]
     adapters = [_adapter(store, step) for step in kept]
-    value, low, high = _mean(outcomes, list(scores))
+    value = low = high = math.nan
+    if scores:
+        value, low, high = mean_score(outcomes.of(list(scores)), outcomes.weights)
     return KindResult(
         entry,
         tuple(sorted(tried.items())),
@@ -245,7 +248,7 @@ def _result(
         adapters[-1].bytes if adapters else None,
         _median(step.facts.get("step_seconds") for step in kept),
         _whole(_median(step.facts.get("peak_bytes") for step in kept)),
-        _median(a.facts.get("seconds") for a in adapters),
+        _median(step.facts.get("seconds") for step in kept),
         tuple(sorted(seed for seed, step in trained.items() if step.adapter is None)),
     )
 
@@ -284,17 +287,23 @@ def _missing(result: KindResult, wanted: Sequence[int], points: int) -> list[str
     return [f"{result.entry}: seed {', '.join(left)} not trained"] if left else []
 
 
-def _mean(outcomes: _Outcomes, seeds: Sequence[int]) -> tuple[float, float, float]:
-    """The mean score over these seeds and all rows, and its 95% interval."""
-    if not seeds:
-        return math.nan, math.nan, math.nan
-    x = outcomes.of(seeds)
-    rows = summarize(x.mean(0), outcomes.weights)
+def mean_score(
+    outcomes: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+) -> tuple[float, float, float]:
+    """The mean score over seeds and rows, and its 95% interval.
+
+    Args:
+        outcomes: (seeds, rows). Not modified.
+        weights: (rows,) or None.
+    """
+    rows = summarize(outcomes.mean(0), weights)
     low, high = score_interval(rows.value, rows.error, rows.rows)
-    if len(seeds) > 1:
-        both = crossed_mean(x, outcomes.weights)
+    if len(outcomes) > 1:
+        both = crossed_mean(outcomes, weights)
         if not math.isnan(both.low):
             low, high = min(low, both.low), max(high, both.high)
+    if is_binary(outcomes):
+        low, high = max(low, 0.0), min(high, 1.0)
     return rows.value, low, high
 
 

@@ -47,7 +47,8 @@ def _comparison(found: KindsCompared) -> str:
         f"{_text('; '.join(found.devices))}</caption>"
         '<thead><tr><th scope="col">Kind</th><th scope="col">Score</th>'
         f'<th scope="col">Against {first}</th><th scope="col">Trained</th>'
-        '<th scope="col">Stored</th><th scope="col">Step</th><th scope="col">Memory</th>'
+        '<th scope="col">Stored</th><th scope="col">Step</th><th scope="col">Training</th>'
+        '<th scope="col">Memory</th>'
         f'<th scope="col">Rate</th></tr></thead><tbody>{rows}</tbody></table></div>'
         + (f"<p>Not done:</p><ul>{missing}</ul>" if missing else "")
     )
@@ -57,7 +58,7 @@ def _row(kind: KindResult, found: KindsCompared) -> str:
     refs = _text(", ".join(kind.adapters))
     name = f'<th scope="row">{_text(kind.entry)}<small>{refs}</small></th>'
     if math.isnan(kind.value):
-        return f'<tr class="missing">{name}<td colspan="7">nothing trained yet</td></tr>'
+        return f'<tr class="missing">{name}<td colspan="8">nothing trained yet</td></tr>'
     several = f", {len(kind.seeds)} seeds" if len(kind.seeds) > 1 else ", one seed"
     score = f"{number(kind.value)}<small>{number(kind.low)} to {number(kind.high)}{several}</small>"
     against = "–"
@@ -77,7 +78,8 @@ def _row(kind: KindResult, found: KindsCompared) -> str:
     rate = "–" if kind.rate is None else f"{kind.rate:g}{edge}"
     stored = "–" if kind.bytes is None else f"{kind.bytes / 1e6:.3g} MB"
     trained = "–" if kind.parameters is None else f"{kind.parameters:,}"
-    cells = (score, against, trained, stored, step, memory, rate)
+    whole = "–" if kind.seconds is None else f"{kind.seconds:,.3g} s"
+    cells = (score, against, trained, stored, step, whole, memory, rate)
     return f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 

@@ -61,7 +61,7 @@ def test_every_kind_has_its_row_verdict_and_costs(four):
     assert "ties lori +0.015, −0.015 to +0.045, p 0.012" in told
     assert "▼ loses to lori" in told
     assert "▲ beats lori" in told
-    assert "497,664 0.934 MB 21.3 ms 1.52 GB 0.003 at the edge of those tried" in told
+    assert "497,664 0.934 MB 21.3 ms 9.1 s 1.52 GB 0.003 at the edge of those tried" in told
     assert "dora nothing trained yet" in told
     assert "dora: 0 of 5 rates tried, nothing trained" in told
     assert "376 steps each; 5 rates of 94 steps, then at most 3 with all of them; NVIDIA" in told
