@@ -289,8 +289,12 @@ class _Prober:
         """What `base_loss` is the loss of."""
         return "the labels' shares alone" if self.ws.architecture.encoder else "the base"
 
-    def probe(self, what: str, config: Config, steps: int) -> Probe:
-        """One probe, whatever time there is; made before, it is what came of it then."""
+    def probe(self, what: str, config: Config, steps: int, dense: int = 0) -> Probe:
+        """One probe, whatever time there is; made before, it is what came of it then.
+
+        LoRI's mask is as a training of `dense` steps would make it, 0: of as many as the probe.
+        """
+        config = _calibrated(config, dense or steps)
         known = self._known.get((repr(config), steps))
         if known is not None:
             return known
@@ -303,7 +307,7 @@ class _Prober:
         if what == "layers":
             told["targets"] = list(config.targets)
             words = ", ".join(config.targets)
-        mask = self._mask(config, steps) if config.kind == LORI else None
+        mask = self._mask(config) if config.kind == LORI else None
         phase = f"probing {words}"
         found = probe(self.ws, self.task, config, self.parts, steps=steps, mask=mask, phase=phase)
         self.clock.learn(found, steps)
@@ -314,28 +318,30 @@ class _Prober:
         )
         return found
 
-    def _mask(self, config: Config, steps: int) -> dict[str, Tensor]:
-        """Of LoRI, as a training of so many steps would make it; no learning rate is part of it."""
-        key = _mask_key(config, steps)
+    def _mask(self, config: Config) -> dict[str, Tensor]:
+        """Of LoRI; no learning rate is part of it."""
+        key = _mask_key(config)
         if key not in self._masks:
-            own = config.replace(calibration_steps=config.calibration_steps or steps)
-            self._masks[key] = probing_mask(self.ws, self.task, own, self.parts)
+            self._masks[key] = probing_mask(self.ws, self.task, config, self.parts)
         return self._masks[key]
 
-    def fits(self, config: Config, steps: int) -> bool:
+    def fits(self, config: Config, steps: int, dense: int = 0) -> bool:
         """Whether there is time for a probe."""
+        config = _calibrated(config, dense or steps)
         if (repr(config), steps) in self._known:
             return True
-        new = config.kind == LORI and _mask_key(config, steps) not in self._masks
-        return self.clock.fits(steps + (config.calibration_steps or steps) * new)
+        new = config.kind == LORI and _mask_key(config) not in self._masks
+        return self.clock.fits(steps + config.calibration_steps * new)
 
-    def within(self, what: str, settings: Sequence[Config], steps: int) -> list[Probe]:
+    def within(
+        self, what: str, settings: Sequence[Config], steps: int, dense: int = 0
+    ) -> list[Probe]:
         """Probes of these settings, as many of the first as there is time for."""
         found = []
         for config in settings:
-            if not self.fits(config, steps):
+            if not self.fits(config, steps, dense):
                 break
-            found.append(self.probe(what, config, steps))
+            found.append(self.probe(what, config, steps, dense))
         return found
 
     def steps(self, config: Config, share: float, probes: int, units: Units, full: int) -> int:
@@ -373,7 +379,7 @@ def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Co
 
     Short trainings favour rates that are too high for long ones, see `rates`; that is told.
     """
-    usual, units = config.learning_rate, Units(RATES + 2 * 2, (1, 2))
+    usual, units = config.learning_rate, Units(RATES + 2 * 2, (1,))
     steps = work.steps(config, RATE_SHARE, RATES + 2, units, _short(full))
     if steps < min(LEAST, full):
         clock = work.clock
@@ -393,7 +399,7 @@ def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Co
         raise InvalidInput(f"training diverged at every rate tried ({', '.join(map(str, tried))}): "
                            "check the rows")  # fmt: skip
     pair = sorted(tried, key=lambda rate: (tried[rate], rate))[:2]
-    again = work.within("rate", [config.replace(learning_rate=r) for r in pair], 2 * steps)
+    again = work.within("rate", [config.replace(learning_rate=r) for r in pair], 2 * steps, steps)
     best, length = best_rate(tried), steps
     if len(again) == len(pair) == 2:
         best = best_rate(dict(zip(pair, (p.loss for p in again), strict=True)))
@@ -413,8 +419,15 @@ def _short(full: int) -> int:
     return max(full // 2, min(LEAST, full))
 
 
-def _mask_key(config: Config, steps: int) -> object:
-    return config.rank, config.sparsity, config.targets, config.calibration_steps or steps
+def _calibrated(config: Config, steps: int) -> Config:
+    """With the steps of LoRI's mask, unless the settings have them."""
+    if config.kind != LORI or config.calibration_steps:
+        return config
+    return config.replace(calibration_steps=steps)
+
+
+def _mask_key(config: Config) -> object:
+    return config.rank, config.sparsity, config.targets, config.calibration_steps
 
 
 def _ranked(config: Config) -> bool:

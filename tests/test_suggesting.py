@@ -30,12 +30,14 @@ def ws(untaught, tmp_path):
 class Machine:
     """A clock that moves by what probes cost, and losses by a formula."""
 
-    def __init__(self, monkeypatch, loss, step=1.0, fixed=2.0, mask=3.0):
-        self.now, self.seen = 0.0, []
+    def __init__(self, monkeypatch, loss, step=1.0, fixed=2.0):
+        self.now, self.seen, self.masks = 0.0, [], []
 
         def probe(ws, task, config, parts, *, steps, mask, phase):
             self.now += fixed + steps * step
             self.seen.append((config, steps))
+            assert (mask is None) == (config.kind != "lori")
+            assert mask is None or mask["made"] == config.calibration_steps
             mean = loss(config, steps)
             finite = math.isfinite(mean)
             by_row = mean + NOISE - NOISE.mean() if finite else np.zeros(0)
@@ -43,8 +45,9 @@ class Machine:
             return Probe(mean, by_row, tokens, fixed + steps * step, step, 100, None)
 
         def probing_mask(ws, task, config, parts):
-            self.now += mask
-            return {}
+            self.now += 0.5 * fixed + config.calibration_steps * step
+            self.masks.append(config.calibration_steps)
+            return {"made": config.calibration_steps}
 
         monkeypatch.setattr(suggesting.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(suggesting, "probe", probe)
@@ -74,6 +77,19 @@ def test_no_probe_is_made_twice(ws, monkeypatch):
     suggest(ws, "colour", budget=3600, config=ws.settings.config.replace(steps=100))
     made = [(repr(config), steps) for config, steps in machine.seen]
     assert len(set(made)) == len(made)
+
+
+def test_a_mask_is_as_a_training_of_the_probe_s_length_makes_it(ws, monkeypatch):
+    machine = Machine(monkeypatch, bowl(1e-2))
+    config = ws.settings.config.replace(steps=100, calibration_steps=0)
+    found = suggest(ws, "colour", budget=3600, config=config)
+    again = [p.steps for p in found.probes if p.what == "rate"][-2:]
+    for own, steps in machine.seen:
+        assert own.calibration_steps == steps or (steps in again and own.calibration_steps == 50)
+    assert found.changes["calibration_steps"] == 0  # as given, not as probed
+    machine = Machine(monkeypatch, bowl(1e-2))
+    suggest(ws, "colour", budget=3600, config=config.replace(calibration_steps=7))
+    assert set(machine.masks) == {7}
 
 
 def test_the_command_has_all_that_differs_from_the_workspaces_settings(ws, monkeypatch):
@@ -145,10 +161,10 @@ def test_where_the_time_ends_before_the_loss_has_settled_all_steps_are_proposed(
 
 
 @pytest.mark.parametrize("budget", [200, 300, 1000, 3600])
-@pytest.mark.parametrize("kind", ["lori", "lora"])
-def test_it_keeps_to_its_time(ws, monkeypatch, budget, kind):
+@pytest.mark.parametrize(("kind", "dense"), [("lori", 0), ("lori", 2), ("lora", 0)])
+def test_it_keeps_to_its_time(ws, monkeypatch, budget, kind, dense):
     machine = Machine(monkeypatch, bowl(1e-2), step=0.5)
-    config = ws.settings.config.replace(steps=1000, kind=kind)
+    config = ws.settings.config.replace(steps=1000, kind=kind, calibration_steps=dense)
     found = suggest(ws, "colour", budget=budget, config=config)
     assert machine.now == found.seconds <= budget
     assert found.seconds > 0.5 * budget or budget == 3600
