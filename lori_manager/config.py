@@ -413,8 +413,8 @@ COMMENTS = {
     "kernels": "auto: fused GPU kernels where they are installed (extra `cuda`)",
     "checkpointing": "on: less memory for one forward more",
     "steps": "optimizer steps; 0 means `epochs` passes over the rows",
-    "calibration_steps": "dense steps before the mask is cut; 0: as many as a training has, which "
-    "doubles its time and is worth it (a few steps find no better mask than chance)",
+    "calibration_steps": "dense steps before the mask is cut; 0: as many as a training has (a few "
+    "find no better mask than chance)",
     "calibration_rows": "how many training rows calibrate where no calibration file is given; 0: "
     "all",
     "kind": "what is trained: see `lori kinds`",

@@ -22,8 +22,8 @@ Changes = Mapping[str, Any]
 _NO_OPTION = ("max_length", "kind_options")
 TRAINING = tuple(f.name for f in dataclasses.fields(Config) if f.name not in _NO_OPTION)
 CALIBRATION = (
-    "calibration_steps", "calibration_rows", "sparsity", "scope", "rank", "alpha", "targets",
-    "init", "projection", "nullspace_energy", "nullspace_scale", "seed", "batch",
+    "calibration_steps", "calibration_rows", "epochs", "sparsity", "scope", "rank", "alpha",
+    "targets", "init", "projection", "nullspace_energy", "nullspace_scale", "seed", "batch",
     "dense_learning_rate", "schedule", "warmup", "weight_decay", "clip", "precision", "base_bits",
     "micro_batch", "packing", "graphs", "kernels", "checkpointing",
 )  # fmt: skip
