@@ -37,7 +37,7 @@ def train(base: models.BaseModel, rows: list[Encoded], config: Config, dense: bo
     block = lori.fresh_block(base.linear_shapes, config, "fp8")
     mask = None
     if not dense:
-        mask, _ = grown_mask(base, block, rows, config)
+        mask, _ = grown_mask(base, block, rows, config, steps=config.calibration_steps)
     layers = lori.trainable_layers(base.model, block, mask)
     peak = config.dense_learning_rate if dense else config.learning_rate
     with lori.in_training(base, layers) as values:

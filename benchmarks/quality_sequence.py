@@ -71,8 +71,10 @@ def sequence(worker: Worker, spec: Mapping) -> dict:
         mask = None
         if kind.startswith("lori-s"):
             used = lori.used_entries(block) if spec.get("protect") and stages else None
-            mask, _ = grown_mask(base, block, rows[:CALIBRATION_ROWS], config, exclude=used,
-                                 beside=beside)  # fmt: skip
+            mask, _ = grown_mask(
+                base, block, rows[:CALIBRATION_ROWS], config, steps=config.calibration_steps,
+                exclude=used, beside=beside,
+            )  # fmt: skip
         layers = lori.trainable_layers(base.model, block, mask, beside)
         with lori.in_training(base, layers) as parameters:
             fit(base, parameters, taught, config, steps=config.steps, peak=spec["rate"],

@@ -124,7 +124,8 @@ class Worker:
             block = lori.first_block(self.base, config, line)
             mask = None
             if kind.startswith("lori-s"):
-                mask, _ = grown_mask(self.base, block, rows[:CALIBRATION_ROWS], config)
+                mask, _ = grown_mask(self.base, block, rows[:CALIBRATION_ROWS], config,
+                                     steps=config.calibration_steps)  # fmt: skip
             layers = lori.trainable_layers(self.base.model, block, mask)
             with lori.in_training(self.base, layers) as parameters:
                 fit(self.base, parameters, rows, config, steps=config.steps, peak=rate)

@@ -80,7 +80,7 @@ def run_one(spec: dict) -> dict:
         block = lori.fresh_block(base.linear_shapes, config, spec["task"])
         mask = None
         if method == "lori-s":
-            mask, _ = grown_mask(base, block, encoded, config)
+            mask, _ = grown_mask(base, block, encoded, config, steps=config.calibration_steps)
         layers = lori.trainable_layers(base.model, block, mask)
         with lori.in_training(base, layers) as parameters:
             result = fit(base, parameters, encoded, config,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lori_manager.engine import kernels as own
 from lori_manager.errors import first_line
 from lori_manager.models import BaseModel
 
@@ -35,8 +36,6 @@ def accelerate(base: BaseModel, kernels: str = "auto") -> bool:
     Returns:
         Whether the model runs liger's kernels; why not is told in one line of log.
     """
-    from lori_manager.engine import kernels as own
-
     own.enable(kernels == "auto")
     model: Any = base.model
     if kernels != "auto" or base.device.type != "cuda":
@@ -93,12 +92,13 @@ def _of_this_model_alone(module: ModuleType) -> Iterator[None]:
 
 
 def _on_gpus(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The fused function where what it is given is on a GPU, the plain one elsewhere."""
+    """The fused function where kernels are on and what it is given on a GPU, else the plain one."""
 
     @functools.wraps(plain)
-    def chosen(*args: Any, **named: Any) -> Any:
-        tensors = (a for a in (*args, *named.values()) if isinstance(a, Tensor))
-        return (fused if next(tensors).is_cuda else plain)(*args, **named)
+    def either(*args: Any, **named: Any) -> Any:
+        given = next((a for a in (*args, *named.values()) if isinstance(a, Tensor)), None)
+        chosen = fused if given is not None and own.enabled() and given.is_cuda else plain
+        return chosen(*args, **named)
 
-    setattr(chosen, _PLAIN, plain)
-    return chosen
+    setattr(either, _PLAIN, plain)
+    return either

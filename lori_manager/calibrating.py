@@ -17,14 +17,7 @@ from lori_manager.engine import mask as masks
 from lori_manager.engine.weights import AdapterWeights, Block
 from lori_manager.models import BaseModel
 from lori_manager.tasks.batches import permutation
-from lori_manager.training import (
-    OnProgress,
-    StepsOf,
-    TrainResult,
-    fit,
-    no_weights,
-    steps_for,
-)
+from lori_manager.training import OnProgress, StepsOf, TrainResult, fit, no_weights
 
 T = TypeVar("T")
 
@@ -43,6 +36,7 @@ def grown_mask(
     rows: Sequence[Any],
     config: Config,
     *,
+    steps: int,
     exclude: Mapping[str, Tensor] | None = None,
     beside: AdapterWeights | None = None,
     head: HeadTraining | None = None,
@@ -56,7 +50,8 @@ def grown_mask(
     Args:
         block: whose A counts; its B does not.
         rows: that it trains on.
-        config: `calibration_steps` says for how long, 0 as a training on these rows.
+        config: of the training; its `calibration_steps` are the caller's to look at.
+        steps: of the optimizer.
         exclude: entries that must not be kept.
         beside: what acts in the model and stays fixed.
         head: an encoder's, in the model; it trains too.
@@ -76,7 +71,7 @@ def grown_mask(
             training.parameters,
             rows,
             config,
-            steps=config.calibration_steps or steps_for(len(rows), config),
+            steps=steps,
             peak=config.dense_learning_rate,
             phase=phase,
             checkpoint=checkpoint,

@@ -35,8 +35,7 @@ class Config:
 
     Learning rates are per optimizer step of AdamW; a `learning_rate` of 0 is the usual one of
     the kind, see `kinds.resolved`. `steps` counts optimizer steps; 0 means `epochs` passes
-    over the training rows; so do `calibration_steps`, where 0 means what a training on the
-    calibration rows would make.
+    over the training rows. `calibration_steps` of 0 are as many as the training's.
     """
 
     kind: str = "lori"

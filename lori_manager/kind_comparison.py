@@ -280,8 +280,8 @@ class Work:
         if entry != LORI:
             return _Start(config)
         begin = time.perf_counter()
-        mask = probing_mask(self._ws, self._task, config, self._parts,
-                            line_of(self._task.name, entry))  # fmt: skip
+        steps, line = self._comparison.plan["steps"], line_of(self._task.name, entry)
+        mask = probing_mask(self._ws, self._task, config, self._parts, steps, line)
         return _Start(config, mask, time.perf_counter() - begin)
 
     def _try(self, entry: str, start: _Start, step: str, rate: float, steps: int) -> None:
@@ -341,7 +341,6 @@ class Work:
             compared=self._comparison.digest,
         )
         ws.on_progress = progress
-        begin = time.perf_counter()
         try:
             adapter: Adapter | None = train(ws, [self._task.name], config, options)[0].adapter
         except Diverged as e:
@@ -352,7 +351,6 @@ class Work:
         return adapter, {
             "step_seconds": meter.step_seconds,
             "peak_bytes": meter.peak_bytes,
-            "seconds": round(time.perf_counter() - begin, 3),
             "device": device_name(base.device),
         }
 

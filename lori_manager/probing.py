@@ -129,8 +129,7 @@ def probe(
     loss = math.inf
     try:
         if config.kind == LORI and not dense and mask is None:
-            own = config.replace(calibration_steps=config.calibration_steps or steps)
-            mask = probing_mask(ws, task, own, parts, line)
+            mask = probing_mask(ws, task, config, parts, steps, line)
         with (
             head_of(ws, task, base, config) as head,
             modules_in(ws, task, config, steps, line, None if dense else mask) as inside,
@@ -194,9 +193,13 @@ def untaught_loss(ws: Context, task: Task, parts: Halves, config: Config) -> flo
 
 
 def probing_mask(
-    ws: Context, task: Task, config: Config, parts: Halves, line: str | None = None
+    ws: Context, task: Task, config: Config, parts: Halves, steps: int, line: str | None = None
 ) -> dict[str, Tensor]:
-    """A mask of LoRI made on the rows that train, for several probes to share."""
+    """A mask of LoRI made on the rows that train, for several probes to share.
+
+    Args:
+        steps: of the training that it is for: its own too, unless the settings have others.
+    """
     from lori_manager.calibrating import calibration_rows, grown_mask
 
     block = start_of(ws, task, config, line or task.name).block
@@ -204,8 +207,8 @@ def probing_mask(
     base, phase = ws.model(config), f"calibrating {task.name}"
     with head_of(ws, task, base, config) as head:
         return grown_mask(
-            base, block, rows, config, head=head, phase=phase, on_progress=ws.on_progress,
-            steps_of=steps_of(ws, base, config, phase),
+            base, block, rows, config, steps=config.calibration_steps or steps, head=head,
+            phase=phase, on_progress=ws.on_progress, steps_of=steps_of(ws, base, config, phase),
         )[0]  # fmt: skip
 
 

@@ -124,8 +124,8 @@ def suggest(
     full = steps_for(task.splits["train"].rows, config)
     work = _Prober(ws, task, parts, clock)
     base_loss = work.base_loss(config)
-    work.probe("time", config, 1)  # libraries are loaded in it
-    work.probe("time", config, min(FIRST, full))
+    work.time(config, 1)  # libraries are loaded in it
+    work.time(config, min(FIRST, full))
     choices: list[Choice] = []
     config = _rate(work, config, full, choices)
     config = _layers(work, config, full, base_loss, choices)
@@ -219,26 +219,6 @@ def steps_within(seconds: float, probes: float, units: float, fixed: float, step
     return max(0, math.floor((seconds - probes * fixed) / (units * step)))
 
 
-@dataclass(frozen=True)
-class Units:
-    """How long some probes and LoRI's masks for them are, in units of equally many steps.
-
-    A mask takes as many steps as its probe, unless the settings say how many.
-    """
-
-    probes: float
-    masks: tuple[float, ...]
-
-    def of(self, config: Config) -> float:
-        """Units of all together."""
-        with_masks = config.kind == LORI and not config.calibration_steps
-        return self.probes + (sum(self.masks) if with_masks else 0)
-
-    def fixed(self, config: Config) -> int:
-        """Steps that are as many however long a unit is."""
-        return config.calibration_steps * len(self.masks) if config.kind == LORI else 0
-
-
 class _Clock:
     """The time there is, and what a probe of so many steps takes of it."""
 
@@ -289,6 +269,12 @@ class _Prober:
         """What `base_loss` is the loss of."""
         return "the labels' shares alone" if self.ws.architecture.encoder else "the base"
 
+    def time(self, config: Config, steps: int) -> None:
+        """A probe that only tells how long one takes; its mask is as short as it."""
+        if config.kind == LORI:
+            config = config.replace(calibration_steps=steps)
+        self.probe("time", config, steps)
+
     def probe(self, what: str, config: Config, steps: int, dense: int = 0) -> Probe:
         """One probe, whatever time there is; made before, it is what came of it then.
 
@@ -322,7 +308,8 @@ class _Prober:
         """Of LoRI; no learning rate is part of it."""
         key = _mask_key(config)
         if key not in self._masks:
-            self._masks[key] = probing_mask(self.ws, self.task, config, self.parts)
+            length = config.calibration_steps
+            self._masks[key] = probing_mask(self.ws, self.task, config, self.parts, length)
         return self._masks[key]
 
     def fits(self, config: Config, steps: int, dense: int = 0) -> bool:
@@ -344,13 +331,36 @@ class _Prober:
             found.append(self.probe(what, config, steps, dense))
         return found
 
-    def steps(self, config: Config, share: float, probes: int, units: Units, full: int) -> int:
-        """Steps a unit for probes that may take that share of what is left; at most `full`."""
+    def mask_steps(self, planned: Sequence[tuple[Config, float]]) -> tuple[int, float]:
+        """Steps of LoRI's masks that some probes still want, and units of steps.
+
+        Args:
+            planned: settings and length of each, in units of equally many steps. A mask takes
+                as long as its probe, unless the settings say how many steps.
+        """
+        lori = [(config, length) for config, length in planned if config.kind == LORI]
+        units = sum(length for config, length in lori if not config.calibration_steps)
+        given = {_mask_key(c): c.calibration_steps for c, _ in lori if c.calibration_steps}
+        return sum(n for key, n in given.items() if key not in self._masks), units
+
+    def steps(
+        self,
+        share: float,
+        probes: Sequence[tuple[Config, float]],
+        masks: Sequence[tuple[Config, float]],
+        full: int,
+    ) -> int:
+        """Steps a unit for probes that may take that share of what is left; at most `full`.
+
+        Args:
+            probes: settings and length of each, in units.
+            masks: those of them that may want a mask, see `mask_steps`.
+        """
         clock = self.clock
-        time_there = share * clock.left() / SPARE - units.fixed(config) * clock.step
-        return min(
-            full, steps_within(time_there, probes, units.of(config), clock.fixed, clock.step)
-        )
+        fixed, units = self.mask_steps(masks)
+        units += sum(length for _, length in probes)
+        time_there = share * clock.left() / SPARE - fixed * clock.step
+        return min(full, steps_within(time_there, len(probes), units, clock.fixed, clock.step))
 
     def kept(
         self, found: Sequence[Probe], base_loss: float, steps: int | None, what: str
@@ -379,12 +389,14 @@ def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Co
 
     Short trainings favour rates that are too high for long ones, see `rates`; that is told.
     """
-    usual, units = config.learning_rate, Units(RATES + 2 * 2, (1,))
-    steps = work.steps(config, RATE_SHARE, RATES + 2, units, _short(full))
+    usual = config.learning_rate
+    probes, masks = [(config, 1.0)] * RATES + [(config, 2.0)] * 2, [(config, 1.0)]
+    steps = work.steps(RATE_SHARE, probes, masks, _short(full))
     if steps < min(LEAST, full):
         clock = work.clock
-        every = units.of(config) * LEAST + units.fixed(config)
-        need = (clock.fixed * (RATES + 2) + every * clock.step) * SPARE / RATE_SHARE
+        fixed, units = work.mask_steps(masks)
+        every = fixed + (units + sum(length for _, length in probes)) * LEAST
+        need = (clock.fixed * len(probes) + every * clock.step) * SPARE / RATE_SHARE
         raise InvalidInput(
             f"a step takes {clock.step:.3g} s here and a probe {clock.fixed:.3g} s beside them: "
             f"{clock.budget / 60:g} minutes allow probes of {counted(steps, 'step')}, and fewer "
@@ -447,7 +459,8 @@ def _layers(
         choices.append(Choice("targets", list(config.targets), why))
         return config
     candidates = [config.replace(targets=chosen), config]
-    steps = work.steps(config, LAYER_SHARE, 2, Units(2, (1, 1)), _short(full))
+    probes = [(c, 1.0) for c in candidates]
+    steps = work.steps(LAYER_SHARE, probes, probes, _short(full))
     found = work.within("layers", candidates, steps) if steps >= min(LEAST, full) else []
     if len(found) < len(candidates) or not any(len(p.by_row) for p in found):
         why = "as configured: no time was left to probe others"
@@ -472,8 +485,8 @@ def _size(
     shapes = work.ws.model(config).linear_shapes
     narrowest = min(min(shapes[name]) for name in resolve_targets(shapes, config.targets))
     candidates = sizes(config, narrowest)
-    count = len(candidates)
-    steps = work.steps(config, SIZE_SHARE, count, Units(count, (1,) * count), _short(full))
+    probes = [(c, 1.0) for c in candidates]
+    steps = work.steps(SIZE_SHARE, probes, probes, _short(full))
     found = work.within("size", candidates, steps) if steps >= min(LEAST, full) else []
     if len(found) < len(candidates) or not any(len(p.by_row) for p in found):
         why = "as configured: no time was left to probe others"
@@ -489,7 +502,8 @@ def _length(
     work: _Prober, config: Config, full: int, base_loss: float, choices: list[Choice]
 ) -> Config:
     """Steps: the shortest of three lengths that keeps what the longest gains, else all."""
-    longest = work.steps(config, 1.0, 3, Units(1.75, (0.25, 0.5, 1)), full)
+    probes = [(config, length) for length in (0.25, 0.5, 1.0)]
+    longest = work.steps(1.0, probes, probes, full)
     lengths = sorted({max(1, longest // 4), max(1, longest // 2), longest})
     if longest < min(4 * LEAST, full):
         why = "as configured: no time was left to probe lengths"

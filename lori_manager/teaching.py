@@ -71,7 +71,7 @@ class TrainOptions:
 def calibrate(
     ws: Context, name: str, config: Config | None = None, *, line: str | None = None
 ) -> Mask:
-    """Train B dense from zero, keep where it grew most.
+    """Train B dense from zero, keep where it grew most. Later trainings take it as it is.
 
     Args:
         name: a task.
@@ -87,7 +87,15 @@ def calibrate(
     config = placed(ws, task, config).config
     with _decomposing(ws):
         block = start_of(ws, task, config, line or name).block
-    return _calibrated_mask(ws, task, block, config, None, None)
+    steps = _dense_steps(config, task.splits["train"].rows)
+    return _calibrated_mask(ws, task, block, config, None, None, steps=steps, asked=True)
+
+
+def _dense_steps(config: Config, rows: int) -> int:
+    """Of the calibration for a training on so many rows."""
+    from lori_manager.training import steps_for
+
+    return config.calibration_steps or steps_for(rows, config)
 
 
 def _calibrated_mask(
@@ -98,8 +106,11 @@ def _calibrated_mask(
     exclude: Mapping[str, Tensor] | None,
     checkpoint: Path | None,
     beside: AdapterWeights | None = None,
+    *,
+    steps: int,
+    asked: bool,
 ) -> Mask:
-    """The mask of a task on a block's A, made and stored."""
+    """The mask of a task on a block's A, made and stored; `asked` for by itself or not."""
     from lori_manager.calibrating import calibration_rows, grown_mask
     from lori_manager.engine import mask as masks
     from lori_manager.engine.codec import encode_mask
@@ -111,8 +122,8 @@ def _calibrated_mask(
         encoded = calibration_rows(encoded, config)
     with head_of(ws, task, base, config) as head:
         mask, result = grown_mask(
-            base, block, encoded, config, exclude=exclude, beside=beside, head=head, phase=phase,
-            checkpoint=checkpoint, on_progress=ws.on_progress,
+            base, block, encoded, config, steps=steps, exclude=exclude, beside=beside, head=head,
+            phase=phase, checkpoint=checkpoint, on_progress=ws.on_progress,
             steps_of=steps_of(ws, base, config, phase),
         )  # fmt: skip
     kept, total = masks.count(mask), masks.size(mask)
@@ -138,11 +149,17 @@ def _calibrated_mask(
         scope=config.scope,
         kept=kept,
         total=total,
-        config=config.to_json() | {"protected": exclude is not None},
+        config=config.to_json()
+        | {
+            "protected": exclude is not None,
+            "dense_steps": steps,
+            "seconds": round(result.seconds, 3),
+            "asked": asked,
+        },
     )
     ws.on_message(
         f"mask {stored.ref}: {kept} of {total} entries of B kept, "
-        f"{counted(len(result.losses), 'dense step')} in {result.seconds:.1f} s"
+        f"{counted(steps, 'dense step')} in {result.seconds:.1f} s"
     )
     return stored
 
@@ -154,9 +171,13 @@ def _mask_for(
     config: Config,
     options: TrainOptions,
     checkpoint: Path | None,
-    beside: AdapterWeights | None = None,
+    beside: AdapterWeights | None,
+    dense_steps: int,
 ) -> Mask | None:
-    """The mask to train a task under: the one named, the newest that fits, or a new one."""
+    """The mask to train a task under: the one named, the newest that fits, or a new one.
+
+    Of any length where `lori calibrate` made it, else of as many steps as it would now get.
+    """
     from lori_manager.adapters.lori import used_entries
 
     if options.dense:
@@ -185,6 +206,7 @@ def _mask_for(
             and mask.projection == block.projection_digest
             and mask.sparsity == config.sparsity
             and mask.scope == config.scope
+            and (mask.config.get("asked") or mask.config.get("dense_steps") == dense_steps)
         )
         if used is None:
             fits = fits and not mask.config.get("protected")
@@ -192,7 +214,8 @@ def _mask_for(
             fits = not _touches(ws, mask, used)
         if fits:
             return mask
-    return _calibrated_mask(ws, task, block, config, used, checkpoint, beside)
+    return _calibrated_mask(ws, task, block, config, used, checkpoint, beside,
+                            steps=dense_steps, asked=False)  # fmt: skip
 
 
 def _touches(ws: Context, mask: Mask, used: Mapping[str, Tensor]) -> bool:
@@ -475,7 +498,8 @@ def _learn_lori(
     start = start_of(ws, task, config, line, parent, options.avoid, kept)
     block, beside = start.block, start.beside
     calibration = checkpoint.with_name(checkpoint.name.replace("training", "calibration"))
-    mask = _mask_for(ws, task, block, config, options, calibration, beside)
+    dense_steps = _dense_steps(config, len(rows))
+    mask = _mask_for(ws, task, block, config, options, calibration, beside, dense_steps)
     tensors = None if mask is None else ws.mask_tensors(mask)
     layers = lori.trainable_layers(base.model, block, tensors, beside)
     phase = f"training {task.name}"

@@ -299,6 +299,9 @@ def _load_state(
             for part in ("value", "mean", "square"):
                 if found.tensors[f"{name}|{part}"].shape != parameter.shape:
                     raise ValueError("it has other shapes")
+        for name, own in (training.state() if training.state is not None else {}).items():
+            if found.tensors[f"{_OWN}|{name}"].shape != own.shape:
+                raise ValueError("what its kind keeps has other shapes")
 
     found = ranks().led(
         lambda: None if folder is None else checkpoints.newest(folder, check), "the checkpoint"

@@ -14,7 +14,6 @@ DEFAULTS: dict[str, Any] = {
     "rank": 4,
     "alpha": 8.0,
     "steps": 4,
-    "calibration_steps": 2,
     "batch": 8,
     "max_length": 64,
 }

@@ -154,7 +154,7 @@ def test_a_probe_trains_layers_and_head_and_is_judged_row_by_row(ws):
     assert (len(parts.rows), len(parts.held)) == (180, 60)
     assert {id(row) for row in parts.rows}.isdisjoint(id(row) for row in parts.held)
     found = probe(ws, task, config, parts, steps=30)
-    kept = sum(int(m.sum()) for m in probing_mask(ws, task, config, parts).values())
+    kept = sum(int(m.sum()) for m in probing_mask(ws, task, config, parts, 30).values())
     base = ws.base_model(config)
     head = fresh_head(base, task.labels, config.seed)
     assert found.parameters == kept + sum(t.numel() for t in head.tensors.values())

@@ -14,7 +14,8 @@ from lori_manager.errors import Conflict, InvalidInput, NotFound
 from lori_manager.kind_comparison import RateSearch, compare_kinds
 from lori_manager.metrics.multiple import holm
 from lori_manager.probing import halves, probe, with_rate
-from lori_manager.reporting.kind_comparisons import change_between, kinds_compared
+from lori_manager.refs import parse_mask_ref
+from lori_manager.reporting.kind_comparisons import change_between, kinds_compared, mean_score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ["lori", "lora", "rslora"]
@@ -70,12 +71,26 @@ def test_every_kind_is_searched_trained_and_scored_alike(done):
         assert kind.parameters == ws.adapter(kind.adapters[-1]).facts["parameters"]
         assert kind.bytes == ws.adapter(kind.adapters[-1]).bytes
         assert kind.step_seconds > 0
-        assert kind.seconds > min(ws.adapter(ref).facts["seconds"] for ref in kind.adapters)
+        seconds = [ws.adapter(ref).facts["seconds"] for ref in kind.adapters]
+        if kind.entry == "lori":
+            masks = [ws.store.mask(*parse_mask_ref(ws.adapter(r).mask)) for r in kind.adapters]
+            seconds = [a + m.config["seconds"] for a, m in zip(seconds, masks, strict=True)]
+        assert kind.seconds == pytest.approx(np.median(seconds))
         assert kind.peak_bytes is None or kind.peak_bytes > 10**7
     assert found.kinds[0].against is None
     assert {k.against.seeds for k in found.kinds[1:]} == {2}
     assert found.missing == ()
     assert list(ws.verify()) == []
+
+
+def test_the_interval_of_a_share_of_rows_ends_at_all_and_none_of_them():
+    """Two seeds that differ much leave an interval wider than there are scores."""
+    outcomes = np.array([[1.0] * 9 + [0.0], [0.0] * 2 + [1.0] * 8])
+    value, low, high = mean_score(np.array([[1.0] * 10, [0.0] * 10]))
+    assert (value, low, high) == (0.5, 0.0, 1.0)
+    assert mean_score(outcomes)[2] == 1.0
+    assert mean_score(2 * outcomes)[2] > 2.0  # no share
+    assert mean_score(2 * outcomes)[1] < mean_score(2 * outcomes)[0] == 1.7
 
 
 def test_eval_rows_are_not_touched_before_the_training(ws):

@@ -44,7 +44,7 @@ class Machine:
             tokens = np.ones(ROWS) if finite else np.zeros(0)
             return Probe(mean, by_row, tokens, fixed + steps * step, step, 100, None)
 
-        def probing_mask(ws, task, config, parts):
+        def probing_mask(ws, task, config, parts, steps):
             self.now += 0.5 * fixed + config.calibration_steps * step
             self.masks.append(config.calibration_steps)
             return {"made": config.calibration_steps}
@@ -89,7 +89,8 @@ def test_a_mask_is_as_a_training_of_the_probe_s_length_makes_it(ws, monkeypatch)
     assert found.changes["calibration_steps"] == 0  # as given, not as probed
     machine = Machine(monkeypatch, bowl(1e-2))
     suggest(ws, "colour", budget=3600, config=config.replace(calibration_steps=7))
-    assert set(machine.masks) == {7}
+    assert machine.masks[:2] == [1, 8]  # only to tell the time
+    assert set(machine.masks[2:]) == {7}
 
 
 def test_the_command_has_all_that_differs_from_the_workspaces_settings(ws, monkeypatch):
@@ -161,7 +162,7 @@ def test_where_the_time_ends_before_the_loss_has_settled_all_steps_are_proposed(
 
 
 @pytest.mark.parametrize("budget", [200, 300, 1000, 3600])
-@pytest.mark.parametrize(("kind", "dense"), [("lori", 0), ("lori", 2), ("lora", 0)])
+@pytest.mark.parametrize(("kind", "dense"), [("lori", 0), ("lori", 2), ("lori", 30), ("lora", 0)])
 def test_it_keeps_to_its_time(ws, monkeypatch, budget, kind, dense):
     machine = Machine(monkeypatch, bowl(1e-2), step=0.5)
     config = ws.settings.config.replace(steps=1000, kind=kind, calibration_steps=dense)
@@ -180,6 +181,19 @@ def test_too_little_time_is_refused_with_how_much_would_do(ws, monkeypatch):
     minutes = float(str(refused.value).rsplit("give ", 1)[1].split()[0])
     Machine(monkeypatch, bowl(1e-2), step=2.0)
     suggest(ws, "colour", budget=minutes * 60, config=config)
+
+
+def test_masks_of_given_length_are_paid_for_once(ws, monkeypatch):
+    config = ws.settings.config.replace(steps=1000, calibration_steps=100)
+    Machine(monkeypatch, bowl(1e-2), step=0.5)
+    found = suggest(ws, "colour", budget=1500, config=config)
+    assert not [c for c in found.choices if "no time" in c.why]
+    with pytest.raises(InvalidInput, match="minutes or more") as refused:
+        suggest(ws, "colour", budget=60, config=config)
+    minutes = float(str(refused.value).rsplit("give ", 1)[1].split()[0])
+    machine = Machine(monkeypatch, bowl(1e-2), step=0.5)
+    suggest(ws, "colour", budget=minutes * 60, config=config)
+    assert machine.now <= minutes * 60
 
 
 def test_rates_that_diverge_are_passed_over(ws, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from lori_manager import training
+from lori_manager.adapters.kind import Training
 from lori_manager.adapters.lori import (
     fresh_block,
     in_training,
@@ -28,7 +29,7 @@ from lori_manager.gradients import checkpointed
 from lori_manager.models import BaseModel, load_base
 from lori_manager.tasks.batches import training_order
 from lori_manager.tasks.encoding import Encoded
-from lori_manager.training import fit, learning_rate, steps_for
+from lori_manager.training import fit, learning_rate, no_weights, steps_for
 
 CONFIG = Config(rank=4, alpha=8.0, batch=4, precision="fp32", checkpoint_seconds=0.0)
 STEPS = 8
@@ -481,6 +482,30 @@ def test_a_foreign_checkpoint_is_set_aside_and_training_starts_again(base, tmp_p
     apart = sorted(p.name for p in path.glob("*.damaged"))
     assert apart == ["step-000000002.damaged", "step-000000003.damaged"]
     assert "starting again" in caplog.text
+
+
+def test_a_checkpoint_without_what_its_kind_keeps_is_set_aside(base, tmp_path, caplog):
+    """As another release's may be; what one holds is handed back."""
+    block, path, handed = fresh_block(base.linear_shapes, CONFIG, "x"), tmp_path / "state", []
+
+    def kept(parameters):
+        return Training(parameters, no_weights, state=lambda: {"own": torch.ones(2)},
+                        load_state=lambda held: handed.append(held["own"]))  # fmt: skip
+
+    def run(**options):
+        layers = trainable_layers(base.model, block, None)
+        values = {n: layer.values for n, layer in layers.items()}
+        with attached(base.model, layers):
+            return fit(base, values, ROWS, CONFIG, steps=STEPS, peak=1e-2, checkpoint=path,
+                       training=kept(values), **options).losses  # fmt: skip
+
+    interrupted(base, path, block)
+    with pytest.raises(Stop):
+        run(on_progress=stop_after(2))
+    assert "starting again" in caplog.text
+    assert not handed
+    assert run() == train(base, block, None)[1].losses
+    assert torch.equal(handed[0], torch.ones(2))
 
 
 def test_a_loss_that_is_not_finite_is_one_clear_error(base):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lori_manager import models
 from lori_manager.context import Context
 from lori_manager.errors import Conflict, InvalidInput, NotFound, StorageFailed
-from lori_manager.refs import BASE
+from lori_manager.refs import BASE, parse_mask_ref
 from lori_manager.teaching import TrainOptions
 from lori_manager.workspace import Workspace
 
@@ -242,7 +242,7 @@ def test_a_mask_of_other_modules_is_refused_even_if_allowed(ws):
     [
         ({"steps": 6}, 6),
         ({"steps": 0, "epochs": 2.0, "batch": 5}, 10),  # 24 rows, all of them
-        ({"steps": 0, "epochs": 2.0, "batch": 5, "calibration_rows": 8}, 4),
+        ({"steps": 0, "epochs": 2.0, "batch": 5, "calibration_rows": 8}, 10),
         ({"steps": 6, "calibration_steps": 3}, 3),
     ],
 )
@@ -254,6 +254,19 @@ def test_a_mask_takes_as_many_dense_steps_as_a_training_unless_told(fresh, chang
         ("calibrating colour", i + 1, steps) for i in range(steps)
     ]
     assert f"entries of B kept, {steps} dense steps in" in told[-1]
+
+
+def test_a_mask_of_another_length_is_taken_only_where_it_was_asked_for(fresh):
+    whole = {"calibration_steps": 0, "checkpoint_seconds": 0.0}
+    short = fresh.train(["colour"], settings(fresh, steps=2, **whole))[0]
+    long = fresh.train(["colour"], settings(fresh, steps=6, **whole))[0]
+    again = fresh.train(["colour"], settings(fresh, steps=6, seed=0, **whole))[0]
+    masks = [fresh.store.mask(*parse_mask_ref(one.adapter.mask)) for one in (short, long, again)]
+    assert [m.config["dense_steps"] for m in masks] == [2, 6, 6]
+    assert masks[1] == masks[2] != masks[0]
+    assert masks[1].config["seconds"] > 0
+    asked = fresh.calibrate("colour", settings(fresh, calibration_steps=3))
+    assert fresh.train(["colour"], settings(fresh, steps=6, **whole))[0].adapter.mask == asked.ref
 
 
 def test_a_mask_is_calibrated_only_on_a_line_that_can_be_named(fresh):

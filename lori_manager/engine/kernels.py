@@ -27,6 +27,11 @@ def enable(on: bool) -> None:
     _enabled = on
 
 
+def enabled() -> bool:
+    """Whether kernels may be used, where there are any."""
+    return _enabled
+
+
 @functools.cache
 def available(device: int) -> bool:
     """Whether the GPU of that number can run them: Hopper, with Triton installed."""

@@ -25,7 +25,7 @@ from lori_manager.metrics.paired import sign_flip
 from lori_manager.metrics.summary import is_binary, summarize
 from lori_manager.rates import at_edge, best_rate, next_full_rate
 from lori_manager.records import JSON, Adapter, KindComparison, KindStep, Score
-from lori_manager.refs import parse_adapter_ref
+from lori_manager.refs import parse_adapter_ref, parse_mask_ref
 from lori_manager.reporting.intervals import score_interval
 from lori_manager.store.store import Store
 
@@ -73,7 +73,7 @@ class KindResult:
         against: compared with the first; None for the first itself.
         parameters: trained; bytes: stored; both of the last seed's adapter.
         step_seconds, peak_bytes: medians over seeds, see `metering`.
-        seconds: of a whole training, with the making of its mask; the median, too.
+        seconds: of all steps of a training, those that made its mask too; the median.
         diverged: seeds whose training diverged.
     """
 
@@ -248,7 +248,7 @@ def _result(
         adapters[-1].bytes if adapters else None,
         _median(step.facts.get("step_seconds") for step in kept),
         _whole(_median(step.facts.get("peak_bytes") for step in kept)),
-        _median(step.facts.get("seconds") for step in kept),
+        _median(_seconds(store, a) for a in adapters),
         tuple(sorted(seed for seed, step in trained.items() if step.adapter is None)),
     )
 
@@ -267,6 +267,15 @@ def _adapter(store: Store, step: KindStep) -> Adapter:
     if parsed is None:
         raise ValueError(f"step {step} has no adapter")
     return store.adapter(parsed)
+
+
+def _seconds(store: Store, adapter: Adapter) -> float | None:
+    """Of its training's steps and its mask's, over all calls that it took."""
+    own = adapter.facts.get("seconds")
+    if own is None or adapter.mask is None:
+        return own
+    mask = store.mask(*parse_mask_ref(adapter.mask))
+    return float(own + mask.config.get("seconds", 0.0))
 
 
 def _median(values: Iterable[float | None]) -> float | None:
