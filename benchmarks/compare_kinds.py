@@ -475,7 +475,8 @@ def _costs(results: Sequence[dict], trained: Sequence[dict], tasks, kinds) -> No
     device = next((r["device"] for r in (*alone.values(), *trained) if "device" in r), "")
     how = "alone on the device" if alone else "several processes on one device"
     print(f"\ncosts ({device}; step and memory {how})\n\n| kind | trained | stored MB | "
-          f"times {kinds[0]}'s | step ms | peak GB | s a training, s a search |\n|"
+          f"times {kinds[0]}'s | step ms | peak GB | s a training, with mask and scores, s a search "
+          "|\n|"
           + "---|" * 7)  # fmt: skip
     stored = {k: statistics.median(r["bytes"] for r in trained if r["kind"] == k) for k in kinds}
     for kind in kinds:
@@ -487,7 +488,7 @@ def _costs(results: Sequence[dict], trained: Sequence[dict], tasks, kinds) -> No
                     if r["what"] == "search" and r["kind"] == kind]  # fmt: skip
         step = f"{statistics.median(steps) * 1e3:.1f}" if steps else ""
         peak = f"{max(peaks) / 1e9:.2f}" if peaks else ""
-        seconds = statistics.median(r["train_seconds"] for r in own)
+        seconds = statistics.median(r["wall"] for r in own)
         search = f"{statistics.median(searches):.0f}" if searches else ""
         parameters = statistics.median_high(r["parameters"] for r in own)
         print(f"| {kind} | {parameters:,} | {stored[kind] / 1e6:.2f} | "

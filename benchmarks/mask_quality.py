@@ -37,6 +37,7 @@ from placement_quality import SEARCH_SEED, Workers, arguments, best_rates, inter
 MASKS = ("dense-20", "dense-60", "dense-half", "dense-all", "gradient-20", "square-20",
          "dense-20-matrix", "dense-all-matrix", "gradient-20-matrix", "random", "none")  # fmt: skip
 FEW_ROWS = 1024
+USUAL = "dense-all"
 RATES = dict.fromkeys(MASKS, (0.01, 0.02, 0.04, 0.08)) | {"none": (1e-3, 2e-3, 4e-3, 8e-3)}
 TASKS = ("clinc150", "wikisql", "sentiment_uci")
 
@@ -193,7 +194,7 @@ def table(results: Sequence[dict]) -> None:
     """Print each mask's scores over tasks and seeds."""
     final = [r for r in results if "eval" in r]
     tasks = sorted({r["task"] for r in final})
-    head = ["mask", "trained", *tasks, "mean", "dense-20 minus it", "s to make", "s"]
+    head = ["mask", "trained", *tasks, "mean", f"{USUAL} minus it", "s to make", "s"]
     print(f"\nexact match, mean over seeds and 95% interval; in [] the rate\n\n"
           f"| {' | '.join(head)} |\n|{'---|' * len(head)}")  # fmt: skip
     scores = {(r["mask"], r["task"], r["seed"]): r["eval"]["score"] for r in final}
@@ -207,11 +208,11 @@ def table(results: Sequence[dict]) -> None:
             cells.append(f"{interval(mine)} [{', '.join(sorted(rates))}]" if mine else "")
         whole = [s for s in seeds if all((mask, t, s) in scores for t in tasks)]
         means = [statistics.fmean(scores[mask, t, s] for t in tasks) for s in whole]
-        usual = [statistics.fmean(scores["dense-20", t, s] for t in tasks) for s in whole
-                 if all(("dense-20", t, s) in scores for t in tasks)]  # fmt: skip
+        usual = [statistics.fmean(scores[USUAL, t, s] for t in tasks) for s in whole
+                 if all((USUAL, t, s) in scores for t in tasks)]  # fmt: skip
         cells.append(interval(means) if means else "")
         paired = [a - b for a, b in zip(usual, means, strict=False)]
-        cells.append(interval(paired, "+") if paired and mask != "dense-20" else "")
+        cells.append(interval(paired, "+") if paired and mask != USUAL else "")
         for key in ("mask_seconds", "seconds"):
             cells.append(f"{statistics.median(r[key] for r in own):.1f}")
         print(f"| {' | '.join(cells)} |")
