@@ -475,7 +475,7 @@ def _costs(results: Sequence[dict], trained: Sequence[dict], tasks, kinds) -> No
     device = next((r["device"] for r in (*alone.values(), *trained) if "device" in r), "")
     how = "alone on the device" if alone else "several processes on one device"
     print(f"\ncosts ({device}; step and memory {how})\n\n| kind | trained | stored MB | "
-          f"times {kinds[0]}'s | step ms | peak GB | s a training, with mask and scores, s a search "
+          f"times {kinds[0]}'s | step ms | peak GB | s a training with mask and scores, a search "
           "|\n|"
           + "---|" * 7)  # fmt: skip
     stored = {k: statistics.median(r["bytes"] for r in trained if r["kind"] == k) for k in kinds}
