@@ -39,6 +39,7 @@ FIRST = 8  # steps of the probe that finds how long a step takes
 LEAST = 10  # steps below which a probe tells nothing
 RATES = 4  # tried, the best two of them again twice as long
 RATE_SHARE, LAYER_SHARE, SIZE_SHARE = 0.4, 0.2, 0.6  # of the time that is left then
+RATE_MOST = 0.85  # the share of the rates where less would tell nothing: they matter most
 TOP = 3  # types of layers that PLoP chooses
 SPARE = 1.1  # by how much a probe may take longer than those before
 
@@ -390,13 +391,16 @@ def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Co
     Short trainings favour rates that are too high for long ones, see `rates`; that is told.
     """
     usual = config.learning_rate
-    probes, masks = [(config, 1.0)] * RATES + [(config, 2.0)] * 2, [(config, 1.0)]
-    steps = work.steps(RATE_SHARE, probes, masks, _short(full))
-    if steps < min(LEAST, full):
+    first, again, masks = [(config, 1.0)] * RATES, [(config, 2.0)] * 2, [(config, 1.0)]
+    least = min(LEAST, full)
+    steps = work.steps(RATE_SHARE, first + again, masks, _short(full))
+    if steps < least:  # the best two again only if there is time left then
+        steps = work.steps(RATE_MOST, first, masks, least)
+    if steps < least:
         clock = work.clock
         fixed, units = work.mask_steps(masks)
-        every = fixed + (units + sum(length for _, length in probes)) * LEAST
-        need = (clock.fixed * len(probes) + every * clock.step) * SPARE / RATE_SHARE
+        every = fixed + (units + len(first)) * LEAST
+        need = (clock.fixed * len(first) + every * clock.step) * SPARE / RATE_MOST
         raise InvalidInput(
             f"a step takes {clock.step:.3g} s here and a probe {clock.fixed:.3g} s beside them: "
             f"{clock.budget / 60:g} minutes allow probes of {counted(steps, 'step')}, and fewer "
@@ -411,10 +415,10 @@ def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Co
         raise InvalidInput(f"training diverged at every rate tried ({', '.join(map(str, tried))}): "
                            "check the rows")  # fmt: skip
     pair = sorted(tried, key=lambda rate: (tried[rate], rate))[:2]
-    again = work.within("rate", [config.replace(learning_rate=r) for r in pair], 2 * steps, steps)
+    twice = work.within("rate", [config.replace(learning_rate=r) for r in pair], 2 * steps, steps)
     best, length = best_rate(tried), steps
-    if len(again) == len(pair) == 2:
-        best = best_rate(dict(zip(pair, (p.loss for p in again), strict=True)))
+    if len(twice) == len(pair) == 2:
+        best = best_rate(dict(zip(pair, (p.loss for p in twice), strict=True)))
         length = 2 * steps
     edge = ""
     if best in (min(tried), max(tried)):

@@ -183,6 +183,18 @@ def test_too_little_time_is_refused_with_how_much_would_do(ws, monkeypatch):
     suggest(ws, "colour", budget=minutes * 60, config=config)
 
 
+def test_where_time_is_short_the_rate_comes_first_and_the_rest_stays(ws, monkeypatch):
+    machine = Machine(monkeypatch, bowl(3e-2), step=2.0)
+    config = ws.settings.config.replace(steps=1000)
+    found = suggest(ws, "colour", budget=300, config=config)
+    assert machine.now <= 300
+    assert next(p.steps for p in found.probes if p.what == "rate") == 10
+    assert found.changes["learning_rate"] == 3e-2
+    told = {c.setting: c.why for c in found.choices if c.setting != "learning_rate"}
+    assert set(told) == {"targets", "rank", "sparsity", "steps"}
+    assert all("no time was left" in why for why in told.values())
+
+
 def test_masks_of_given_length_are_paid_for_once(ws, monkeypatch):
     config = ws.settings.config.replace(steps=1000, calibration_steps=100)
     Machine(monkeypatch, bowl(1e-2), step=0.5)
