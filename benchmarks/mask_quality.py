@@ -36,7 +36,6 @@ from placement_quality import SEARCH_SEED, Workers, arguments, best_rates, inter
 
 MASKS = ("dense-20", "dense-60", "dense-half", "dense-all", "gradient-20", "square-20",
          "dense-20-matrix", "dense-all-matrix", "gradient-20-matrix", "random", "none")  # fmt: skip
-FEW_ROWS = 1024
 USUAL = "dense-all"
 RATES = dict.fromkeys(MASKS, (0.01, 0.02, 0.04, 0.08)) | {"none": (1e-3, 2e-3, 4e-3, 8e-3)}
 TASKS = ("clinc150", "wikisql", "sentiment_uci")
@@ -132,7 +131,9 @@ def train_one(worker, spec: dict) -> dict:
 def mask_of(base, block, rows, config, name: str):
     """Module name -> bool (out_features, rank); None for `none`."""
     import torch
+    from quality_worker import CALIBRATION_ROWS
 
+    from lori_manager.calibrating import grown_mask
     from lori_manager.engine.mask import calibrate_mask
 
     if name == "none":
@@ -145,21 +146,12 @@ def mask_of(base, block, rows, config, name: str):
         return calibrate_mask(drawn, config.sparsity, "model")
     whole = {"all": config.steps, "half": config.steps // 2}
     steps = whole.get(length) or int(length)
-    chosen = rows if length in whole else rows[:FEW_ROWS]
-    found = dense_B if way == "dense" else summed_gradients
-    return calibrate_mask(found(base, block, chosen, config, steps, way), config.sparsity,
-                          scope or "model")  # fmt: skip
-
-
-def dense_B(base, block, rows, config, steps: int, way: str) -> dict:
-    """B after that many dense steps from zero."""
-    from lori_manager.adapters import lori
-    from lori_manager.training import fit
-
-    layers = lori.trainable_layers(base.model, block, None)
-    with lori.in_training(base, layers) as parameters:
-        fit(base, parameters, rows, config, steps=steps, peak=config.dense_learning_rate)
-    return lori.trained_B(layers)
+    chosen = rows if length in whole else rows[:CALIBRATION_ROWS]
+    config = config.replace(scope=scope or "model")
+    if way == "dense":
+        return grown_mask(base, block, chosen, config, steps=steps)[0]
+    sums = summed_gradients(base, block, chosen, config, steps, way)
+    return calibrate_mask(sums, config.sparsity, config.scope)
 
 
 def summed_gradients(base, block, rows, config, steps: int, way: str) -> dict:
