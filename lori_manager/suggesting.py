@@ -348,17 +348,17 @@ class _Prober:
         self,
         share: float,
         probes: Sequence[tuple[Config, float]],
-        masks: Sequence[tuple[Config, float]],
         full: int,
+        masks: Sequence[tuple[Config, float]] | None = None,
     ) -> int:
         """Steps a unit for probes that may take that share of what is left; at most `full`.
 
         Args:
             probes: settings and length of each, in units.
-            masks: those of them that may want a mask, see `mask_steps`.
+            masks: those of them that may want a mask, see `mask_steps`; None for all.
         """
         clock = self.clock
-        fixed, units = self.mask_steps(masks)
+        fixed, units = self.mask_steps(probes if masks is None else masks)
         units += sum(length for _, length in probes)
         time_there = share * clock.left() / SPARE - fixed * clock.step
         return min(full, steps_within(time_there, len(probes), units, clock.fixed, clock.step))
@@ -393,9 +393,9 @@ def _rate(work: _Prober, config: Config, full: int, choices: list[Choice]) -> Co
     usual = config.learning_rate
     first, again, masks = [(config, 1.0)] * RATES, [(config, 2.0)] * 2, [(config, 1.0)]
     least = min(LEAST, full)
-    steps = work.steps(RATE_SHARE, first + again, masks, _short(full))
+    steps = work.steps(RATE_SHARE, first + again, _short(full), masks)
     if steps < least:  # the best two again only if there is time left then
-        steps = work.steps(RATE_MOST, first, masks, least)
+        steps = work.steps(RATE_MOST, first, least, masks)
     if steps < least:
         clock = work.clock
         fixed, units = work.mask_steps(masks)
@@ -463,8 +463,7 @@ def _layers(
         choices.append(Choice("targets", list(config.targets), why))
         return config
     candidates = [config.replace(targets=chosen), config]
-    probes = [(c, 1.0) for c in candidates]
-    steps = work.steps(LAYER_SHARE, probes, probes, _short(full))
+    steps = work.steps(LAYER_SHARE, [(c, 1.0) for c in candidates], _short(full))
     found = work.within("layers", candidates, steps) if steps >= min(LEAST, full) else []
     if len(found) < len(candidates) or not any(len(p.by_row) for p in found):
         why = "as configured: no time was left to probe others"
@@ -489,8 +488,7 @@ def _size(
     shapes = work.ws.model(config).linear_shapes
     narrowest = min(min(shapes[name]) for name in resolve_targets(shapes, config.targets))
     candidates = sizes(config, narrowest)
-    probes = [(c, 1.0) for c in candidates]
-    steps = work.steps(SIZE_SHARE, probes, probes, _short(full))
+    steps = work.steps(SIZE_SHARE, [(c, 1.0) for c in candidates], _short(full))
     found = work.within("size", candidates, steps) if steps >= min(LEAST, full) else []
     if len(found) < len(candidates) or not any(len(p.by_row) for p in found):
         why = "as configured: no time was left to probe others"
@@ -506,8 +504,7 @@ def _length(
     work: _Prober, config: Config, full: int, base_loss: float, choices: list[Choice]
 ) -> Config:
     """Steps: the shortest of three lengths that keeps what the longest gains, else all."""
-    probes = [(config, length) for length in (0.25, 0.5, 1.0)]
-    longest = work.steps(1.0, probes, probes, full)
+    longest = work.steps(1.0, [(config, length) for length in (0.25, 0.5, 1.0)], full)
     lengths = sorted({max(1, longest // 4), max(1, longest // 2), longest})
     if longest < min(4 * LEAST, full):
         why = "as configured: no time was left to probe lengths"
